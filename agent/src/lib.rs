@@ -1,0 +1,3 @@
+//! The Berth agent: pumps around the decisions of `berth-agent-core`.
+
+pub mod engine;

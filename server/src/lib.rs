@@ -1,0 +1,8 @@
+//! The Berth server: pumps around the decisions of `berth-server-core`.
+//!
+//! Nothing here decides; it feeds the core's machines with what the network, the store and the
+//! clock say, and carries out the effects they answer with.
+
+pub mod identity;
+pub mod registry;
+pub mod store;
