@@ -1,8 +1,8 @@
 //! The words Berth's parts share: wire messages, stored records and validated values.
 //!
 //! No other crate defines a wire format. Messages are generated from the `.proto` files beside this
-//! crate's sources; [`values`] holds what the rest of the code works with, validated once; between
-//! the two stands [`convert`]. Nothing here waits, reads or writes, but for the feature `tls`, which
+//! crate's sources; [`values`] holds what the rest of the code works with, validated once;
+//! between the two stands `convert`. Nothing here waits, reads or writes, but for the feature `tls`, which
 //! holds what both ends of a connection must agree on.
 
 /// The generated packages, nested as their names are.
@@ -41,6 +41,9 @@ pub mod inference {
 /// All packages with their comments left out, for reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] =
     include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+pub mod ids;
+pub mod values;
 
 #[cfg(feature = "tls")]
 pub mod tls;
