@@ -43,6 +43,7 @@ pub const FILE_DESCRIPTOR_SET: &[u8] =
     include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 pub mod ids;
+pub mod sets;
 pub mod values;
 
 #[cfg(feature = "tls")]

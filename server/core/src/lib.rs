@@ -1,1 +1,3 @@
-//! x
+//! What the server decides.
+
+pub mod session;

@@ -1,0 +1,290 @@
+use super::*;
+use berth_proto::ids::Wall;
+
+fn at(ms: u64) -> Now {
+    Now { mono: Mono(ms), wall: Wall(1_000_000 + i64::try_from(ms).unwrap()) }
+}
+
+fn terms() -> Terms {
+    Terms {
+        epoch: Epoch(7),
+        cluster: "c".into(),
+        ping_interval_ms: 10_000,
+        idle_timeout_ms: 30_000,
+        status_interval_ms: 100,
+        reconnect_window_ms: 1_000,
+        version: "0".into(),
+        features: vec![],
+    }
+}
+
+fn session() -> Session {
+    Session::new("h1".parse().unwrap(), terms(), Mono(0))
+}
+
+fn message(item: session_request::Item) -> Input {
+    Input::Message(Box::new(agent::SessionRequest { item: Some(item) }))
+}
+
+fn hello() -> Hello {
+    Hello { host_uid: "h1".into(), instance: "i".into(), ..Hello::default() }
+}
+
+fn set(generation: u64, replicas: &[&str]) -> Arc<HostSet> {
+    let body: Arc<[u8]> = Arc::from(&b"body"[..]);
+    let digest = Digest::of(&body);
+    let entries = replicas
+        .iter()
+        .map(|r| SetEntry {
+            replica_uid: (*r).into(),
+            body_digest: digest.to_string(),
+            ..SetEntry::default()
+        })
+        .collect();
+    let number = SetNumber { epoch: Epoch(7), generation: Generation(generation) };
+    Arc::new(HostSet::new(number, entries, BTreeMap::from([(digest, body)])))
+}
+
+fn sets_sent(effects: &[Effect]) -> Vec<u64> {
+    effects
+        .iter()
+        .filter_map(|e| match e {
+            Effect::Send(m) => match &m.item {
+                Some(session_response::Item::SetEnd(end)) => end.id.map(|id| id.generation),
+                Some(_) | None => None,
+            },
+            Effect::Register(_)
+            | Effect::Take { .. }
+            | Effect::Facts(_)
+            | Effect::Acknowledged(_)
+            | Effect::Refused { .. }
+            | Effect::TrustAcknowledged(_)
+            | Effect::ClockOffset(_)
+            | Effect::Close(_) => None,
+        })
+        .collect()
+}
+
+fn bodies_sent(effects: &[Effect]) -> usize {
+    effects
+        .iter()
+        .filter_map(|e| match e {
+            Effect::Send(m) => Some(m),
+            _ => None,
+        })
+        .filter_map(|m| match &m.item {
+            Some(session_response::Item::SetPage(page)) => Some(page.bodies.len()),
+            Some(_) | None => None,
+        })
+        .sum()
+}
+
+fn ack(generation: u64, verdict: SetVerdict) -> Input {
+    let id = Some(SetId { epoch: 7, generation });
+    message(session_request::Item::SetAck(SetAck {
+        id,
+        verdict: verdict as i32,
+        message: String::new(),
+        held: id,
+    }))
+}
+
+fn live() -> Session {
+    let mut s = session();
+    let out = s.step(at(0), message(session_request::Item::Hello(hello())));
+    assert!(out.iter().any(|e| matches!(e, Effect::Register(_))));
+    s
+}
+
+#[test]
+fn nothing_is_taken_before_the_hello() {
+    let mut s = session();
+    let out = s.step(at(1), message(session_request::Item::Statuses(agent::Statuses::default())));
+    assert!(matches!(out.as_slice(), [Effect::Close(Closed::Protocol(_))]));
+    assert!(s.step(at(2), message(session_request::Item::Hello(hello()))).is_empty());
+}
+
+#[test]
+fn a_hello_for_another_host_is_refused() {
+    let mut s = session();
+    let other = Hello { host_uid: "h2".into(), ..hello() };
+    let out = s.step(at(1), message(session_request::Item::Hello(other)));
+    assert_eq!(out, [Effect::Close(Closed::WrongHost)]);
+}
+
+#[test]
+fn registers_only_when_every_page_is_here_and_in_order() {
+    let report = |r: &str| ReplicaReport { replica_uid: r.into(), ..ReplicaReport::default() };
+    let mut s = session();
+    let first = Hello { observed_pages: 2, observed: vec![report("a")], ..hello() };
+    assert!(s.step(at(1), message(session_request::Item::Hello(first.clone()))).is_empty());
+    let page = |number, r: &str| {
+        message(session_request::Item::Observed(agent::ObservedPage {
+            number,
+            observed: vec![report(r)],
+            bodies: vec![],
+        }))
+    };
+    assert!(s.step(at(2), page(1, "b")).is_empty());
+    let out = s.step(at(3), page(2, "c"));
+    let registered = out.iter().find_map(|e| match e {
+        Effect::Register(r) => Some(r.observed.iter().map(|o| o.replica_uid.clone()).collect()),
+        _ => None,
+    });
+    assert_eq!(registered, Some(vec!["a".to_owned(), "b".into(), "c".into()]));
+
+    let mut s = session();
+    s.step(at(1), message(session_request::Item::Hello(first)));
+    let out = s.step(at(2), page(2, "c"));
+    assert!(matches!(out.as_slice(), [Effect::Close(Closed::Protocol(_))]));
+}
+
+#[test]
+fn one_set_is_on_its_way_and_only_the_newest_follows() {
+    let mut s = live();
+    assert_eq!(sets_sent(&s.step(at(1), Input::Newest(Ok(set(1, &["a"]))))), [1]);
+    assert!(sets_sent(&s.step(at(2), Input::Newest(Ok(set(2, &["a"]))))).is_empty());
+    assert!(sets_sent(&s.step(at(3), Input::Newest(Ok(set(3, &["b"]))))).is_empty());
+    let out = s.step(at(4), ack(1, SetVerdict::Taken));
+    assert_eq!(sets_sent(&out), [3]);
+    assert!(out.iter().any(|e| matches!(e, Effect::Acknowledged(n) if n.generation.0 == 1)));
+    assert!(sets_sent(&s.step(at(5), ack(3, SetVerdict::Taken))).is_empty());
+}
+
+#[test]
+fn a_body_the_agent_holds_is_not_sent_again() {
+    let mut s = live();
+    assert_eq!(bodies_sent(&s.step(at(1), Input::Newest(Ok(set(1, &["a"]))))), 1);
+    s.step(at(2), ack(1, SetVerdict::Taken));
+    assert_eq!(bodies_sent(&s.step(at(3), Input::Newest(Ok(set(2, &["a", "b"]))))), 0);
+    // A broken set means that what it was thought to hold may be missing.
+    s.step(at(4), ack(2, SetVerdict::Broken));
+    assert_eq!(bodies_sent(&s.step(at(4 + RETRY_SET_MS), Input::Tick)), 1);
+}
+
+#[test]
+fn a_set_that_is_held_already_is_not_sent() {
+    let held = set(4, &["a"]);
+    let mut s = session();
+    s.step(at(0), Input::Newest(Ok(Arc::clone(&held))));
+    let hello = Hello {
+        held: Some(SetId { epoch: 7, generation: 4 }),
+        held_digest: held.digest.to_string(),
+        ..hello()
+    };
+    let out = s.step(at(1), message(session_request::Item::Hello(hello)));
+    assert!(sets_sent(&out).is_empty());
+    assert_eq!(sets_sent(&s.step(at(2), Input::Newest(Ok(set(5, &[]))))), [5]);
+}
+
+#[test]
+fn the_empty_set_is_sent_to_an_agent_that_holds_none() {
+    let mut s = live();
+    assert_eq!(sets_sent(&s.step(at(1), Input::Newest(Ok(set(0, &[]))))), [0]);
+}
+
+#[test]
+fn a_held_host_gets_no_set_until_the_hold_ends() {
+    let mut s = session();
+    s.step(at(0), Input::Newest(Err(Hold::Observing)));
+    let out = s.step(at(1), message(session_request::Item::Hello(hello())));
+    let welcome = out.iter().find_map(|e| match e {
+        Effect::Send(m) => match &m.item {
+            Some(session_response::Item::Welcome(w)) => Some(w.observe_only),
+            Some(_) | None => None,
+        },
+        _ => None,
+    });
+    assert_eq!(welcome, Some(true));
+    assert!(sets_sent(&out).is_empty());
+    assert_eq!(sets_sent(&s.step(at(2), Input::Newest(Ok(set(1, &[]))))), [1]);
+}
+
+#[test]
+fn a_refused_older_set_is_not_sent_again_but_a_newer_one_is() {
+    let mut s = live();
+    s.step(at(1), Input::Newest(Ok(set(1, &["a"]))));
+    let out = s.step(at(2), ack(1, SetVerdict::Older));
+    assert!(out.iter().any(|e| matches!(e, Effect::Refused { .. })));
+    assert!(sets_sent(&out).is_empty());
+    assert!(sets_sent(&s.step(at(20_000), Input::Tick)).is_empty());
+    assert_eq!(sets_sent(&s.step(at(20_001), Input::Newest(Ok(set(9, &["a"]))))), [9]);
+}
+
+#[test]
+fn a_set_that_was_not_durable_is_sent_again_after_a_pause() {
+    let mut s = live();
+    s.step(at(1), Input::Newest(Ok(set(1, &["a"]))));
+    assert!(sets_sent(&s.step(at(2), ack(1, SetVerdict::NotDurable))).is_empty());
+    assert!(sets_sent(&s.step(at(100), Input::Tick)).is_empty());
+    assert_eq!(s.deadline(), Some(Mono(2 + RETRY_SET_MS)));
+    assert_eq!(sets_sent(&s.step(at(2 + RETRY_SET_MS), Input::Tick)), [1]);
+}
+
+#[test]
+fn a_status_is_acknowledged_only_after_it_is_kept() {
+    let mut s = live();
+    let statuses = agent::Statuses { sequence: 5, ..agent::Statuses::default() };
+    let out = s.step(at(1), message(session_request::Item::Statuses(statuses)));
+    assert!(matches!(out.as_slice(), [Effect::Take { sequence: 5, .. }]));
+    let out = s.step(at(2), Input::Taken(5));
+    assert_eq!(
+        out,
+        [Effect::Send(Box::new(agent::SessionResponse {
+            item: Some(session_response::Item::StatusAck(agent::StatusAck { sequence: 5 }))
+        }))]
+    );
+}
+
+#[test]
+fn statuses_that_nobody_keeps_end_the_session_instead_of_filling_memory() {
+    let mut s = live();
+    for sequence in 0..MAX_UNTAKEN as u64 {
+        let statuses = agent::Statuses { sequence, ..agent::Statuses::default() };
+        s.step(at(1), message(session_request::Item::Statuses(statuses)));
+    }
+    let out = s.step(at(2), message(session_request::Item::Statuses(agent::Statuses::default())));
+    assert_eq!(out, [Effect::Close(Closed::Overrun)]);
+}
+
+#[test]
+fn silence_ends_the_session_and_speech_keeps_it() {
+    let mut s = live();
+    assert_eq!(s.deadline(), Some(Mono(10_000)));
+    let out = s.step(at(10_000), Input::Tick);
+    assert!(matches!(out.as_slice(), [Effect::Send(_)]));
+    s.step(at(12_000), message(session_request::Item::Ping(agent::Ping::default())));
+    let closes = |out: Vec<Effect>| out.iter().any(|e| matches!(e, Effect::Close(_)));
+    assert!(!closes(s.step(at(41_999), Input::Tick)));
+    assert!(closes(s.step(at(42_000), Input::Tick)));
+    assert_eq!(s.deadline(), None);
+}
+
+#[test]
+fn a_set_larger_than_a_message_is_paged() {
+    let names: Vec<String> = (0..20_000).map(|i| format!("replica-{i:06}")).collect();
+    let refs: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut s = live();
+    let out = s.step(at(1), Input::Newest(Ok(set(1, &refs))));
+    let mut entries = 0;
+    let mut pages = 0;
+    for effect in &out {
+        if let Effect::Send(m) = effect {
+            assert!(m.encoded_len() < 1024 * 1024);
+            if let Some(session_response::Item::SetPage(page)) = &m.item {
+                pages += 1;
+                entries += page.entries.len();
+            }
+        }
+    }
+    assert_eq!(entries, 20_000);
+    assert!(pages > 1);
+}
+
+#[test]
+fn a_removed_host_is_told_once_and_the_session_ends() {
+    let mut s = live();
+    let out = s.step(at(1), Input::Removed { wipe: true });
+    assert!(matches!(out.as_slice(), [Effect::Send(_), Effect::Close(Closed::Removed)]));
+    assert!(s.step(at(2), Input::Removed { wipe: true }).is_empty());
+}
