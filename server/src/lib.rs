@@ -3,6 +3,8 @@
 //! Nothing here decides; it feeds the core's machines with what the network, the store and the
 //! clock say, and carries out the effects they answer with.
 
+pub mod config;
+pub mod error;
 pub mod identity;
 pub mod registry;
 pub mod store;
