@@ -7,4 +7,5 @@ pub mod config;
 pub mod error;
 pub mod identity;
 pub mod registry;
+pub mod session;
 pub mod store;

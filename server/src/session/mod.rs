@@ -1,0 +1,3 @@
+//! Sessions with agents, and the connections that agents open for us to call.
+
+pub mod reverse;
