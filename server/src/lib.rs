@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod error;
+pub mod gateway;
 pub mod identity;
 pub mod registry;
 pub mod session;

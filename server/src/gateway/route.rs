@@ -1,0 +1,222 @@
+//! Which replicas serve a deployment, and which of them is asked next.
+//!
+//! The table is replaced as a whole whenever placement or readiness change; a request works on the
+//! backend it has looked up. Outstanding requests are counted per replica over replacements of the
+//! table, by the replica's uid.
+
+use arc_swap::ArcSwap;
+use berth_proto::ids::{HostUid, ReplicaUid};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tokio::sync::watch;
+
+/// One replica that may be asked.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// The replica.
+    pub replica: ReplicaUid,
+    /// Its host.
+    pub host: HostUid,
+    /// The model version it serves; empty for images.
+    pub version: String,
+    /// Requests under way to it.
+    outstanding: Arc<AtomicUsize>,
+}
+
+/// All ready replicas of a deployment.
+#[derive(Debug, Clone, Default)]
+pub struct Backend {
+    /// Namespace.
+    pub namespace: String,
+    /// Deployment's name, which is the model's name for callers.
+    pub deployment: String,
+    /// Name of the port for HTTP; gRPC goes to the port named `grpc` when there is one.
+    pub http_port: String,
+    /// Name of the port for gRPC.
+    pub grpc_port: String,
+    /// Ready replicas, in order of uid.
+    pub targets: Vec<Target>,
+}
+
+/// What a replica is told to the table as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ready {
+    /// The replica.
+    pub replica: ReplicaUid,
+    /// Its host.
+    pub host: HostUid,
+    /// The model version it serves.
+    pub version: String,
+}
+
+/// The table.
+#[derive(Debug)]
+pub struct Routes {
+    table: ArcSwap<BTreeMap<String, Arc<Backend>>>,
+    start: AtomicUsize,
+    changes: watch::Sender<()>,
+}
+
+impl Default for Routes {
+    fn default() -> Self {
+        Self {
+            table: ArcSwap::default(),
+            start: AtomicUsize::new(0),
+            changes: watch::channel(()).0,
+        }
+    }
+}
+
+/// A replica chosen for a request; counts as outstanding until it is dropped.
+#[derive(Debug)]
+pub struct Chosen {
+    /// Which.
+    pub target: Target,
+}
+
+impl Drop for Chosen {
+    fn drop(&mut self) {
+        self.target.outstanding.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The name a deployment has for callers: its own in the namespace `default`, else
+/// `<namespace>.<name>` (neither can hold a dot).
+#[must_use]
+pub fn model_name(namespace: &str, deployment: &str) -> String {
+    if namespace == "default" { deployment.to_owned() } else { format!("{namespace}.{deployment}") }
+}
+
+impl Routes {
+    /// Replaces the table. `backends` give the ready replicas of each deployment.
+    pub fn replace(&self, backends: impl IntoIterator<Item = (Backend, Vec<Ready>)>) {
+        let old = self.table.load();
+        let table = backends
+            .into_iter()
+            .map(|(mut backend, ready)| {
+                let name = model_name(&backend.namespace, &backend.deployment);
+                let before = old.get(&name);
+                backend.targets = ready
+                    .into_iter()
+                    .map(|ready| {
+                        let known = before
+                            .and_then(|b| b.targets.iter().find(|t| t.replica == ready.replica))
+                            .map(|t| Arc::clone(&t.outstanding));
+                        Target {
+                            replica: ready.replica,
+                            host: ready.host,
+                            version: ready.version,
+                            outstanding: known.unwrap_or_default(),
+                        }
+                    })
+                    .collect();
+                (name, Arc::new(backend))
+            })
+            .collect();
+        self.table.store(Arc::new(table));
+        self.changes.send_replace(());
+    }
+
+    /// Tells when the table was replaced.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
+    }
+
+    /// The backend of a deployment, by the name callers use.
+    #[must_use]
+    pub fn backend(&self, model: &str) -> Option<Arc<Backend>> {
+        self.table.load().get(model).cloned()
+    }
+
+    /// Whether a replica may still be asked.
+    #[must_use]
+    pub fn serves(&self, model: &str, replica: &ReplicaUid) -> bool {
+        self.backend(model).is_some_and(|b| b.targets.iter().any(|t| t.replica == *replica))
+    }
+
+    /// Names of all deployments that can be asked.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        self.table.load().keys().cloned().collect()
+    }
+
+    /// The replica with the fewest requests outstanding, of `version` when that is not empty, but
+    /// none of `tried`. Among equals the next one in turn.
+    #[must_use]
+    pub fn choose(&self, model: &str, version: &str, tried: &[ReplicaUid]) -> Option<Chosen> {
+        let backend = self.backend(model)?;
+        let fits: Vec<&Target> = backend
+            .targets
+            .iter()
+            .filter(|t| version.is_empty() || t.version == version)
+            .filter(|t| !tried.contains(&t.replica))
+            .collect();
+        let turn = self.start.fetch_add(1, Ordering::Relaxed);
+        let target = (0..fits.len())
+            .map(|i| fits[(turn + i) % fits.len()])
+            .min_by_key(|t| t.outstanding.load(Ordering::Relaxed))?
+            .clone();
+        target.outstanding.fetch_add(1, Ordering::Relaxed);
+        Some(Chosen { target })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ready(n: u32, version: &str) -> Ready {
+        Ready {
+            replica: format!("r{n}").parse().unwrap(),
+            host: format!("h{n}").parse().unwrap(),
+            version: version.into(),
+        }
+    }
+
+    fn backend() -> Backend {
+        Backend { namespace: "default".into(), deployment: "iris".into(), ..Backend::default() }
+    }
+
+    #[test]
+    fn the_replica_with_the_fewest_outstanding_is_asked() {
+        let routes = Routes::default();
+        routes.replace([(backend(), vec![ready(1, "1"), ready(2, "1"), ready(3, "1")])]);
+        let held: Vec<Chosen> = (0..6).map(|_| routes.choose("iris", "", &[]).unwrap()).collect();
+        let mut count = BTreeMap::new();
+        for chosen in &held {
+            *count.entry(chosen.target.replica.to_string()).or_insert(0) += 1;
+        }
+        assert_eq!(count.values().copied().collect::<Vec<_>>(), [2, 2, 2]);
+    }
+
+    #[test]
+    fn counts_survive_a_new_table() {
+        let routes = Routes::default();
+        routes.replace([(backend(), vec![ready(1, "1")])]);
+        let held = routes.choose("iris", "", &[]).unwrap();
+        routes.replace([(backend(), vec![ready(1, "1"), ready(2, "1")])]);
+        for _ in 0..4 {
+            assert_eq!(routes.choose("iris", "", &[]).unwrap().target.replica.as_str(), "r2");
+        }
+        drop(held);
+    }
+
+    #[test]
+    fn a_version_and_what_was_tried_narrow_the_choice() {
+        let routes = Routes::default();
+        routes.replace([(backend(), vec![ready(1, "1"), ready(2, "2")])]);
+        assert_eq!(routes.choose("iris", "2", &[]).unwrap().target.replica.as_str(), "r2");
+        assert!(routes.choose("iris", "3", &[]).is_none());
+        let tried = ["r2".parse().unwrap()];
+        assert!(routes.choose("iris", "2", &tried).is_none());
+        assert!(routes.choose("other", "", &[]).is_none());
+    }
+
+    #[test]
+    fn other_namespaces_are_told_apart_by_a_dot() {
+        assert_eq!(model_name("default", "iris"), "iris");
+        assert_eq!(model_name("prod", "iris"), "prod.iris");
+    }
+}
