@@ -1,1 +1,4 @@
-//! it
+//! End-to-end tests, one binary.
+
+#[cfg(test)]
+mod guard;
