@@ -1,3 +1,4 @@
 //! What the server decides.
 
 pub mod session;
+pub mod takeover;

@@ -1,0 +1,115 @@
+//! What sessions need of the rest of the server.
+
+use berth_proto::agent::{self, OpenReverse, ReplicaReport, SetVerdict};
+use berth_proto::api;
+use berth_proto::ids::{HostUid, Now, SetNumber};
+use berth_server_core::session::{Closed, Hold, HostSet, Registration};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use tokio::sync::{mpsc, watch};
+
+/// Why a session is over.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Ended {
+    /// The connection is gone.
+    #[error("the connection was lost")]
+    Lost,
+    /// The server stops.
+    #[error("the server stops")]
+    Stopping,
+    /// A newer session of the host.
+    #[error("a newer session took over")]
+    Superseded,
+    /// The host was removed.
+    #[error("the host was removed")]
+    Removed,
+    /// The ledger knows no such host.
+    #[error("the host is not known")]
+    Unknown,
+    /// Two boots share the identity.
+    #[error("two boots share the identity")]
+    Quarantined,
+    /// The ledger did not take the registration.
+    #[error("the registration could not be kept")]
+    Unavailable,
+    /// The machine ended it.
+    #[error(transparent)]
+    Machine(Closed),
+}
+
+/// What the server tells a session from outside.
+#[derive(Debug, Clone)]
+pub enum Order {
+    /// New roots or endpoints.
+    Trust(agent::Trust),
+    /// The host was removed.
+    Removed {
+        /// Containers, artifacts and keys shall go.
+        wipe: bool,
+    },
+    /// End now.
+    End(Ended),
+}
+
+/// A host's newest set, or why it gets none; `None`: not worked out yet.
+pub type Newest = Option<Result<Arc<HostSet>, Hold>>;
+
+/// What a session listens to.
+pub struct Lines {
+    /// The session's number, unique in this process.
+    pub id: u64,
+    /// The host's newest set.
+    pub sets: watch::Receiver<Newest>,
+    /// Tickets for reverse connections.
+    pub tickets: mpsc::Receiver<OpenReverse>,
+    /// Orders.
+    pub orders: mpsc::Receiver<Order>,
+}
+
+/// An answer that comes later.
+pub type Later<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// What sessions need of the rest of the server.
+#[async_trait::async_trait]
+pub trait Desk: Send + Sync + 'static {
+    /// The time.
+    fn now(&self) -> Now;
+    /// A session begins; nothing is known of it but the certificate's host.
+    fn open(&self, host: &HostUid) -> Lines;
+    /// The agent has introduced itself; older sessions of the host end here.
+    async fn register(
+        &self,
+        host: &HostUid,
+        session: u64,
+        registration: Registration,
+    ) -> Result<(), Ended>;
+    /// Keeps statuses; the answer says whether what must be durable is.
+    fn take(
+        &self,
+        host: &HostUid,
+        session: u64,
+        sequence: u64,
+        reports: Vec<ReplicaReport>,
+        absent: Vec<String>,
+    ) -> Later<bool>;
+    /// The host's facts have changed.
+    async fn facts(&self, host: &HostUid, session: u64, facts: api::HostFacts);
+    /// A set is durable at the agent.
+    fn acknowledged(&self, host: &HostUid, session: u64, number: SetNumber);
+    /// A set was refused.
+    fn refused(
+        &self,
+        host: &HostUid,
+        session: u64,
+        offered: SetNumber,
+        held: Option<SetNumber>,
+        verdict: SetVerdict,
+    );
+    /// Roots and endpoints are durable at the agent.
+    async fn trusts(&self, host: &HostUid, version: u64);
+    /// The host's clock is so far ahead, in milliseconds.
+    fn clock(&self, host: &HostUid, session: u64, offset_ms: i64);
+    /// The session is over.
+    async fn close(&self, host: &HostUid, session: u64);
+}

@@ -1,0 +1,220 @@
+//! Feeds one session's machine and carries out its effects.
+//!
+//! One task a session. What is to be sent waits in a queue of the task's own (bounded by one set and
+//! a handful of small messages, because the machine sends one set at a time), so that reading never
+//! waits for writing and two full windows cannot lock each other.
+
+use super::desk::{Desk, Ended};
+use crate::error::Error;
+use berth_proto::agent::{SessionRequest, SessionResponse};
+use berth_proto::ids::{HostUid, Now};
+use berth_server_core::session::{Closed, Effect, Input, Session, Terms};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::Status;
+
+/// Messages handed to tonic ahead of the wire.
+const WIRE_QUEUE: usize = 8;
+/// Answers of the desk under way; the machine bounds what it leaves untaken.
+const TAKEN_QUEUE: usize = 32;
+
+/// What a session's response stream is fed from.
+pub type Outgoing = mpsc::Receiver<Result<SessionResponse, Status>>;
+
+/// Starts a session of the host that the certificate names.
+pub fn start<S>(desk: Arc<dyn Desk>, host: HostUid, terms: Terms, incoming: S) -> Outgoing
+where
+    S: Stream<Item = Result<SessionRequest, Status>> + Send + Unpin + 'static,
+{
+    let (tx, rx) = mpsc::channel(WIRE_QUEUE);
+    tokio::spawn(run(desk, host, terms, incoming, tx));
+    rx
+}
+
+struct Pump {
+    desk: Arc<dyn Desk>,
+    machine: Session,
+    id: u64,
+    queue: VecDeque<SessionResponse>,
+    over: Option<Ended>,
+    registered: bool,
+    taken: mpsc::Sender<u64>,
+}
+
+async fn run<S>(
+    desk: Arc<dyn Desk>,
+    host: HostUid,
+    terms: Terms,
+    mut incoming: S,
+    out: mpsc::Sender<Result<SessionResponse, Status>>,
+) where
+    S: Stream<Item = Result<SessionRequest, Status>> + Send + Unpin + 'static,
+{
+    let mut lines = desk.open(&host);
+    let (taken, mut taken_rx) = mpsc::channel(TAKEN_QUEUE);
+    let now = desk.now();
+    let mut pump = Pump {
+        machine: Session::new(host.clone(), terms, now.mono),
+        id: lines.id,
+        desk: Arc::clone(&desk),
+        queue: VecDeque::new(),
+        over: None,
+        registered: false,
+        taken,
+    };
+    // The newest set is a level: looked at once now, then whenever it changes.
+    lines.sets.mark_changed();
+    while pump.over.is_none() {
+        let due = pump.machine.deadline().map(|at| at.since_ms(desk.now().mono));
+        tokio::select! {
+            // Cancel-safe, all of them: what was not taken stays where it is.
+            message = incoming.next() => match message {
+                Some(Ok(message)) => pump.step(Input::Message(Box::new(message))).await,
+                Some(Err(_)) | None => pump.over = Some(Ended::Lost),
+            },
+            permit = out.reserve(), if !pump.queue.is_empty() => match permit {
+                Ok(permit) => {
+                    if let Some(message) = pump.queue.pop_front() {
+                        permit.send(Ok(message));
+                    }
+                }
+                Err(_) => pump.over = Some(Ended::Lost),
+            },
+            changed = lines.sets.changed() => match changed {
+                Ok(()) => {
+                    let newest = lines.sets.borrow_and_update().clone();
+                    if let Some(newest) = newest {
+                        pump.step(Input::Newest(newest)).await;
+                    }
+                }
+                Err(_) => pump.over = Some(Ended::Stopping),
+            },
+            Some(sequence) = taken_rx.recv() => pump.step(Input::Taken(sequence)).await,
+            Some(open) = lines.tickets.recv() => pump.step(Input::Open(open)).await,
+            Some(order) = lines.orders.recv() => match order {
+                super::desk::Order::Trust(trust) => pump.step(Input::Trust(trust)).await,
+                super::desk::Order::Removed { wipe } => pump.step(Input::Removed { wipe }).await,
+                super::desk::Order::End(why) => pump.over = Some(why),
+            },
+            () = wait(due) => pump.step(Input::Tick).await,
+        }
+    }
+    // Last words (a removal) still go out, but a peer that does not read is not waited for.
+    let last = async {
+        for message in pump.queue.drain(..) {
+            if out.send(Ok(message)).await.is_err() {
+                return;
+            }
+        }
+        if let Some(status) = pump.over.as_ref().and_then(Ended::error) {
+            let _ = out.send(Err(Status::from(status))).await;
+        }
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(2), last).await;
+    let ended = pump.over.unwrap_or(Ended::Lost);
+    if pump.registered {
+        tracing::info!(%host, session = lines.id, reason = %ended, "a session ended");
+    } else {
+        tracing::warn!(%host, session = lines.id, reason = %ended, "a session ended before its hello");
+    }
+    desk.close(&host, lines.id).await;
+}
+
+/// Ends after so many milliseconds; never when there is nothing to wait for.
+async fn wait(ms: Option<u64>) {
+    match ms {
+        Some(ms) => tokio::time::sleep(Duration::from_millis(ms)).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Pump {
+    async fn step(&mut self, input: Input) {
+        let now: Now = self.desk.now();
+        let host = self.machine.host().clone();
+        for effect in self.machine.step(now, input) {
+            match effect {
+                Effect::Send(message) => self.queue.push_back(*message),
+                Effect::Register(registration) => {
+                    match self.desk.register(&host, self.id, *registration).await {
+                        Ok(()) => self.registered = true,
+                        Err(why) => self.over = Some(why),
+                    }
+                }
+                Effect::Take { sequence, reports, absent } => {
+                    let desk = Arc::clone(&self.desk);
+                    let taken = self.taken.clone();
+                    let (host, id) = (host.clone(), self.id);
+                    // In order: the desk keeps a host's statuses in the order it was called.
+                    let kept = desk.take(&host, id, sequence, reports, absent);
+                    tokio::spawn(async move {
+                        if kept.await {
+                            let _ = taken.send(sequence).await;
+                        }
+                    });
+                }
+                Effect::Facts(facts) => self.desk.facts(&host, self.id, *facts).await,
+                Effect::Acknowledged(number) => self.desk.acknowledged(&host, self.id, number),
+                Effect::Refused { offered, held, verdict, message } => {
+                    tracing::error!(
+                        %host, ?offered, ?held, ?verdict, message,
+                        "a host refused its set; it keeps what it runs"
+                    );
+                    self.desk.refused(&host, self.id, offered, held, verdict);
+                }
+                Effect::TrustAcknowledged(version) => self.desk.trusts(&host, version).await,
+                Effect::ClockOffset(ms) => self.desk.clock(&host, self.id, ms),
+                Effect::Close(why) => {
+                    self.over = Some(match why {
+                        Closed::Removed => Ended::Removed,
+                        other @ (Closed::Protocol(_)
+                        | Closed::WrongHost
+                        | Closed::Idle(_)
+                        | Closed::NoHello
+                        | Closed::Overrun) => Ended::Machine(other),
+                    });
+                }
+            }
+        }
+    }
+}
+
+impl Ended {
+    /// What the agent is told, when there is anything to tell.
+    #[must_use]
+    pub fn error(&self) -> Option<Error> {
+        match self {
+            Self::Lost => None,
+            Self::Stopping => {
+                Some(Error::unavailable("SERVER_STOPPING", "the server stops; dial again"))
+            }
+            Self::Superseded => Some(Error::precondition(
+                "SESSION_SUPERSEDED",
+                "another session of this host has taken over",
+            )),
+            Self::Removed => Some(Error::denied("HOST_REMOVED", "this host was removed")),
+            Self::Unknown => {
+                Some(Error::denied("HOST_UNKNOWN", "no host with this certificate is known"))
+            }
+            Self::Quarantined => Some(Error::denied(
+                "HOST_QUARANTINED",
+                "two hosts use this identity; an operator has to release the quarantine",
+            )),
+            Self::Unavailable => {
+                Some(Error::unavailable("LEDGER_BUSY", "the server cannot register the host now"))
+            }
+            Self::Machine(Closed::WrongHost) => {
+                Some(Error::denied("WRONG_HOST", "the hello names another host"))
+            }
+            Self::Machine(Closed::Protocol(what)) => {
+                Some(Error::field("item", format!("the session's protocol was broken: {what}")))
+            }
+            Self::Machine(
+                Closed::Idle(_) | Closed::NoHello | Closed::Overrun | Closed::Removed,
+            ) => Some(Error::unavailable("SESSION_ENDED", "the session was ended; dial again")),
+        }
+    }
+}
