@@ -16,7 +16,7 @@ use wire::model_metadata_response::TensorMetadata;
 
 use crate::error::{Error, Outcome};
 use crate::metrics::Protocol;
-use crate::service::{EXTENSIONS, PLATFORM, SERVER_NAME, Service};
+use crate::service::{Deadline, EXTENSIONS, PLATFORM, SERVER_NAME, Service};
 use crate::signature::{Signature, TensorSpec};
 use crate::tensor::{Datatype, Elements, InputError, Tensor};
 
@@ -54,10 +54,6 @@ pub fn routes(
         ))
 }
 
-/// The time by which the answer must be there, for the handler.
-#[derive(Clone, Copy, Debug)]
-struct Deadline(tokio::time::Instant);
-
 /// Admits inference requests before they are decoded, keeps their time, and counts them.
 async fn guard(State(service): State<Arc<Service>>, mut request: Request, next: Next) -> Response {
     if request.uri().path() != INFER {
@@ -66,15 +62,12 @@ async fn guard(State(service): State<Arc<Service>>, mut request: Request, next: 
     let start = Instant::now();
     let limit = asked_timeout(request.headers())
         .map_or(service.settings().timeout, |asked| asked.min(service.settings().timeout));
-    let deadline = tokio::time::Instant::now() + limit;
-    request.extensions_mut().insert(Deadline(deadline));
+    let deadline = Deadline::after(limit);
+    request.extensions_mut().insert(deadline);
     let refuse = |error: Error| Status::from(error).into_http();
     let response = match service.admit() {
         Err(error) => refuse(error),
-        Ok(_place) => match tokio::time::timeout_at(deadline, next.run(request)).await {
-            Err(_) => refuse(Error::TooLate { limit }),
-            Ok(response) => response,
-        },
+        Ok(_place) => deadline.bound(next.run(request)).await.unwrap_or_else(refuse),
     };
     let mut code = response
         .headers()
@@ -183,7 +176,8 @@ impl GrpcInferenceService for Inference {
         let deadline = request
             .extensions()
             .get::<Deadline>()
-            .map_or_else(|| tokio::time::Instant::now() + self.0.settings().timeout, |d| d.0);
+            .copied()
+            .unwrap_or_else(|| Deadline::after(self.0.settings().timeout));
         let request = request.into_inner();
         Ok(infer(&self.0, request, deadline).await?.into())
     }
@@ -192,7 +186,7 @@ impl GrpcInferenceService for Inference {
 async fn infer(
     service: &Service,
     request: wire::ModelInferRequest,
-    deadline: tokio::time::Instant,
+    deadline: Deadline,
 ) -> Result<wire::ModelInferResponse, Error> {
     service.resolve(&request.model_name, &request.model_version)?;
     let signature = service.signature()?;

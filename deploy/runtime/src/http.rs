@@ -18,7 +18,7 @@ use serde_json::json;
 use crate::error::{Chain, Error, Outcome, unimplemented};
 use crate::json;
 use crate::metrics::Protocol;
-use crate::service::{EXTENSIONS, PLATFORM, SERVER_NAME, Service};
+use crate::service::{Deadline, EXTENSIONS, PLATFORM, SERVER_NAME, Service};
 use crate::signature::TensorSpec;
 
 type Shared = State<Arc<Service>>;
@@ -132,13 +132,10 @@ async fn wrong_method(uri: Uri, method: Method) -> Error {
 
 async fn infer(State(service): Shared, Path(asked): Path<Asked>, request: Request) -> Response {
     let start = std::time::Instant::now();
-    let timeout = service.settings().timeout;
-    let deadline = tokio::time::Instant::now() + timeout;
-    let answer = tokio::time::timeout_at(deadline, answer(&service, &asked, request, deadline));
-    let response = match answer.await {
+    let deadline = Deadline::after(service.settings().timeout);
+    let response = match deadline.bound(answer(&service, &asked, request, deadline)).await {
         Ok(Ok(response)) => response,
-        Ok(Err(error)) => error.into_response(),
-        Err(_) => Error::TooLate { limit: timeout }.into_response(),
+        Ok(Err(error)) | Err(error) => error.into_response(),
     };
     let outcome = Outcome::of_http(response.status());
     service.metrics().request(Protocol::Http, outcome, start.elapsed().as_secs_f64());
@@ -149,7 +146,7 @@ async fn answer(
     service: &Service,
     asked: &Asked,
     request: Request,
-    deadline: tokio::time::Instant,
+    deadline: Deadline,
 ) -> Result<Response, Error> {
     service.resolve(&asked.model, &asked.version)?;
     let signature = service.signature()?;

@@ -41,6 +41,34 @@ pub struct Settings {
     pub limit: usize,
 }
 
+/// By when a request must be answered.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadline {
+    /// The time.
+    pub at: tokio::time::Instant,
+    /// How long that was from the request's start: what the caller is told when it has passed.
+    pub limit: Duration,
+}
+
+impl Deadline {
+    /// `limit` from now.
+    #[must_use]
+    pub fn after(limit: Duration) -> Self {
+        Self { at: tokio::time::Instant::now() + limit, limit }
+    }
+
+    /// The outcome of `work`, unless the deadline passes first; `work` is dropped then.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooLate`].
+    pub async fn bound<T>(self, work: impl Future<Output = T>) -> Result<T, Error> {
+        tokio::time::timeout_at(self.at, work)
+            .await
+            .map_err(|_| Error::TooLate { limit: self.limit })
+    }
+}
+
 /// What is there once the model is loaded.
 #[derive(Debug)]
 struct Loaded {
@@ -185,7 +213,7 @@ impl Service {
         &self,
         inputs: Vec<(usize, Tensor)>,
         wanted: Vec<usize>,
-        deadline: tokio::time::Instant,
+        deadline: Deadline,
     ) -> Result<Vec<Tensor>, Error> {
         let loaded = self.loaded()?;
         let signature = loaded.model.signature();
@@ -195,12 +223,9 @@ impl Service {
         }
         let (reply, answer) = oneshot::channel();
         loaded.queue.push(Job { inputs, wanted, since: Instant::now(), reply })?;
-        match tokio::time::timeout_at(deadline, answer).await {
-            Ok(Ok(answer)) => answer,
-            // The worker ends only after the queue is empty, so this means that it is gone.
-            Ok(Err(_)) => Err(Error::Crashed("the worker ended".to_owned())),
-            Err(_) => Err(Error::TooLate { limit: self.settings.timeout }),
-        }
+        // The worker ends only after the queue is empty, so no answer means that it is gone.
+        let gone = |_| Err(Error::Crashed("the worker ended".to_owned()));
+        deadline.bound(answer).await?.unwrap_or_else(gone)
     }
 
     /// Lets the worker end when it has done what waits.

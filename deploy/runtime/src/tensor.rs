@@ -522,7 +522,6 @@ pub fn half_to_single(half: u16) -> f32 {
 #[must_use]
 pub fn single_to_half(single: f32) -> u16 {
     let bits = single.to_bits();
-    #[expect(clippy::cast_possible_truncation, reason = "one bit")]
     let sign = ((bits >> 31) as u16) << 15;
     let size = bits & 0x7fff_ffff;
     if size > 0x7f80_0000 {
