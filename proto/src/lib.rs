@@ -39,10 +39,12 @@ pub mod inference {
 }
 
 /// All packages with their comments left out, for reflection.
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
+pub mod convert;
 pub mod ids;
+pub mod quantity;
+pub mod selector;
 pub mod sets;
 pub mod values;
 
