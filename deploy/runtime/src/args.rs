@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use berth_proto::quantity::{self, InvalidQuantity};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Serves one ONNX model over the Open Inference Protocol v2.
@@ -136,48 +137,18 @@ pub enum LogFormat {
     Json,
 }
 
-/// Parses `250ms`, `30s`, `5m` or `1h`.
-///
-/// # Errors
-///
-/// A sentence for the user when it is none of these.
-pub fn duration(text: &str) -> Result<Duration, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let wrong = || format!("`{text}` is not a duration: write 250ms, 30s, 5m or 1h");
-    let number: u32 = number.parse().map_err(|_| wrong())?;
-    let milliseconds = match unit {
-        "ms" => 1,
-        "s" => 1_000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        _ => return Err(wrong()),
-    };
-    Ok(Duration::from_millis(u64::from(number) * milliseconds))
+/// A duration as manifests write it: `250ms`, `30s`, `1h30m`.
+fn duration(text: &str) -> Result<Duration, InvalidQuantity> {
+    quantity::parse_duration_ms(text).map(Duration::from_millis)
 }
 
-/// Parses `1048576`, `512KiB`, `16MiB` or `1GiB`; 1 KiB to 2 GiB.
-///
-/// # Errors
-///
-/// A sentence for the user when it is none of these.
-pub fn bytes(text: &str) -> Result<usize, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let wrong = || format!("`{text}` is not a size: write 1048576, 512KiB, 16MiB or 1GiB");
-    let number: u64 = number.parse().map_err(|_| wrong())?;
-    let factor = match unit {
-        "" | "B" => 1,
-        "KiB" => 1 << 10,
-        "MiB" => 1 << 20,
-        "GiB" => 1 << 30,
-        _ => return Err(wrong()),
-    };
-    number
-        .checked_mul(factor)
+/// A size as manifests write it, from 1 KiB to 2 GiB: gRPC's messages cannot be larger than 4.
+fn bytes(text: &str) -> Result<usize, String> {
+    let total = quantity::parse_bytes(text).map_err(|e| e.to_string())?;
+    usize::try_from(total)
+        .ok()
         .filter(|total| (1 << 10..=2 << 30).contains(total))
-        .and_then(|total| usize::try_from(total).ok())
-        .ok_or_else(|| format!("`{text}` is out of range: between 1KiB and 2GiB"))
+        .ok_or_else(|| format!("\"{text}\" is out of range: 1KiB to 2GiB"))
 }
 
 /// A name that can stand as one segment of a path and in a log line.
@@ -202,24 +173,29 @@ mod tests {
         Command::command().debug_assert();
     }
 
-    #[test]
-    fn durations_and_sizes_are_read_with_their_units() {
-        assert_eq!(duration("0ms"), Ok(Duration::ZERO));
-        assert_eq!(duration("1h"), Ok(Duration::from_secs(3600)));
-        assert_eq!(bytes("16MiB"), Ok(16 << 20));
-        assert_eq!(bytes("4096"), Ok(4096));
+    fn serve(args: &[&str]) -> Result<Serve, String> {
+        let args = ["berth-runtime"].iter().chain(args);
+        Command::try_parse_from(args).map(|command| command.serve).map_err(|e| e.to_string())
     }
 
     #[test]
-    fn durations_and_sizes_without_sense_are_refused_with_examples() {
-        for text in ["", "5", "s", "-1s", "1.5s", "5 s", "99999999999s"] {
-            assert!(duration(text).is_err_and(|e| e.contains("30s")), "{text}");
+    fn durations_and_sizes_are_read_with_their_units() {
+        let args = serve(&["--max-delay", "2ms", "--max-body", "1MiB"]).unwrap();
+        assert_eq!(args.max_delay, Duration::from_millis(2));
+        assert_eq!(args.max_body, 1 << 20);
+    }
+
+    #[test]
+    fn durations_and_sizes_without_sense_are_refused_by_name() {
+        for (flag, text, wanted) in [
+            ("--max-delay", "soon", "30s"),
+            ("--max-body", "16 apples", "MiB"),
+            ("--max-body", "3GiB", "1KiB to 2GiB"),
+            ("--max-body", "12", "1KiB to 2GiB"),
+        ] {
+            let error = serve(&[flag, text]).unwrap_err();
+            assert!(error.contains(flag) && error.contains(wanted), "{error}");
         }
-        for text in ["", "MiB", "-1", "16MB", "1.5MiB", "99999999999999999999"] {
-            assert!(bytes(text).is_err_and(|e| e.contains("16MiB")), "{text}");
-        }
-        assert!(bytes("3GiB").is_err_and(|e| e.contains("range")));
-        assert!(bytes("18446744073709551615GiB").is_err_and(|e| e.contains("range")));
     }
 
     #[test]
