@@ -1,4 +1,12 @@
 //! What the server decides.
+//!
+//! Everything here is a function of its arguments or a step machine: a view of the cluster, a policy,
+//! the time and new ids in, plans and effects out. It does no I/O, reads no clock and draws no random
+//! number, so that every decision can be replayed.
 
+pub mod batching;
+pub mod change;
+pub mod objects;
 pub mod session;
 pub mod takeover;
+pub mod view;

@@ -1,0 +1,386 @@
+//! What the ledger commits together.
+//!
+//! One writer. Proposals are checked in memory against the newest *submitted* view and get a revision
+//! each, at once and in order; while one group is being made durable the next one gathers; when a
+//! group is durable all its proposals are acknowledged and the view is published. A request is one
+//! proposal and is never split. Whoever plans reads [`Batching::ahead`], so that nothing is decided
+//! twice; everybody else reads what was published.
+//!
+//! Two things cannot be forgotten by whoever proposes, because they are done here: a change of a
+//! host's replicas raises its generation in the same batch, and events and audit entries get their
+//! numbers.
+
+use crate::change::{Change, Encoded};
+use crate::view::{ObjectKey, View};
+use berth_proto::ids::{Epoch, Generation, HostUid, Revision};
+use std::collections::BTreeSet;
+
+/// Operations in one revision: what an etcd transaction takes with room to spare (its limit is 128).
+pub const MAX_OPS: usize = 100;
+/// Bytes in one revision: below etcd's 1.5 MiB.
+pub const MAX_BYTES: usize = 1024 * 1024;
+/// Proposals in one group: bounds how long an acknowledgement can wait for others.
+pub const MAX_GROUP: usize = 512;
+/// Proposals that may wait; beyond that the caller is told to come back.
+pub const MAX_WAITING: usize = 8192;
+
+/// What must hold for a proposal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Precondition {
+    /// The object was last written at this revision; 0: it is not there.
+    At(ObjectKey, Revision),
+    /// The object is there.
+    Exists(ObjectKey),
+    /// The epoch is this one.
+    Epoch(Epoch),
+}
+
+/// Changes that belong together.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Proposal {
+    /// All must hold.
+    pub preconditions: Vec<Precondition>,
+    /// What to change.
+    pub changes: Vec<Change>,
+}
+
+/// Why a proposal was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// An object is not as expected.
+    #[error("{object:?} is at revision {found}, not {expected}")]
+    Conflict {
+        /// Which.
+        object: ObjectKey,
+        /// What was expected.
+        expected: Revision,
+        /// What is.
+        found: Revision,
+    },
+    /// The epoch has changed.
+    #[error("the epoch is {found}, not {expected}")]
+    Epoch {
+        /// What was expected.
+        expected: Epoch,
+        /// What is.
+        found: Epoch,
+    },
+    /// More than one commit can hold.
+    #[error(
+        "the change has {ops} operations and {bytes} bytes; at most {MAX_OPS} and {MAX_BYTES} fit"
+    )]
+    TooLarge {
+        /// Operations.
+        ops: usize,
+        /// Bytes.
+        bytes: usize,
+    },
+    /// Too many wait.
+    #[error("too many writes are waiting")]
+    Busy,
+    /// The store has failed; the process stops.
+    #[error("the store has failed")]
+    Failed,
+    /// The disk is full; this one was not written.
+    #[error("the disk is full")]
+    Full,
+}
+
+/// One revision's operations.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// The revision.
+    pub revision: Revision,
+    /// What to write.
+    pub ops: Vec<Encoded>,
+}
+
+/// What comes out.
+#[derive(Debug, Clone)]
+pub enum Effect {
+    /// Make these durable, in order; answer with [`Batching::persisted`] or [`Batching::failed`].
+    Persist {
+        /// Names the group.
+        token: u64,
+        /// The group.
+        batches: Vec<Batch>,
+    },
+    /// A proposal is durable.
+    Acknowledge {
+        /// Whose.
+        id: u64,
+        /// At which revision.
+        revision: Revision,
+    },
+    /// A proposal was not taken.
+    Reject {
+        /// Whose.
+        id: u64,
+        /// Why.
+        why: Refusal,
+    },
+    /// This view is durable; readers get it. The changes are those since the view before.
+    Publish {
+        /// The view.
+        view: Box<View>,
+        /// What has changed, in order.
+        changes: Vec<(Revision, Change)>,
+    },
+}
+
+#[derive(Debug)]
+struct Group {
+    token: u64,
+    ids: Vec<(u64, Revision)>,
+    changes: Vec<(Revision, Change)>,
+    view: View,
+}
+
+/// The machine.
+#[derive(Debug)]
+pub struct Batching {
+    ahead: View,
+    durable: View,
+    in_flight: Option<Group>,
+    waiting_ids: Vec<(u64, Revision)>,
+    waiting: Vec<Batch>,
+    waiting_changes: Vec<(Revision, Change)>,
+    token: u64,
+    failed: bool,
+}
+
+impl Batching {
+    /// A machine that goes on from a loaded view.
+    #[must_use]
+    pub fn new(view: View) -> Self {
+        Self {
+            ahead: view.clone(),
+            durable: view,
+            in_flight: None,
+            waiting_ids: Vec::new(),
+            waiting: Vec::new(),
+            waiting_changes: Vec::new(),
+            token: 0,
+            failed: false,
+        }
+    }
+
+    /// The newest submitted view, not yet durable: for planning.
+    #[must_use]
+    pub fn ahead(&self) -> &View {
+        &self.ahead
+    }
+
+    /// The newest durable view.
+    #[must_use]
+    pub fn durable(&self) -> &View {
+        &self.durable
+    }
+
+    /// Takes in a proposal.
+    pub fn propose(&mut self, id: u64, proposal: Proposal) -> Vec<Effect> {
+        let reject = |why| vec![Effect::Reject { id, why }];
+        if self.failed {
+            return reject(Refusal::Failed);
+        }
+        if self.waiting.len() >= MAX_WAITING {
+            return reject(Refusal::Busy);
+        }
+        if let Err(why) = self.check(&proposal.preconditions) {
+            return reject(why);
+        }
+        if proposal.changes.is_empty() {
+            // Nothing to write: true as soon as what it was checked against is durable.
+            return self.empty(id);
+        }
+        let revision = self.ahead.revision.next();
+        let mut next = self.ahead.clone();
+        let changes = prepare(&mut next, proposal.changes, revision);
+        let ops: Vec<Encoded> = changes.iter().map(Change::encode).collect();
+        let bytes = ops.iter().map(|(k, v)| k.len() + v.as_ref().map_or(0, Vec::len)).sum();
+        if ops.len() > MAX_OPS || bytes > MAX_BYTES {
+            return reject(Refusal::TooLarge { ops: ops.len(), bytes });
+        }
+        self.ahead = next;
+        self.waiting_ids.push((id, revision));
+        self.waiting.push(Batch { revision, ops });
+        self.waiting_changes.extend(changes.into_iter().map(|change| (revision, change)));
+        self.launch()
+    }
+
+    fn empty(&mut self, id: u64) -> Vec<Effect> {
+        let revision = self.ahead.revision;
+        if self.waiting.is_empty() && self.in_flight.is_none() {
+            return vec![Effect::Acknowledge { id, revision }];
+        }
+        if self.waiting.is_empty() {
+            if let Some(group) = &mut self.in_flight {
+                group.ids.push((id, revision));
+            }
+        } else {
+            self.waiting_ids.push((id, revision));
+        }
+        Vec::new()
+    }
+
+    fn check(&self, preconditions: &[Precondition]) -> Result<(), Refusal> {
+        for precondition in preconditions {
+            match precondition {
+                Precondition::At(object, expected) => {
+                    let found = self.ahead.revision_of(object);
+                    if found != *expected {
+                        let (object, expected) = (object.clone(), *expected);
+                        return Err(Refusal::Conflict { object, expected, found });
+                    }
+                }
+                Precondition::Exists(object) => {
+                    let found = self.ahead.revision_of(object);
+                    if found == Revision(0) {
+                        let object = object.clone();
+                        return Err(Refusal::Conflict { object, expected: Revision(0), found });
+                    }
+                }
+                Precondition::Epoch(expected) => {
+                    let found = self.ahead.epoch();
+                    if found != *expected {
+                        return Err(Refusal::Epoch { expected: *expected, found });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn launch(&mut self) -> Vec<Effect> {
+        if self.in_flight.is_some() || self.waiting.is_empty() {
+            return Vec::new();
+        }
+        // A group is everything that waits, cut at its bound; what was cut makes the next one.
+        let cut = self.waiting.len().min(MAX_GROUP);
+        let rest = self.waiting.split_off(cut);
+        let batches = std::mem::replace(&mut self.waiting, rest);
+        let last = batches.last().map(|b| b.revision).unwrap_or_default();
+        let (ids, rest) = std::mem::take(&mut self.waiting_ids)
+            .into_iter()
+            .partition(|(_, revision)| *revision <= last);
+        self.waiting_ids = rest;
+        let (changes, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiting_changes)
+            .into_iter()
+            .partition(|(revision, _)| *revision <= last);
+        self.waiting_changes = rest;
+        let view = if self.waiting.is_empty() {
+            self.ahead.clone()
+        } else {
+            let mut view = self.durable.clone();
+            for (revision, change) in &changes {
+                view.apply(change, *revision);
+            }
+            view
+        };
+        self.token += 1;
+        self.in_flight = Some(Group { token: self.token, ids, changes, view });
+        vec![Effect::Persist { token: self.token, batches }]
+    }
+
+    /// A group is durable.
+    pub fn persisted(&mut self, token: u64) -> Vec<Effect> {
+        let mut out = Vec::new();
+        let Some(group) = self.in_flight.take_if(|group| group.token == token) else {
+            return out;
+        };
+        self.durable = group.view;
+        // Readers first: whoever is acknowledged finds what it wrote.
+        out.push(Effect::Publish { view: Box::new(self.durable.clone()), changes: group.changes });
+        out.extend(
+            group.ids.into_iter().map(|(id, revision)| Effect::Acknowledge { id, revision }),
+        );
+        out.extend(self.launch());
+        out
+    }
+
+    /// A group was not written, and nothing of it: the disk is full. What was submitted is taken
+    /// back, the writers are told, and the machine goes on.
+    pub fn full(&mut self, token: u64) -> Vec<Effect> {
+        let Some(group) = self.in_flight.take_if(|group| group.token == token) else {
+            return Vec::new();
+        };
+        self.ahead = self.durable.clone();
+        let ids = group.ids.into_iter().chain(std::mem::take(&mut self.waiting_ids));
+        let out = ids.map(|(id, _)| Effect::Reject { id, why: Refusal::Full }).collect();
+        self.waiting.clear();
+        self.waiting_changes.clear();
+        out
+    }
+
+    /// The store has failed: nothing more is taken, nobody is acknowledged.
+    pub fn failed(&mut self) -> Vec<Effect> {
+        self.failed = true;
+        let in_flight = self.in_flight.take().map(|group| group.ids).unwrap_or_default();
+        let ids = in_flight.into_iter().chain(std::mem::take(&mut self.waiting_ids));
+        let out = ids.map(|(id, _)| Effect::Reject { id, why: Refusal::Failed }).collect();
+        self.waiting.clear();
+        self.waiting_changes.clear();
+        out
+    }
+}
+
+/// Numbers events and audit entries, raises the generations of hosts whose set changes, and applies.
+fn prepare(view: &mut View, changes: Vec<Change>, revision: Revision) -> Vec<Change> {
+    let mut out = Vec::with_capacity(changes.len() + 1);
+    let mut touched: BTreeSet<HostUid> = BTreeSet::new();
+    for mut change in changes {
+        match &mut change {
+            Change::AppendEvent(event) => event.sequence = view.next_event.max(1),
+            Change::AppendAudit(audit) => audit.revision = revision.0,
+            Change::PutReplica(replica) => {
+                let old = view.replica(&replica.uid);
+                if old.and_then(|old| old.set_entry()) != replica.set_entry() {
+                    touched.insert(replica.host.clone());
+                }
+                if let Some(old) = old
+                    && old.host != replica.host
+                {
+                    touched.insert(old.host.clone());
+                }
+            }
+            Change::DeleteReplica(uid) => {
+                if let Some(old) = view.replica(uid)
+                    && old.set_entry().is_some()
+                {
+                    touched.insert(old.host.clone());
+                }
+            }
+            Change::PutCluster(_)
+            | Change::PutDeployment(_)
+            | Change::DeleteDeployment(_)
+            | Change::PutRelease(_)
+            | Change::DeleteRelease(..)
+            | Change::PutHost(_)
+            | Change::SetGeneration(..)
+            | Change::PutModel(_)
+            | Change::PutVersion(_)
+            | Change::DeleteVersion(..)
+            | Change::AppendAliasMove(_)
+            | Change::PutJoinToken(_)
+            | Change::DeleteJoinToken(_)
+            | Change::PutUser(_)
+            | Change::PutUserToken(_)
+            | Change::PutRequest(_)
+            | Change::DeleteRequest(_)
+            | Change::DeleteEvent(_) => {}
+        }
+        view.apply(&change, revision);
+        out.push(change);
+    }
+    for host in touched {
+        let generation = Generation(view.generation(&host).0 + 1);
+        let change = Change::SetGeneration(host, generation);
+        view.apply(&change, revision);
+        out.push(change);
+    }
+    out
+}
+
+#[cfg(test)]
+#[path = "batching_tests.rs"]
+mod tests;

@@ -1,0 +1,154 @@
+use super::*;
+use crate::objects::Replica;
+use berth_proto::record;
+use std::sync::Arc;
+
+fn replica(uid: &str, host: &str) -> Change {
+    Change::PutReplica(Arc::new(
+        Replica::new(&record::ReplicaRecord {
+            uid: uid.into(),
+            deployment_uid: "d".into(),
+            host_uid: host.into(),
+            intent: 1,
+            ..Default::default()
+        })
+        .unwrap(),
+    ))
+}
+
+fn change(changes: Vec<Change>) -> Proposal {
+    Proposal { preconditions: vec![], changes }
+}
+
+fn persist_token(effects: &[Effect]) -> Option<u64> {
+    effects.iter().find_map(|e| match e {
+        Effect::Persist { token, .. } => Some(*token),
+        Effect::Acknowledge { .. } | Effect::Reject { .. } | Effect::Publish { .. } => None,
+    })
+}
+
+fn acknowledged(effects: &[Effect]) -> Vec<u64> {
+    effects
+        .iter()
+        .filter_map(|e| match e {
+            Effect::Acknowledge { id, .. } => Some(*id),
+            Effect::Persist { .. } | Effect::Reject { .. } | Effect::Publish { .. } => None,
+        })
+        .collect()
+}
+
+#[test]
+fn nothing_is_acknowledged_before_it_is_durable_and_a_group_gathers_meanwhile() {
+    let mut b = Batching::new(View::default());
+    let first = b.propose(1, change(vec![replica("a", "h")]));
+    let token = persist_token(&first).unwrap();
+    assert!(acknowledged(&first).is_empty());
+    for id in 2..5 {
+        assert!(b.propose(id, change(vec![replica(&format!("r{id}"), "h")])).is_empty());
+    }
+    assert_eq!(b.durable().revision, Revision(0));
+    assert_eq!(b.ahead().revision, Revision(4));
+    let out = b.persisted(token);
+    assert_eq!(acknowledged(&out), [1]);
+    let out = b.persisted(persist_token(&out).unwrap());
+    assert_eq!(acknowledged(&out), [2, 3, 4]);
+    assert_eq!(b.durable().revision, Revision(4));
+}
+
+#[test]
+fn a_change_of_a_hosts_replicas_raises_its_generation_in_the_same_batch() {
+    let mut b = Batching::new(View::default());
+    let host: HostUid = "h".parse().unwrap();
+    b.propose(1, change(vec![replica("a", "h"), replica("b", "h")]));
+    assert_eq!(b.ahead().generation(&host), Generation(1));
+    // The same again changes no set.
+    b.propose(2, change(vec![replica("a", "h")]));
+    assert_eq!(b.ahead().generation(&host), Generation(1));
+    b.propose(3, change(vec![Change::DeleteReplica("a".parse().unwrap())]));
+    assert_eq!(b.ahead().generation(&host), Generation(2));
+}
+
+#[test]
+fn a_precondition_is_checked_against_what_was_submitted() {
+    let mut b = Batching::new(View::default());
+    let key = ObjectKey::Replica("a".parse().unwrap());
+    let create = |id: u64, b: &mut Batching| {
+        b.propose(
+            id,
+            Proposal {
+                preconditions: vec![Precondition::At(key.clone(), Revision(0))],
+                changes: vec![replica("a", "h")],
+            },
+        )
+    };
+    assert!(persist_token(&create(1, &mut b)).is_some());
+    assert!(matches!(
+        create(2, &mut b).as_slice(),
+        [Effect::Reject { id: 2, why: Refusal::Conflict { found: Revision(1), .. } }]
+    ));
+}
+
+#[test]
+fn a_proposal_too_large_for_one_commit_is_refused_and_changes_nothing() {
+    let mut b = Batching::new(View::default());
+    let changes = (0..=MAX_OPS).map(|i| replica(&format!("r{i}"), "h")).collect();
+    assert!(matches!(
+        b.propose(1, change(changes)).as_slice(),
+        [Effect::Reject { why: Refusal::TooLarge { .. }, .. }]
+    ));
+    assert_eq!(b.ahead().revision, Revision(0));
+}
+
+#[test]
+fn a_full_disk_takes_back_what_was_submitted_and_the_machine_goes_on() {
+    let mut b = Batching::new(View::default());
+    let token = persist_token(&b.propose(1, change(vec![replica("a", "h")]))).unwrap();
+    b.propose(2, change(vec![replica("b", "h")]));
+    let out = b.full(token);
+    assert_eq!(out.len(), 2);
+    assert_eq!(b.ahead().revision, Revision(0));
+    let token = persist_token(&b.propose(3, change(vec![replica("c", "h")]))).unwrap();
+    assert_eq!(acknowledged(&b.persisted(token)), [3]);
+}
+
+#[test]
+fn after_a_failed_store_nobody_is_acknowledged() {
+    let mut b = Batching::new(View::default());
+    b.propose(1, change(vec![replica("a", "h")]));
+    let out = b.failed();
+    assert!(matches!(out.as_slice(), [Effect::Reject { id: 1, why: Refusal::Failed }]));
+    assert!(acknowledged(&b.persisted(1)).is_empty());
+    assert!(matches!(
+        b.propose(2, change(vec![])).as_slice(),
+        [Effect::Reject { why: Refusal::Failed, .. }]
+    ));
+}
+
+#[test]
+fn what_is_stored_loads_back_to_the_same_view() {
+    let mut b = Batching::new(View::default());
+    let event = berth_proto::api::Event::default();
+    let token = persist_token(&b.propose(
+        1,
+        change(vec![replica("a", "h"), replica("b", "g"), Change::AppendEvent(event)]),
+    ))
+    .unwrap();
+    let mut stored: std::collections::BTreeMap<Vec<u8>, (Revision, Vec<u8>)> = Default::default();
+    for effect in b.persisted(token) {
+        if let Effect::Publish { changes, .. } = effect {
+            for (revision, change) in changes {
+                let (key, value) = change.encode();
+                match value {
+                    Some(value) => stored.insert(key, (revision, value)),
+                    None => stored.remove(&key),
+                };
+            }
+        }
+    }
+    let view = View::load(stored.into_iter().map(|(k, (r, v))| (k, r, v))).unwrap();
+    let all = |v: &View| v.replicas().cloned().collect::<Vec<_>>();
+    assert_eq!(all(&view), all(b.durable()));
+    assert_eq!(view.next_event, b.durable().next_event);
+    assert_eq!(view.generation(&"h".parse().unwrap()), Generation(1));
+    assert_eq!(view.rebuilt_use().len(), 2);
+}
