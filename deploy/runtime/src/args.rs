@@ -41,7 +41,7 @@ pub enum Job {
 /// Settings of the health check.
 #[derive(Debug, Args)]
 pub struct Healthcheck {
-    /// Where the server listens. 0.0.0.0 and [::] are asked on the loopback address.
+    /// Where the server listens. One that listens on all addresses is asked on the loopback one.
     #[arg(long, env = "BERTH_LISTEN", value_name = "ADDRESS", default_value = "0.0.0.0:8080")]
     pub listen: SocketAddr,
 
