@@ -6,7 +6,14 @@
 
 pub mod batching;
 pub mod change;
+pub mod decide;
+pub mod dispatch;
+pub mod live;
 pub mod objects;
+pub mod placement;
+pub mod planner;
+pub mod release;
 pub mod session;
+pub mod status;
 pub mod takeover;
 pub mod view;

@@ -1,0 +1,407 @@
+//! What people ask for, as changes.
+//!
+//! Pure decisions behind the API's writes: each reads a view and answers with a proposal (what must
+//! still hold and what to change) or with a refusal in words.
+
+use crate::batching::{Precondition, Proposal};
+use crate::change::Change;
+use crate::objects::{BadRecord, Deployment};
+use crate::release::{self, Draft};
+use crate::view::{ObjectKey, View};
+use berth_proto::api::{self, ApplyAction, EventSeverity, ReleaseState, RolloutState};
+use berth_proto::convert::timestamp;
+use berth_proto::ids::{DeploymentUid, Name, Namespace, ReleaseNumber, Revision, Wall};
+use berth_proto::record::{DeploymentRecord, Meta};
+use berth_proto::values::{ResolvedSource, Scale};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Releases kept of a deployment besides those in use: enough to undo a bad week.
+pub const KEPT_RELEASES: usize = 10;
+
+/// Why something cannot be done.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// It is being deleted.
+    #[error("deployment \"{0}\" is being deleted; wait until it is gone")]
+    Deleting(Name),
+    /// Every-host deployments have no number.
+    #[error("deployment \"{0}\" runs on every host that fits; it has no number of replicas")]
+    EveryHost(Name),
+    /// There is nothing to go back to.
+    #[error("deployment \"{0}\" has no earlier release to go back to")]
+    NoEarlierRelease(Name),
+    /// There is no such release.
+    #[error("deployment \"{deployment}\" has no release {release}")]
+    NoRelease {
+        /// Whose.
+        deployment: Name,
+        /// Which.
+        release: ReleaseNumber,
+    },
+    /// What was made of it is out of bounds.
+    #[error(transparent)]
+    Bad(#[from] BadRecord),
+}
+
+/// Who asks, and when.
+#[derive(Debug, Clone)]
+pub struct Asked<'a> {
+    /// `user/<name>`.
+    pub actor: &'a str,
+    /// When.
+    pub now: Wall,
+}
+
+/// A deployment as people write it.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// Its name.
+    pub name: Name,
+    /// Its namespace.
+    pub namespace: Namespace,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// As written.
+    pub spec: api::DeploymentSpec,
+    /// What the source is now.
+    pub resolved: ResolvedSource,
+    /// The same in words.
+    pub resolved_words: String,
+}
+
+/// What a write does.
+#[derive(Debug, Clone)]
+pub struct Decision {
+    /// What must hold and what to change.
+    pub proposal: Proposal,
+    /// In one word.
+    pub action: ApplyAction,
+    /// The deployment afterwards.
+    pub deployment: Arc<Deployment>,
+}
+
+/// Something that happened to a deployment, for people.
+#[must_use]
+pub fn event(
+    deployment: &Deployment,
+    asked: &Asked<'_>,
+    severity: EventSeverity,
+    reason: &str,
+    message: String,
+) -> Change {
+    Change::AppendEvent(api::Event {
+        sequence: 0,
+        time: Some(timestamp(asked.now)),
+        severity: severity as i32,
+        kind: "deployment".to_owned(),
+        name: deployment.name.to_string(),
+        namespace: deployment.namespace.to_string(),
+        uid: deployment.uid.to_string(),
+        reason: reason.to_owned(),
+        message,
+        actor: asked.actor.to_owned(),
+        host: String::new(),
+        deployment: deployment.name.to_string(),
+    })
+}
+
+fn newest(view: &View, uid: &DeploymentUid) -> ReleaseNumber {
+    view.releases_of(uid).last().map(|r| r.number).unwrap_or_default()
+}
+
+/// Releases beyond the kept ones that nothing uses.
+fn forget_old(view: &View, deployment: &Deployment) -> Vec<Change> {
+    let used: Vec<ReleaseNumber> = view.replicas_of(&deployment.uid).map(|r| r.release).collect();
+    let all: Vec<ReleaseNumber> = view.releases_of(&deployment.uid).map(|r| r.number).collect();
+    let keep_from = all.len().saturating_sub(KEPT_RELEASES);
+    all[..keep_from]
+        .iter()
+        .filter(|n| !used.contains(n) && **n != deployment.stable() && **n != deployment.release())
+        .map(|n| Change::DeleteRelease(deployment.uid.clone(), *n))
+        .collect()
+}
+
+/// Takes a new release: the record's fields that go with it, and the release itself.
+fn take_release(
+    view: &View,
+    record: DeploymentRecord,
+    source: ResolvedSource,
+    cause: &str,
+    copied_from: ReleaseNumber,
+    asked: &Asked<'_>,
+) -> Result<(Arc<Deployment>, Vec<Change>), Refused> {
+    let mut deployment = Deployment::new(record)?;
+    let before = deployment.release();
+    let number = newest(view, &deployment.uid).next();
+    let draft = Draft {
+        deployment: &deployment,
+        number,
+        source,
+        actor: asked.actor,
+        cause,
+        now: asked.now,
+        copied_from,
+    };
+    let release = release::draft(&draft)?;
+    deployment.record.release = number.0;
+    deployment.record.rollout = RolloutState::Rolling as i32;
+    deployment.record.rollout_unix_ms = asked.now.0;
+    deployment.record.progress_left_ms = 0;
+    deployment.record.reason.clear();
+    let deployment = Arc::new(deployment);
+    let mut changes = vec![Change::PutDeployment(Arc::clone(&deployment))];
+    if let Some(old) = view.release(&deployment.uid, before)
+        && old.state() == ReleaseState::Rolling
+    {
+        changes.push(Change::PutRelease(Arc::new(old.in_state(ReleaseState::Superseded))));
+    }
+    changes.push(Change::PutRelease(Arc::new(release)));
+    changes.extend(forget_old(view, &deployment));
+    changes.push(event(
+        &deployment,
+        asked,
+        EventSeverity::Info,
+        "RELEASE_CREATED",
+        format!("release {number} ({cause}): {}", deployment.record.resolved),
+    ));
+    Ok((deployment, changes))
+}
+
+/// Makes or changes a deployment. `new_uid` is used when it is new.
+///
+/// # Errors
+/// When it cannot be.
+pub fn apply(
+    view: &View,
+    wanted: &Wanted,
+    new_uid: DeploymentUid,
+    asked: &Asked<'_>,
+) -> Result<Decision, Refused> {
+    let existing = view.deployment_by_name(&wanted.namespace, &wanted.name);
+    let key = ObjectKey::DeploymentName(wanted.namespace.clone(), wanted.name.clone());
+    let at = existing.map(|d| d.revision).unwrap_or_default();
+    let preconditions = vec![Precondition::At(key, at)];
+    let Some(existing) = existing else {
+        let record = DeploymentRecord {
+            meta: Some(Meta {
+                uid: new_uid.to_string(),
+                name: wanted.name.to_string(),
+                namespace: wanted.namespace.to_string(),
+                labels: wanted.labels.clone(),
+                create_unix_ms: asked.now.0,
+                update_unix_ms: asked.now.0,
+                delete_unix_ms: 0,
+            }),
+            spec: Some(wanted.spec.clone()),
+            replicas: wanted.spec.replicas.unwrap_or(1),
+            resolved: wanted.resolved_words.clone(),
+            ..DeploymentRecord::default()
+        };
+        let (deployment, changes) =
+            take_release(view, record, wanted.resolved.clone(), "apply", ReleaseNumber(0), asked)?;
+        let proposal = Proposal { preconditions, changes };
+        return Ok(Decision { proposal, action: ApplyAction::Created, deployment });
+    };
+    if existing.is_deleted() {
+        return Err(Refused::Deleting(existing.name.clone()));
+    }
+    let mut record = existing.record.clone();
+    record.spec = Some(wanted.spec.clone());
+    if let Some(replicas) = wanted.spec.replicas {
+        record.replicas = replicas;
+    }
+    if let Some(meta) = &mut record.meta {
+        meta.labels.clone_from(&wanted.labels);
+        meta.update_unix_ms = asked.now.0;
+    }
+    record.resolved.clone_from(&wanted.resolved_words);
+    let next = Deployment::new(record.clone())?;
+    let newest = view.release(&existing.uid, newest(view, &existing.uid));
+    let resolved_changed = newest.is_none_or(|r| r.source != wanted.resolved);
+    let stuck = matches!(existing.rollout(), RolloutState::RolledBack | RolloutState::Paused);
+    let kind_changed =
+        (existing.spec.scale == Scale::EveryHost) != (next.spec.scale == Scale::EveryHost);
+    if resolved_changed
+        || stuck
+        || kind_changed
+        || release::needs_release(&existing.spec, &next.spec)
+    {
+        let (deployment, changes) =
+            take_release(view, record, wanted.resolved.clone(), "apply", ReleaseNumber(0), asked)?;
+        let proposal = Proposal { preconditions, changes };
+        return Ok(Decision { proposal, action: ApplyAction::Changed, deployment });
+    }
+    let same = {
+        let strip = |mut r: DeploymentRecord| {
+            if let Some(meta) = &mut r.meta {
+                meta.update_unix_ms = 0;
+            }
+            r
+        };
+        strip(existing.record.clone()) == strip(record)
+    };
+    if same {
+        let proposal = Proposal { preconditions, changes: Vec::new() };
+        let deployment = Arc::clone(existing);
+        return Ok(Decision { proposal, action: ApplyAction::Unchanged, deployment });
+    }
+    let deployment = Arc::new(next);
+    let changes = vec![
+        Change::PutDeployment(Arc::clone(&deployment)),
+        event(
+            &deployment,
+            asked,
+            EventSeverity::Info,
+            "DEPLOYMENT_ADJUSTED",
+            "number, placement or bounds changed; nothing that runs does".to_owned(),
+        ),
+    ];
+    let proposal = Proposal { preconditions, changes };
+    Ok(Decision { proposal, action: ApplyAction::Adjusted, deployment })
+}
+
+fn still(deployment: &Deployment) -> Vec<Precondition> {
+    let key = ObjectKey::Deployment(deployment.uid.clone());
+    vec![Precondition::At(key, deployment.revision)]
+}
+
+/// Sets the number of replicas.
+///
+/// # Errors
+/// For every-host deployments, and while it is being deleted.
+pub fn scale(
+    deployment: &Deployment,
+    replicas: u32,
+    asked: &Asked<'_>,
+) -> Result<Decision, Refused> {
+    if deployment.is_deleted() {
+        return Err(Refused::Deleting(deployment.name.clone()));
+    }
+    let Some(before) = deployment.wanted() else {
+        return Err(Refused::EveryHost(deployment.name.clone()));
+    };
+    let mut record = deployment.record.clone();
+    record.replicas = replicas;
+    // What people wrote keeps its meaning: a number written is the number now.
+    if let Some(spec) = &mut record.spec
+        && spec.replicas.is_some()
+    {
+        spec.replicas = Some(replicas);
+    }
+    let next = Arc::new(Deployment::new(record)?);
+    let changes = if before == replicas {
+        Vec::new()
+    } else {
+        vec![
+            Change::PutDeployment(Arc::clone(&next)),
+            event(
+                &next,
+                asked,
+                EventSeverity::Info,
+                "DEPLOYMENT_SCALED",
+                format!("from {before} to {replicas} replicas"),
+            ),
+        ]
+    };
+    let proposal = Proposal { preconditions: still(deployment), changes };
+    Ok(Decision { proposal, action: ApplyAction::Adjusted, deployment: next })
+}
+
+/// Makes a release equal to the wanted one.
+///
+/// # Errors
+/// While it is being deleted.
+pub fn restart(
+    view: &View,
+    deployment: &Deployment,
+    asked: &Asked<'_>,
+) -> Result<Decision, Refused> {
+    repeat(view, deployment, deployment.release(), "restart", asked)
+}
+
+/// Makes a release with the spec of an earlier one; 0: the newest complete one before the present.
+///
+/// # Errors
+/// When there is none.
+pub fn undo(
+    view: &View,
+    deployment: &Deployment,
+    to: ReleaseNumber,
+    asked: &Asked<'_>,
+) -> Result<Decision, Refused> {
+    let to = if to == ReleaseNumber(0) {
+        view.releases_of(&deployment.uid)
+            .filter(|r| r.number < deployment.release())
+            .filter(|r| matches!(r.state(), ReleaseState::Complete | ReleaseState::Superseded))
+            .map(|r| r.number)
+            .last()
+            .ok_or_else(|| Refused::NoEarlierRelease(deployment.name.clone()))?
+    } else {
+        to
+    };
+    repeat(view, deployment, to, &format!("undo to release {to}"), asked)
+}
+
+fn repeat(
+    view: &View,
+    deployment: &Deployment,
+    number: ReleaseNumber,
+    cause: &str,
+    asked: &Asked<'_>,
+) -> Result<Decision, Refused> {
+    if deployment.is_deleted() {
+        return Err(Refused::Deleting(deployment.name.clone()));
+    }
+    let Some(release) = view.release(&deployment.uid, number) else {
+        return Err(Refused::NoRelease { deployment: deployment.name.clone(), release: number });
+    };
+    let mut record = deployment.record.clone();
+    if number != deployment.release() {
+        // Back to that spec, but the number of replicas stays as it is now.
+        let mut spec = release.record.spec.clone().unwrap_or_default();
+        spec.replicas = record.spec.as_ref().and_then(|s| s.replicas);
+        record.spec = Some(spec);
+    }
+    let (deployment_next, changes) =
+        take_release(view, record, release.source.clone(), cause, number, asked)?;
+    let proposal = Proposal { preconditions: still(deployment), changes };
+    Ok(Decision { proposal, action: ApplyAction::Changed, deployment: deployment_next })
+}
+
+/// Marks a deployment for deletion.
+///
+/// # Errors
+/// Never for now; deletion asked twice is no error.
+pub fn delete(deployment: &Deployment, asked: &Asked<'_>) -> Result<Decision, Refused> {
+    if deployment.is_deleted() {
+        let proposal = Proposal { preconditions: Vec::new(), changes: Vec::new() };
+        let deployment = Arc::new(deployment.clone());
+        return Ok(Decision { proposal, action: ApplyAction::Unchanged, deployment });
+    }
+    let mut record = deployment.record.clone();
+    if let Some(meta) = &mut record.meta {
+        meta.delete_unix_ms = asked.now.0.max(1);
+    }
+    record.rollout = RolloutState::Deleting as i32;
+    let next = Arc::new(Deployment::new(record)?);
+    let changes = vec![
+        Change::PutDeployment(Arc::clone(&next)),
+        event(
+            &next,
+            asked,
+            EventSeverity::Info,
+            "DEPLOYMENT_DELETING",
+            "its replicas are being stopped".to_owned(),
+        ),
+    ];
+    let proposal = Proposal { preconditions: still(deployment), changes };
+    Ok(Decision { proposal, action: ApplyAction::Changed, deployment: next })
+}
+
+/// A caller's expected revision as a precondition on a deployment.
+#[must_use]
+pub fn expected(namespace: &Namespace, name: &Name, revision: u64) -> Precondition {
+    let key = ObjectKey::DeploymentName(namespace.clone(), name.clone());
+    Precondition::At(key, Revision(revision))
+}

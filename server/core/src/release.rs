@@ -1,0 +1,140 @@
+//! Making releases.
+//!
+//! The assignment's body is encoded here, once in a release's life. Those bytes are stored, sent,
+//! hashed and kept by agents verbatim; nothing encodes them again.
+
+use crate::objects::{BadRecord, Deployment, Release};
+use berth_proto::api::{DeploymentSpec as WrittenSpec, ReleaseState};
+use berth_proto::convert;
+use berth_proto::ids::{Digest, ReleaseNumber, Wall};
+use berth_proto::record::ReleaseRecord;
+use berth_proto::values::{
+    AssignmentBody, DeploymentSpec, HealthCheck, Port, Probe, ResolvedSource, Source,
+};
+use prost::Message as _;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The agent fetches artifacts itself and mounts them.
+pub const FEATURE_ARTIFACT: &str = "artifact";
+/// Features an agent of this version knows.
+pub const FEATURES: [&str; 1] = [FEATURE_ARTIFACT];
+
+/// Where a model's files are shown to its runtime.
+pub const ARTIFACT_TARGET: &str = "/model";
+/// Port of a runtime when the deployment names none.
+pub const DEFAULT_PORT: u16 = 8080;
+
+/// What makes a release.
+#[derive(Debug, Clone)]
+pub struct Draft<'a> {
+    /// The deployment, with its spec.
+    pub deployment: &'a Deployment,
+    /// Its number.
+    pub number: ReleaseNumber,
+    /// What its source was resolved to.
+    pub source: ResolvedSource,
+    /// Who makes it.
+    pub actor: &'a str,
+    /// Why.
+    pub cause: &'a str,
+    /// When.
+    pub now: Wall,
+    /// The release whose spec is taken again; 0: none.
+    pub copied_from: ReleaseNumber,
+}
+
+/// Features a release needs of an agent.
+#[must_use]
+pub fn requires(release: &Release) -> Vec<String> {
+    required(&release.source).into_iter().collect()
+}
+
+fn required(source: &ResolvedSource) -> BTreeSet<String> {
+    source.artifact.iter().map(|_| FEATURE_ARTIFACT.to_owned()).collect()
+}
+
+/// The spec with what a model's runtime needs filled in: a port, and the Open Inference Protocol's
+/// ready check.
+#[must_use]
+pub fn with_model_defaults(spec: &DeploymentSpec) -> DeploymentSpec {
+    let mut spec = spec.clone();
+    if matches!(spec.source, Source::Image(_)) {
+        return spec;
+    }
+    if spec.ports.is_empty() {
+        spec.ports.push(Port { name: "http".to_owned(), container: DEFAULT_PORT, publish: None });
+    }
+    if spec.health.is_none() {
+        let port = spec.ports.iter().find(|p| p.name == "http").or(spec.ports.first());
+        spec.health = port.map(|port| HealthCheck {
+            probe: Probe::Http { path: "/v2/health/ready".to_owned(), port: port.name.clone() },
+            interval_ms: 5_000,
+            timeout_ms: 2_000,
+            failures: 3,
+            startup_ms: 60_000,
+            restart_after_ms: None,
+        });
+    }
+    spec
+}
+
+/// Makes a release.
+///
+/// # Errors
+/// When what it was made of is out of bounds.
+pub fn draft(draft: &Draft<'_>) -> Result<Release, BadRecord> {
+    let deployment = draft.deployment;
+    let spec = with_model_defaults(&deployment.spec);
+    let mut system_env = BTreeMap::from([
+        ("BERTH_DEPLOYMENT".to_owned(), deployment.name.to_string()),
+        ("BERTH_NAMESPACE".to_owned(), deployment.namespace.to_string()),
+        ("BERTH_RELEASE".to_owned(), draft.number.to_string()),
+    ]);
+    if let Some(artifact) = &draft.source.artifact {
+        system_env.insert("BERTH_MODEL_NAME".to_owned(), deployment.name.to_string());
+        system_env.insert("BERTH_MODEL_VERSION".to_owned(), artifact.version.clone());
+        system_env.insert("BERTH_MODEL_DIR".to_owned(), ARTIFACT_TARGET.to_owned());
+    }
+    let body = AssignmentBody {
+        deployment_uid: deployment.uid.clone(),
+        deployment: deployment.name.clone(),
+        namespace: deployment.namespace.clone(),
+        release: draft.number,
+        requires: required(&draft.source),
+        source: draft.source.clone(),
+        spec: spec.clone(),
+        system_env,
+        artifact_target: draft.source.artifact.as_ref().map(|_| ARTIFACT_TARGET.to_owned()),
+    };
+    let bytes = convert::assignment_body_to_agent(&body).encode_to_vec();
+    Release::new(ReleaseRecord {
+        deployment_uid: deployment.uid.to_string(),
+        number: draft.number.0,
+        body_digest: Digest::of(&bytes).to_string(),
+        body: bytes,
+        spec: Some(convert::deployment_spec_to_api(&spec)),
+        source: Some(convert::resolved_to_api(&draft.source)),
+        create_unix_ms: draft.now.0,
+        created_by: draft.actor.to_owned(),
+        cause: draft.cause.to_owned(),
+        state: ReleaseState::Rolling as i32,
+        copied_from: draft.copied_from.0,
+    })
+}
+
+/// Whether a change from one spec to another needs other containers. Numbers, placement and bounds of
+/// rollouts are the server's own and change nothing that runs.
+#[must_use]
+pub fn needs_release(before: &DeploymentSpec, after: &DeploymentSpec) -> bool {
+    let neutral = |spec: &DeploymentSpec| {
+        let mut spec = convert::deployment_spec_to_api(&with_model_defaults(spec));
+        spec.replicas = None;
+        spec.every_host = false;
+        spec.placement = None;
+        spec.rollout = None;
+        spec.on_host_loss = None;
+        spec
+    };
+    let (before, after): (WrittenSpec, WrittenSpec) = (neutral(before), neutral(after));
+    before != after
+}
