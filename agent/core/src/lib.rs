@@ -1,1 +1,12 @@
-//! x
+//! What the agent decides.
+//!
+//! Everything here is a function of its arguments or a step machine: what is wanted, what the engine
+//! shows, what is remembered and the time in, steps and messages out. It does no I/O, reads no clock
+//! and draws no random number. It works the same whether or not a server is there.
+
+pub mod diff;
+pub mod ledger;
+pub mod policy;
+pub mod probe;
+pub mod restart;
+pub mod session;

@@ -1,0 +1,468 @@
+//! The agent's end of one session, and when to dial again.
+//!
+//! A machine without I/O, the counterpart of the server's. What always holds: a set is made durable
+//! before it is acknowledged and acted on only then; the newest status of each replica is sent at
+//! most once an interval and again in the next session's hello; silence of the server ends the
+//! session and stops nothing.
+
+use crate::ledger::{Assembly, HeldSet, Wanted, judge, number, set_id};
+use berth_proto::agent::{
+    self, Hello, ObservedPage, ReplicaReport, SetAck, SetVerdict, session_request, session_response,
+};
+use berth_proto::ids::{Mono, Now, SetNumber};
+use berth_proto::{api, convert};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Reports in one message, as the contract says.
+pub const MAX_REPORTS: usize = 500;
+/// The first wait before dialling again; doubled up to [`MAX_DIAL_MS`] while dialling fails.
+pub const MIN_DIAL_MS: u64 = 500;
+/// The longest wait: a fleet of 50,000 then asks 1,700 times a second at worst.
+pub const MAX_DIAL_MS: u64 = 30_000;
+/// After being told to stay away (removed, quarantined).
+pub const LONG_DIAL_MS: u64 = 300_000;
+
+/// When to dial again.
+#[derive(Debug, Clone, Default)]
+pub struct Dialling {
+    failures: u32,
+    window_ms: u64,
+}
+
+impl Dialling {
+    /// A session was welcomed; it says how to come back.
+    pub fn welcomed(&mut self, window_ms: u64) {
+        self.failures = 0;
+        self.window_ms = window_ms.min(600_000);
+    }
+
+    /// How long to wait, `draw` being random in 0..1000.
+    pub fn wait_ms(&mut self, stay_away: bool, draw: u64) -> u64 {
+        let draw = draw % 1000;
+        let jittered = |ms: u64| ms / 2 + ms / 2 * draw / 1000;
+        if stay_away {
+            return jittered(LONG_DIAL_MS);
+        }
+        if self.failures == 0 {
+            self.failures = 1;
+            // The server paces the first wave of a whole fleet.
+            return self.window_ms * draw / 1000;
+        }
+        let doublings = self.failures.min(16);
+        self.failures = self.failures.saturating_add(1);
+        jittered((MIN_DIAL_MS << doublings).min(MAX_DIAL_MS))
+    }
+}
+
+/// What goes in.
+#[derive(Debug)]
+pub enum Input {
+    /// The server said this.
+    Message(Box<agent::SessionResponse>),
+    /// The set is durable, or could not be made so.
+    Persisted(Result<(), String>),
+    /// Roots and endpoints of this number are durable.
+    Trusted(u64),
+    /// The newest report of a replica.
+    Report(Box<ReplicaReport>),
+    /// Nothing is left of a replica.
+    Absent(String),
+    /// The host's facts have changed.
+    Facts(Box<api::HostFacts>),
+    /// Time has passed.
+    Tick,
+}
+
+/// What comes out.
+#[derive(Debug)]
+pub enum Effect {
+    /// Say this.
+    Send(Box<agent::SessionRequest>),
+    /// The server has answered the hello.
+    Welcomed(Box<agent::Welcome>),
+    /// Make this durable, then [`Input::Persisted`].
+    Persist(Box<HeldSet>),
+    /// This is durable: act on it.
+    Act(Box<HeldSet>),
+    /// Make these roots and endpoints durable, then [`Input::Trusted`].
+    Trust(Box<agent::Trust>),
+    /// Dial a reverse connection.
+    Open(agent::OpenReverse),
+    /// The host was removed.
+    Removed {
+        /// Delete what is ours.
+        wipe: bool,
+    },
+    /// Statuses up to this sequence are kept by the server.
+    Kept(u64),
+    /// The session is over.
+    Close(&'static str),
+}
+
+/// One session.
+#[derive(Debug)]
+pub struct Session {
+    wanted: Wanted,
+    assembly: Assembly,
+    persisting: Option<Box<HeldSet>>,
+    welcomed: bool,
+    heard: Mono,
+    pinged: Mono,
+    ping_id: u64,
+    ping_ms: u64,
+    idle_ms: u64,
+    status_ms: u64,
+    sequence: u64,
+    reported: Mono,
+    dirty: BTreeMap<String, ReplicaReport>,
+    absent: BTreeSet<String>,
+    unkept: BTreeMap<u64, Vec<String>>,
+}
+
+impl Session {
+    /// A session that begins with this hello; `sequence` goes on from the last one used in this
+    /// start of the agent. The pages follow the hello.
+    #[must_use]
+    pub fn begin(
+        mut hello: Hello,
+        wanted: Wanted,
+        sequence: u64,
+        now: Mono,
+    ) -> (Self, Vec<agent::SessionRequest>) {
+        let mut pages = Vec::new();
+        if hello.observed.len() > MAX_REPORTS {
+            let rest = hello.observed.split_off(MAX_REPORTS);
+            for (i, chunk) in rest.chunks(MAX_REPORTS).enumerate() {
+                pages.push(ObservedPage {
+                    number: u32::try_from(i + 1).unwrap_or(u32::MAX),
+                    observed: chunk.to_vec(),
+                    bodies: Vec::new(),
+                });
+            }
+        }
+        hello.observed_pages = u32::try_from(pages.len()).unwrap_or(u32::MAX);
+        let mut messages = vec![request(session_request::Item::Hello(hello))];
+        messages
+            .extend(pages.into_iter().map(|page| request(session_request::Item::Observed(page))));
+        let session = Self {
+            wanted,
+            assembly: Assembly::default(),
+            persisting: None,
+            welcomed: false,
+            heard: now,
+            pinged: now,
+            ping_id: 0,
+            ping_ms: 10_000,
+            idle_ms: 30_000,
+            status_ms: 100,
+            sequence,
+            reported: Mono(0),
+            dirty: BTreeMap::new(),
+            absent: BTreeSet::new(),
+            unkept: BTreeMap::new(),
+        };
+        (session, messages)
+    }
+
+    /// The sequence used last.
+    #[must_use]
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// When [`Input::Tick`] is due.
+    #[must_use]
+    pub fn deadline(&self) -> Mono {
+        let mut due = self.heard.plus_ms(self.idle_ms);
+        if self.welcomed {
+            due = due.min(self.pinged.plus_ms(self.ping_ms));
+            if !self.dirty.is_empty() || !self.absent.is_empty() {
+                due = due.min(self.reported.plus_ms(self.status_ms));
+            }
+        }
+        due
+    }
+
+    /// One step.
+    pub fn step(&mut self, now: Now, input: Input) -> Vec<Effect> {
+        let mut out = Vec::new();
+        match input {
+            Input::Message(message) => {
+                self.heard = now.mono;
+                if let Some(item) = message.item {
+                    self.message(now, item, &mut out);
+                }
+            }
+            Input::Persisted(result) => self.persisted(result, &mut out),
+            Input::Trusted(version) => {
+                send(&mut out, session_request::Item::TrustAck(agent::TrustAck { version }));
+            }
+            Input::Report(report) => {
+                self.absent.remove(&report.replica_uid);
+                self.dirty.insert(report.replica_uid.clone(), *report);
+            }
+            Input::Absent(uid) => {
+                self.dirty.remove(&uid);
+                self.absent.insert(uid);
+            }
+            Input::Facts(facts) => {
+                if self.welcomed {
+                    send(&mut out, session_request::Item::Facts(*facts));
+                }
+            }
+            Input::Tick => {}
+        }
+        self.on_time(now, &mut out);
+        out
+    }
+
+    fn on_time(&mut self, now: Now, out: &mut Vec<Effect>) {
+        if now.mono.since_ms(self.heard) >= self.idle_ms {
+            out.push(Effect::Close("the server has said nothing for too long"));
+            return;
+        }
+        if !self.welcomed {
+            return;
+        }
+        if now.mono.since_ms(self.pinged) >= self.ping_ms {
+            self.pinged = now.mono;
+            self.ping_id += 1;
+            let time = Some(convert::timestamp(now.wall));
+            let ping = agent::Ping { id: self.ping_id, time };
+            send(out, session_request::Item::Ping(ping));
+        }
+        let due = now.mono >= self.reported.plus_ms(self.status_ms);
+        if due && (!self.dirty.is_empty() || !self.absent.is_empty()) {
+            self.reported = now.mono;
+            self.sequence += 1;
+            let mut reports = Vec::new();
+            while reports.len() < MAX_REPORTS {
+                let Some((_, report)) = self.dirty.pop_first() else { break };
+                reports.push(report);
+            }
+            let mut absent = Vec::new();
+            while absent.len() < MAX_REPORTS {
+                let Some(uid) = self.absent.pop_first() else { break };
+                absent.push(uid);
+            }
+            self.unkept.insert(self.sequence, absent.clone());
+            let statuses = agent::Statuses { sequence: self.sequence, reports, absent };
+            send(out, session_request::Item::Statuses(statuses));
+        }
+    }
+
+    fn message(&mut self, now: Now, item: session_response::Item, out: &mut Vec<Effect>) {
+        use session_response::Item;
+        match item {
+            Item::Welcome(welcome) => {
+                self.welcomed = true;
+                self.ping_ms = welcome.ping_interval_ms.clamp(100, 3_600_000);
+                self.idle_ms = welcome.idle_timeout_ms.clamp(1_000, 7_200_000);
+                self.status_ms = welcome.status_interval_ms.clamp(10, 60_000);
+                out.push(Effect::Welcomed(Box::new(welcome)));
+            }
+            Item::SetBegin(begin) => self.assembly.begin(begin),
+            Item::SetPage(page) => self.assembly.page(page),
+            Item::SetEnd(end) => {
+                let offered = number(end.id.unwrap_or_default());
+                match self.assembly.end(&end, &self.wanted) {
+                    Err(broken) => {
+                        self.ack(offered, SetVerdict::Broken, broken.to_string(), out);
+                    }
+                    Ok(set) => {
+                        let held = self.wanted.set().map(|s| (s.number, s.digest.as_str()));
+                        match judge(held, (offered, &end.digest)) {
+                            Ok(SetVerdict::Same) => {
+                                self.ack(offered, SetVerdict::Same, String::new(), out);
+                            }
+                            Ok(_) => {
+                                let set = Box::new(set);
+                                self.persisting = Some(set.clone());
+                                out.push(Effect::Persist(set));
+                            }
+                            Err(refusal) => {
+                                let message = "this host holds a newer or other set".to_owned();
+                                self.ack(offered, refusal, message, out);
+                            }
+                        }
+                    }
+                }
+            }
+            Item::Open(open) => out.push(Effect::Open(open)),
+            Item::StatusAck(ack) => {
+                self.unkept = self.unkept.split_off(&(ack.sequence + 1));
+                out.push(Effect::Kept(ack.sequence));
+            }
+            Item::Ping(ping) => {
+                let time = Some(convert::timestamp(now.wall));
+                send(out, session_request::Item::Pong(agent::Pong { id: ping.id, time }));
+            }
+            Item::Pong(_) => {}
+            Item::Removed(removed) => {
+                out.push(Effect::Removed { wipe: removed.wipe });
+                out.push(Effect::Close("this host was removed"));
+            }
+            Item::Trust(trust) => out.push(Effect::Trust(Box::new(trust))),
+        }
+    }
+
+    fn persisted(&mut self, result: Result<(), String>, out: &mut Vec<Effect>) {
+        let Some(set) = self.persisting.take() else { return };
+        match result {
+            Ok(()) => {
+                self.wanted = Wanted::Set(std::sync::Arc::new((*set).clone()));
+                self.ack(set.number, SetVerdict::Taken, String::new(), out);
+                out.push(Effect::Act(set));
+            }
+            Err(why) => self.ack(set.number, SetVerdict::NotDurable, why, out),
+        }
+    }
+
+    fn ack(&self, offered: SetNumber, verdict: SetVerdict, message: String, out: &mut Vec<Effect>) {
+        let ack = SetAck {
+            id: Some(set_id(offered)),
+            verdict: verdict as i32,
+            message,
+            held: self.wanted.set().map(|s| set_id(s.number)),
+        };
+        send(out, session_request::Item::SetAck(ack));
+    }
+}
+
+fn request(item: session_request::Item) -> agent::SessionRequest {
+    agent::SessionRequest { item: Some(item) }
+}
+
+fn send(out: &mut Vec<Effect>, item: session_request::Item) {
+    out.push(Effect::Send(Box::new(request(item))));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_proto::agent::{SetBegin, SetEnd};
+    use berth_proto::ids::Wall;
+    use berth_proto::sets::set_digest;
+
+    fn at(ms: u64) -> Now {
+        Now { mono: Mono(ms), wall: Wall(0) }
+    }
+
+    fn say(item: session_response::Item) -> Input {
+        Input::Message(Box::new(agent::SessionResponse { item: Some(item) }))
+    }
+
+    fn live() -> Session {
+        let (mut s, _) = Session::begin(Hello::default(), Wanted::NotYetKnown, 0, Mono(0));
+        let welcome = agent::Welcome {
+            ping_interval_ms: 10_000,
+            idle_timeout_ms: 30_000,
+            status_interval_ms: 100,
+            ..Default::default()
+        };
+        s.step(at(0), say(session_response::Item::Welcome(welcome)));
+        s
+    }
+
+    fn offer(s: &mut Session, generation: u64) -> Vec<Effect> {
+        let id = Some(set_id(SetNumber {
+            generation: berth_proto::ids::Generation(generation),
+            ..Default::default()
+        }));
+        s.step(at(1), say(session_response::Item::SetBegin(SetBegin { id, ..Default::default() })));
+        let end = SetEnd { id, digest: set_digest(&[]).to_string() };
+        s.step(at(1), say(session_response::Item::SetEnd(end)))
+    }
+
+    fn verdicts(effects: &[Effect]) -> Vec<SetVerdict> {
+        effects
+            .iter()
+            .filter_map(|e| match e {
+                Effect::Send(m) => match &m.item {
+                    Some(session_request::Item::SetAck(ack)) => Some(ack.verdict()),
+                    Some(_) | None => None,
+                },
+                _ => None,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn acts_and_acknowledges_only_after_the_set_is_durable() {
+        let mut s = live();
+        let out = offer(&mut s, 1);
+        assert!(matches!(out.as_slice(), [Effect::Persist(_)]), "{out:?}");
+        let out = s.step(at(2), Input::Persisted(Ok(())));
+        assert_eq!(verdicts(&out), [SetVerdict::Taken]);
+        assert!(matches!(out.last(), Some(Effect::Act(_))));
+    }
+
+    #[test]
+    fn a_set_that_could_not_be_made_durable_is_not_acted_on() {
+        let mut s = live();
+        offer(&mut s, 1);
+        let out = s.step(at(2), Input::Persisted(Err("disk full".into())));
+        assert_eq!(verdicts(&out), [SetVerdict::NotDurable]);
+        assert!(!out.iter().any(|e| matches!(e, Effect::Act(_))));
+        assert!(matches!(offer(&mut s, 1).as_slice(), [Effect::Persist(_)]));
+    }
+
+    #[test]
+    fn an_older_set_is_refused_and_the_same_is_not_written_again() {
+        let mut s = live();
+        offer(&mut s, 2);
+        s.step(at(2), Input::Persisted(Ok(())));
+        assert_eq!(verdicts(&offer(&mut s, 1)), [SetVerdict::Older]);
+        assert_eq!(verdicts(&offer(&mut s, 2)), [SetVerdict::Same]);
+    }
+
+    #[test]
+    fn statuses_are_coalesced_and_paced() {
+        let mut s = live();
+        let report = |attempt| {
+            Input::Report(Box::new(ReplicaReport {
+                replica_uid: "r".into(),
+                slot: attempt,
+                ..Default::default()
+            }))
+        };
+        let sent = |effects: Vec<Effect>| {
+            effects
+                .into_iter()
+                .filter_map(|e| match e {
+                    Effect::Send(m) => match m.item {
+                        Some(session_request::Item::Statuses(s)) => Some(s),
+                        Some(_) | None => None,
+                    },
+                    _ => None,
+                })
+                .collect::<Vec<_>>()
+        };
+        let first = sent(s.step(at(1000), report(1)));
+        assert_eq!(first.len(), 1);
+        assert!(sent(s.step(at(1010), report(2))).is_empty());
+        assert!(sent(s.step(at(1020), report(3))).is_empty());
+        assert_eq!(s.deadline(), Mono(1100));
+        let second = sent(s.step(at(1100), Input::Tick));
+        assert_eq!((second.len(), second[0].sequence, second[0].reports[0].slot), (1, 2, 3));
+    }
+
+    #[test]
+    fn silence_of_the_server_ends_the_session() {
+        let mut s = live();
+        s.step(at(10_000), Input::Tick);
+        let out = s.step(at(30_000), Input::Tick);
+        assert!(out.iter().any(|e| matches!(e, Effect::Close(_))));
+    }
+
+    #[test]
+    fn dialling_is_paced_by_the_server_first_and_backs_off_after() {
+        let mut d = Dialling::default();
+        d.welcomed(10_000);
+        assert_eq!(d.wait_ms(false, 500), 5_000);
+        let waits: Vec<u64> = (0..12).map(|_| d.wait_ms(false, 999)).collect();
+        assert!(waits.windows(2).all(|w| w[0] <= w[1]));
+        assert!(waits.iter().all(|w| *w <= MAX_DIAL_MS));
+        assert!(d.wait_ms(true, 0) >= LONG_DIAL_MS / 2);
+    }
+}
