@@ -4,6 +4,7 @@
 //! clock say, and carries out the effects they answer with.
 
 pub mod config;
+pub mod doors;
 pub mod error;
 pub mod gateway;
 pub mod identity;

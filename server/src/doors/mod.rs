@@ -1,0 +1,198 @@
+//! The doors: TLS listeners that tell who knocks.
+//!
+//! Handshakes run on tasks of their own with a deadline and a bound on how many are under way, so
+//! that a slow or silent peer holds up nobody. A client certificate is asked for and optional; one
+//! that is expired or of another cluster ends the handshake, and the log says why.
+
+use axum::Router;
+use berth_proto::tls::{self, TlsError};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
+use rustls::server::WebPkiClientVerifier;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tower::Service as _;
+
+/// How long a handshake may take: three round trips of a bad mobile link.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Handshakes under way at once; a whole fleet that comes back waits in the kernel's queue.
+const HANDSHAKES: usize = 256;
+/// Connections of one door at once.
+const CONNECTIONS: usize = 65_536;
+/// How long the head of an HTTP/1 request may take (slow loris).
+const HEAD: Duration = Duration::from_secs(15);
+/// Connections handed over and not yet taken.
+const QUEUE: usize = 64;
+
+/// Why a door cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DoorError {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {addr} ({flag}); is another server running there?")]
+    Bind {
+        /// The flag that sets it.
+        flag: &'static str,
+        /// The address.
+        addr: SocketAddr,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// TLS cannot be set up.
+    #[error("TLS of the door cannot be set up")]
+    Tls(#[from] TlsError),
+}
+
+/// The client's certificates, in a request's extensions; absent: it showed none.
+#[derive(Debug, Clone)]
+pub struct PeerCerts(pub Arc<Vec<CertificateDer<'static>>>);
+
+/// The client's address, in a request's extensions.
+#[derive(Debug, Clone, Copy)]
+pub struct PeerAddr(pub SocketAddr);
+
+/// TLS of a door: its certificate, and the roots of clients' certificates.
+///
+/// # Errors
+/// When PEM does not hold what it should.
+pub fn server_config(
+    certificate_pem: &str,
+    key_pem: &str,
+    client_roots_pem: &str,
+    alpn: &[&[u8]],
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let roots = Arc::new(tls::roots(client_roots_pem)?);
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots, tls::provider())
+        .allow_unauthenticated()
+        .build()
+        .map_err(|_| TlsError::Pem { what: "root" })?;
+    let mut config = ServerConfig::builder_with_provider(tls::provider())
+        // Engines and scripts may speak TLS 1.2 to the HTTPS doors; ours speak 1.3.
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(tls::certificates(certificate_pem)?, tls::private_key(key_pem)?)?;
+    config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();
+    config.send_tls13_tickets = 0;
+    Ok(Arc::new(config))
+}
+
+/// Listens.
+///
+/// # Errors
+/// When the address is taken or not ours.
+pub async fn bind(flag: &'static str, addr: SocketAddr) -> Result<TcpListener, DoorError> {
+    TcpListener::bind(addr).await.map_err(|source| DoorError::Bind { flag, addr, source })
+}
+
+/// A connection that was let in.
+pub struct Entered {
+    /// The stream.
+    pub stream: TlsStream<TcpStream>,
+    /// Whence.
+    pub addr: SocketAddr,
+}
+
+/// Accepts and shakes hands until `stop`, handing connections over.
+pub fn accept(
+    name: &'static str,
+    listener: TcpListener,
+    config: Arc<ServerConfig>,
+    mut stop: watch::Receiver<bool>,
+) -> mpsc::Receiver<Entered> {
+    let (tx, rx) = mpsc::channel(QUEUE);
+    let shaking = Arc::new(Semaphore::new(HANDSHAKES));
+    tokio::spawn(async move {
+        let acceptor = TlsAcceptor::from(config);
+        loop {
+            // The place first, then the connection: what waits waits in the kernel.
+            let Ok(place) = Arc::clone(&shaking).acquire_owned().await else { return };
+            let accepted = tokio::select! {
+                // Cancel-safe, both.
+                accepted = listener.accept() => accepted,
+                _ = stop.wait_for(|stop| *stop) => return,
+            };
+            let (tcp, addr) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of handles: the next connection may be served after others have ended.
+                    tracing::warn!(door = name, %error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            };
+            let (acceptor, tx) = (acceptor.clone(), tx.clone());
+            tokio::spawn(async move {
+                let _ = tcp.set_nodelay(true);
+                match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
+                    Ok(Ok(stream)) => {
+                        let _ = tx.send(Entered { stream, addr }).await;
+                    }
+                    Ok(Err(error)) => {
+                        tracing::info!(door = name, %addr, %error, "a handshake failed");
+                    }
+                    Err(_) => tracing::info!(door = name, %addr, "a handshake took too long"),
+                }
+                drop(place);
+            });
+        }
+    });
+    rx
+}
+
+/// Serves HTTP/1.1 and HTTP/2 on connections until `stop`; then lets those under way end for a
+/// moment.
+pub async fn serve_http(
+    name: &'static str,
+    mut entered: mpsc::Receiver<Entered>,
+    router: Router,
+    mut stop: watch::Receiver<bool>,
+) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let graceful = hyper_util::server::graceful::GracefulShutdown::new();
+    loop {
+        let next = tokio::select! {
+            // Cancel-safe, both.
+            next = entered.recv() => next,
+            _ = stop.wait_for(|stop| *stop) => None,
+        };
+        let Some(Entered { stream, addr }) = next else { break };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            tracing::warn!(door = name, "too many connections; one is turned away");
+            continue;
+        };
+        let certs = stream.get_ref().1.peer_certificates().map(|certs| {
+            PeerCerts(Arc::new(certs.iter().map(|c| c.clone().into_owned()).collect()))
+        });
+        let router = router.clone();
+        let service =
+            hyper::service::service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
+                if let Some(certs) = &certs {
+                    request.extensions_mut().insert(certs.clone());
+                }
+                request.extensions_mut().insert(PeerAddr(addr));
+                router.clone().call(request)
+            });
+        let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+        builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD);
+        builder
+            .http2()
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(256)
+            .keep_alive_interval(Duration::from_secs(30));
+        let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+        let connection = graceful.watch(connection.into_owned());
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(door = name, %addr, %error, "a connection ended badly");
+            }
+            drop(place);
+        });
+    }
+    let _ = tokio::time::timeout(Duration::from_secs(5), graceful.shutdown()).await;
+}

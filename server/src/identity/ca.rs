@@ -1,0 +1,260 @@
+//! The cluster's certificate authority.
+
+use berth_proto::ids::ClusterUid;
+use berth_proto::tls::{self, SpiffeId, Subject, TlsError};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
+};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use time::{Duration, OffsetDateTime};
+
+/// A root is good for ten years.
+const ROOT_DAYS: i64 = 3650;
+/// A host's certificate, renewed at half its life.
+pub const HOST_DAYS: i64 = 90;
+/// The server's own, made anew at every start.
+const SERVER_DAYS: i64 = 365;
+/// Certificates begin a little in the past, for clocks that are behind.
+const BACKDATE: Duration = Duration::hours(1);
+
+/// Why the CA cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum CaError {
+    /// A file of it.
+    #[error("cannot use {}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A certificate cannot be made.
+    #[error("cannot make a certificate")]
+    Make(#[from] rcgen::Error),
+    /// What is in the files is not a CA's.
+    #[error("the CA's files do not hold a CA of a cluster")]
+    Foreign(#[source] TlsError),
+    /// The request is none.
+    #[error("the certificate request is not PEM of a request with a good signature")]
+    Request(#[source] rcgen::Error),
+}
+
+/// The cluster's certificate authority.
+pub struct Ca {
+    cluster: ClusterUid,
+    root_pem: String,
+    key_pem: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+fn write_private(path: &Path, text: &str) -> Result<(), CaError> {
+    let failed = |source| CaError::File { path: path.to_owned(), source };
+    let partial = path.with_extension("partial");
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&partial)
+        .map_err(failed)?;
+    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
+    std::fs::rename(&partial, path).map_err(failed)?;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::File::open(folder).and_then(|f| f.sync_all()).map_err(failed)
+}
+
+impl Ca {
+    /// Opens the CA in a folder, or makes a new one there.
+    ///
+    /// # Errors
+    /// When files cannot be read or written, or hold something else.
+    pub fn open(folder: &Path) -> Result<Self, CaError> {
+        let (certificate, key) = (folder.join("ca.crt"), folder.join("ca.key"));
+        if !certificate.exists() {
+            let cluster = uuid::Uuid::now_v7().to_string();
+            let (root_pem, key_pem) = new_root(&cluster)?;
+            // The key first: a certificate without its key would look like a whole CA.
+            write_private(&key, &key_pem)?;
+            write_private(&certificate, &root_pem)?;
+        }
+        let read = |path: &Path| {
+            std::fs::read_to_string(path)
+                .map_err(|source| CaError::File { path: path.to_owned(), source })
+        };
+        Self::from_pem(read(&certificate)?, read(&key)?)
+    }
+
+    /// From PEM, as kept in a backup.
+    ///
+    /// # Errors
+    /// When it is not a CA's.
+    pub fn from_pem(root_pem: String, key_pem: String) -> Result<Self, CaError> {
+        let first = tls::certificates(&root_pem).map_err(CaError::Foreign)?;
+        let cluster = cluster_of(&first[0]).map_err(CaError::Foreign)?;
+        let issuer = Issuer::from_ca_cert_pem(&root_pem, KeyPair::from_pem(&key_pem)?)?;
+        Ok(Self { cluster, root_pem, key_pem, issuer })
+    }
+
+    /// The cluster it belongs to.
+    #[must_use]
+    pub fn cluster(&self) -> &ClusterUid {
+        &self.cluster
+    }
+
+    /// The root, PEM.
+    #[must_use]
+    pub fn root_pem(&self) -> &str {
+        &self.root_pem
+    }
+
+    /// The root's key, PEM: for backups only.
+    #[must_use]
+    pub fn key_pem(&self) -> &str {
+        &self.key_pem
+    }
+
+    fn id(&self, subject: Subject) -> SpiffeId {
+        SpiffeId { cluster: self.cluster.clone(), subject }
+    }
+
+    fn dress(
+        &self,
+        params: &mut CertificateParams,
+        id: &SpiffeId,
+        days: i64,
+    ) -> Result<(), CaError> {
+        // What the request asked for is attacker-chosen: everything is replaced.
+        params.subject_alt_names = vec![SanType::URI(id.to_string().try_into()?)];
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, id.to_string());
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = match id.subject {
+            Subject::Server => vec![ExtendedKeyUsagePurpose::ServerAuth],
+            Subject::Host(_) | Subject::User(_) => vec![ExtendedKeyUsagePurpose::ClientAuth],
+        };
+        let now = OffsetDateTime::now_utc();
+        params.not_before = now - BACKDATE;
+        params.not_after = now + Duration::days(days);
+        params.serial_number = Some(SerialNumber::from_slice(uuid::Uuid::new_v4().as_bytes()));
+        params.custom_extensions.clear();
+        params.name_constraints = None;
+        Ok(())
+    }
+
+    /// Signs a request for a host or user; answers with the chain.
+    ///
+    /// # Errors
+    /// When the request is none.
+    pub fn sign(&self, request_pem: &str, subject: Subject, days: i64) -> Result<String, CaError> {
+        let mut request =
+            CertificateSigningRequestParams::from_pem(request_pem).map_err(CaError::Request)?;
+        self.dress(&mut request.params, &self.id(subject), days)?;
+        Ok(request.signed_by(&self.issuer)?.pem())
+    }
+
+    /// A certificate (with the root behind it, for those who only have its pin) and key of the
+    /// server. `names` are host names and addresses for clients that check them, such as docker.
+    ///
+    /// # Errors
+    /// When a name is none.
+    pub fn server(&self, names: &[String]) -> Result<(String, String), CaError> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::new(Vec::new())?;
+        self.dress(&mut params, &self.id(Subject::Server), SERVER_DAYS)?;
+        for name in names {
+            params.subject_alt_names.push(match name.parse() {
+                Ok(ip) => SanType::IpAddress(ip),
+                Err(_) => SanType::DnsName(name.as_str().try_into()?),
+            });
+        }
+        let certificate = params.signed_by(&key, &self.issuer)?;
+        Ok((format!("{}{}", certificate.pem(), self.root_pem), key.serialize_pem()))
+    }
+
+    /// A certificate and key of a user, made here: for the first admin.
+    ///
+    /// # Errors
+    /// When the system gives no randomness.
+    pub fn user(
+        &self,
+        name: &berth_proto::ids::Name,
+        days: i64,
+    ) -> Result<(String, String), CaError> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::new(Vec::new())?;
+        self.dress(&mut params, &self.id(Subject::User(name.clone())), days)?;
+        Ok((params.signed_by(&key, &self.issuer)?.pem(), key.serialize_pem()))
+    }
+}
+
+fn new_root(cluster: &str) -> Result<(String, String), CaError> {
+    let key = KeyPair::generate()?;
+    let mut params = CertificateParams::new(Vec::new())?;
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, format!("Berth root {cluster}"));
+    params.subject_alt_names = vec![SanType::URI(format!("spiffe://{cluster}/ca").try_into()?)];
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let now = OffsetDateTime::now_utc();
+    params.not_before = now - BACKDATE;
+    params.not_after = now + Duration::days(ROOT_DAYS);
+    Ok((params.self_signed(&key)?.pem(), key.serialize_pem()))
+}
+
+fn cluster_of(root: &rustls::pki_types::CertificateDer<'_>) -> Result<ClusterUid, TlsError> {
+    let (_, parsed) =
+        x509_parser::parse_x509_certificate(root).map_err(|_| TlsError::NoIdentity)?;
+    let names = parsed.subject_alternative_name().map_err(|_| TlsError::NoIdentity)?;
+    names
+        .into_iter()
+        .flat_map(|names| names.value.general_names.iter())
+        .find_map(|name| match name {
+            x509_parser::extensions::GeneralName::URI(uri) => {
+                uri.strip_prefix("spiffe://")?.strip_suffix("/ca")?.parse().ok()
+            }
+            _ => None,
+        })
+        .ok_or(TlsError::NoIdentity)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ca_opens_again_as_the_same_and_keeps_its_key_private() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let first = Ca::open(dir.path()).unwrap();
+        let again = Ca::open(dir.path()).unwrap();
+        assert_eq!(first.cluster(), again.cluster());
+        let mode = std::fs::metadata(dir.path().join("ca.key")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn the_names_of_a_request_are_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let ca = Ca::open(dir.path()).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["evil.example".to_owned()]).unwrap();
+        let wish = format!("spiffe://{}/server", ca.cluster());
+        params.subject_alt_names.push(SanType::URI(wish.try_into().unwrap()));
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let request = params.serialize_request(&key).unwrap().pem().unwrap();
+        let host = Subject::Host("h1".parse().unwrap());
+        let pem = ca.sign(&request, host.clone(), HOST_DAYS).unwrap();
+        let signed = tls::certificates(&pem).unwrap();
+        assert_eq!(SpiffeId::of(&signed[0]).unwrap().subject, host);
+        let (_, parsed) = x509_parser::parse_x509_certificate(&signed[0]).unwrap();
+        assert!(!parsed.is_ca());
+        let names = parsed.subject_alternative_name().unwrap().unwrap().value;
+        assert_eq!(names.general_names.len(), 1);
+        assert!(ca.sign("nonsense", host, 1).is_err());
+    }
+}
