@@ -1,0 +1,169 @@
+//! The data folder: whose it is, its format, and the ballast.
+
+use super::StoreError;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+/// The format this server writes.
+pub const FORMAT: u32 = 1;
+
+/// A data folder that is ours alone as long as this value lives.
+#[derive(Debug)]
+pub struct Folder {
+    path: PathBuf,
+    _lock: File,
+}
+
+pub(super) fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError + use<> {
+    let path = path.to_owned();
+    move |source| {
+        if is_full(&source) { StoreError::Full } else { StoreError::Io { doing, path, source } }
+    }
+}
+
+pub(super) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Makes a rename or a new file durable.
+pub(super) fn sync_folder(path: &Path) -> Result<(), StoreError> {
+    File::open(path).and_then(|f| f.sync_all()).map_err(io("sync the folder", path))
+}
+
+/// Writes a file whole: a reader sees the old one or the new one.
+pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    let partial = path.with_extension("partial");
+    let written = File::create(&partial).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    if let Err(error) = written {
+        let _ = fs::remove_file(&partial);
+        return Err(io("write", &partial)(error));
+    }
+    fs::rename(&partial, path).map_err(io("rename", path))?;
+    sync_folder(path.parent().unwrap_or(Path::new(".")))
+}
+
+impl Folder {
+    /// Takes a folder into possession, making it when it does not exist.
+    ///
+    /// # Errors
+    /// When it is in use, foreign, of a newer format, or cannot be written.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        fs::create_dir_all(path).map_err(io("make the folder", path))?;
+        let format = path.join("FORMAT");
+        if format.exists() {
+            let text = fs::read_to_string(&format).map_err(io("read", &format))?;
+            let found: u32 =
+                text.trim().parse().map_err(|_| StoreError::Foreign(path.to_owned()))?;
+            if found > FORMAT {
+                let path = path.to_owned();
+                return Err(StoreError::NewerFormat { path, found, known: FORMAT });
+            }
+        } else {
+            let ours = ["lock", "FORMAT.partial"];
+            let foreign = fs::read_dir(path)
+                .map_err(io("read the folder", path))?
+                .filter_map(Result::ok)
+                .any(|entry| !ours.iter().any(|name| entry.file_name() == *name));
+            if foreign {
+                return Err(StoreError::Foreign(path.to_owned()));
+            }
+        }
+        let lock_path = path.join("lock");
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path)
+            .map_err(io("open", &lock_path))?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)
+            .map_err(|_| StoreError::InUse(path.to_owned()))?;
+        if !format.exists() {
+            write_whole(&format, format!("{FORMAT}\n").as_bytes())?;
+        }
+        Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes the ballast file of so many bytes, when there is room for it beside as much again.
+    ///
+    /// # Errors
+    /// When the file cannot be written for another reason than a full disk.
+    pub fn ballast(&self, bytes: u64) -> Result<(), StoreError> {
+        let path = self.path.join("ballast");
+        if bytes == 0 || fs::metadata(&path).is_ok_and(|m| m.len() == bytes) {
+            return Ok(());
+        }
+        if free_bytes(&self.path)? < bytes.saturating_mul(2) {
+            return Ok(());
+        }
+        let file = File::create(&path).map_err(io("make", &path))?;
+        match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                let _ = fs::remove_file(&path);
+                let error = io::Error::from(error);
+                if is_full(&error) { Ok(()) } else { Err(io("make", &path)(error)) }
+            }
+        }
+    }
+
+    /// Gives the ballast up, so that deleting and cleaning have room.
+    ///
+    /// # Errors
+    /// When the file cannot be removed.
+    pub fn release_ballast(&self) -> Result<bool, StoreError> {
+        let path = self.path.join("ballast");
+        match fs::remove_file(&path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(io("remove", &path)(error)),
+        }
+    }
+}
+
+/// Bytes free for us where `path` is.
+///
+/// # Errors
+/// When the file system does not say.
+pub fn free_bytes(path: &Path) -> Result<u64, StoreError> {
+    let stat = rustix::fs::statvfs(path).map_err(|e| io("measure", path)(e.into()))?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_server_a_newer_format_and_a_foreign_folder_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = Folder::open(dir.path()).unwrap();
+        assert!(matches!(Folder::open(dir.path()), Err(StoreError::InUse(_))));
+        drop(held);
+        fs::write(dir.path().join("FORMAT"), "99\n").unwrap();
+        let refused = Folder::open(dir.path()).unwrap_err();
+        assert!(matches!(refused, StoreError::NewerFormat { found: 99, known: FORMAT, .. }));
+        let other = tempfile::tempdir().unwrap();
+        fs::write(other.path().join("thesis.txt"), "x").unwrap();
+        assert!(matches!(Folder::open(other.path()), Err(StoreError::Foreign(_))));
+    }
+
+    #[test]
+    fn the_ballast_can_be_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::open(dir.path()).unwrap();
+        folder.ballast(4096).unwrap();
+        assert_eq!(fs::metadata(dir.path().join("ballast")).unwrap().len(), 4096);
+        assert!(folder.release_ballast().unwrap());
+        assert!(!folder.release_ballast().unwrap());
+    }
+}
