@@ -1,0 +1,221 @@
+//! Blobs: content that was verified, readable in the repositories it is linked in.
+
+use super::disk::Disk;
+use super::errors::{RegistryError, io};
+use super::names::RepoName;
+use super::uploads::Placement;
+use super::{Inner, Registry, add};
+use berth_proto::ids::Digest;
+use bytes::{Bytes, BytesMut};
+use futures_util::{Stream, StreamExt as _};
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::io::AsyncRead;
+use tokio_util::io::ReaderStream;
+
+/// What is read at once for one of few receivers.
+const READ_BYTES: u64 = 512 << 10;
+/// What is read at once when there are many: each holds about two of them in memory.
+const READ_BYTES_MANY: u64 = 64 << 10;
+/// From here on there are many receivers; 32 times 1 MiB is what few may hold.
+const MANY: u64 = 32;
+
+impl Registry {
+    /// Where a blob's file is, for a server that reads it itself. It may not exist, and may be
+    /// collected unless a root or a lease keeps it.
+    #[must_use]
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.0.disk.blob(digest)
+    }
+
+    /// A blob's size in a repository; with `renew` its lease is renewed.
+    ///
+    /// # Errors
+    /// [`RegistryError::BlobUnknown`], [`RegistryError::Io`].
+    pub async fn blob_size(
+        &self,
+        repo: &RepoName,
+        digest: &Digest,
+        renew: bool,
+    ) -> Result<u64, RegistryError> {
+        let gate = self.shared().await;
+        let (repo, digest) = (repo.clone(), digest.clone());
+        self.blocking_with("looking for a blob", move |inner| {
+            let _gate = gate;
+            let size = inner.linked_blob(&repo, &digest)?;
+            if renew {
+                inner.renew(&digest).map_err(io("renewing a lease"))?;
+            }
+            Ok(size)
+        })
+        .await
+    }
+
+    /// A blob of a repository, open for reading, and its size.
+    ///
+    /// # Errors
+    /// [`RegistryError::BlobUnknown`], [`RegistryError::Io`].
+    pub async fn open_blob(
+        &self,
+        repo: &RepoName,
+        digest: &Digest,
+    ) -> Result<(File, u64), RegistryError> {
+        let (repo, digest) = (repo.clone(), digest.clone());
+        self.blocking_with("opening a blob", move |inner| {
+            let size = inner.linked_blob(&repo, &digest)?;
+            let file = File::open(inner.disk.blob(&digest)).map_err(io("opening a blob"))?;
+            Ok((file, size))
+        })
+        .await
+    }
+
+    /// Links a blob of `from` in `to` as well; false when `from` does not have it.
+    ///
+    /// Whether the caller may read `from` is for the caller of this to ask.
+    ///
+    /// # Errors
+    /// [`RegistryError::Io`].
+    pub async fn mount_blob(
+        &self,
+        from: &RepoName,
+        to: &RepoName,
+        digest: &Digest,
+    ) -> Result<bool, RegistryError> {
+        let gate = self.shared().await;
+        let (from, to, digest) = (from.clone(), to.clone(), digest.clone());
+        let mounted = self
+            .blocking("mounting a blob", move |inner| {
+                let _gate = gate;
+                if !inner.disk.blob_link(&from, &digest).exists() || !inner.renew(&digest)? {
+                    return Ok(false);
+                }
+                inner.link_blob(&to, &digest)?;
+                Ok(true)
+            })
+            .await?;
+        add(&self.0.stats.blobs_mounted, u64::from(mounted));
+        Ok(mounted)
+    }
+
+    /// Takes a blob out of a repository; its bytes go with the next collection.
+    ///
+    /// # Errors
+    /// [`RegistryError::BlobUnknown`]; [`RegistryError::Unsupported`] while a manifest of that
+    /// repository names it.
+    pub async fn delete_blob(&self, repo: &RepoName, digest: &Digest) -> Result<(), RegistryError> {
+        let gate = self.alone().await;
+        let (repo, digest) = (repo.clone(), digest.clone());
+        self.blocking_with("deleting a blob", move |inner| {
+            let _gate = gate;
+            inner.linked_blob(&repo, &digest)?;
+            if let Some(by) = inner.named_by(&repo, &digest)? {
+                return Err(RegistryError::Unsupported(format!(
+                    "blob {digest} is part of manifest {by}; delete that first"
+                )));
+            }
+            Disk::remove(&inner.disk.blob_link(&repo, &digest))
+                .map(drop)
+                .map_err(io("deleting a blob"))
+        })
+        .await
+    }
+
+    /// Stores what `reader` yields as a blob of `repo`; its digest and size. With `expected`, only
+    /// that content is stored.
+    ///
+    /// # Errors
+    /// [`RegistryError::DigestMismatch`], [`RegistryError::BodyBroken`] when the reader fails,
+    /// [`RegistryError::DiskFull`], [`RegistryError::Io`].
+    pub async fn put_blob_from_reader(
+        &self,
+        repo: &RepoName,
+        reader: impl AsyncRead + Unpin,
+        expected: Option<&Digest>,
+    ) -> Result<(Digest, u64), RegistryError> {
+        let id = self.begin_upload(repo).await?;
+        let body = ReaderStream::with_capacity(reader, 128 << 10);
+        let stored = self.finish_upload(repo, id, Placement::default(), body, expected).await;
+        if stored.is_err() {
+            // Nobody else knows the upload, so nobody would go on with it.
+            let _ = self.cancel_upload(repo, id).await;
+        }
+        stored
+    }
+
+    /// `length` bytes of `file` from `start` on, read ahead by one read.
+    pub(super) fn read_stream(
+        &self,
+        file: File,
+        start: u64,
+        length: u64,
+    ) -> impl Stream<Item = Result<Bytes, RegistryError>> + Send + 'static {
+        let sending = Sending::begin(&self.0.sending);
+        let few = sending.others < MANY;
+        let (step, ahead) = if few { (READ_BYTES, 2) } else { (READ_BYTES_MANY, 1) };
+        let file = Arc::new(file);
+        let registry = self.clone();
+        let starts = (0..length.div_ceil(step)).map(move |n| n * step);
+        futures_util::stream::iter(starts)
+            .map(move |at| {
+                let (registry, file) = (registry.clone(), Arc::clone(&file));
+                // The count holds until the last read is done.
+                let _ = &sending;
+                let size = usize::try_from(step.min(length - at)).unwrap_or(0);
+                async move {
+                    let bytes = registry
+                        .blocking("reading a blob", move |_| {
+                            let mut buffer = BytesMut::zeroed(size);
+                            file.read_exact_at(&mut buffer, start + at)?;
+                            Ok(buffer.freeze())
+                        })
+                        .await?;
+                    add(&registry.0.stats.bytes_out, bytes.len() as u64);
+                    Ok(bytes)
+                }
+            })
+            .buffered(ahead)
+    }
+}
+
+/// Counts a blob being sent, for as long as it lives.
+struct Sending {
+    count: Arc<AtomicU64>,
+    others: u64,
+}
+
+impl Sending {
+    fn begin(count: &Arc<AtomicU64>) -> Self {
+        let others = count.fetch_add(1, Ordering::Relaxed);
+        Self { count: Arc::clone(count), others }
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.count.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Inner {
+    /// The size of a blob that is linked in `repo` and stored.
+    pub(super) fn linked_blob(
+        &self,
+        repo: &RepoName,
+        digest: &Digest,
+    ) -> Result<u64, RegistryError> {
+        let unknown = || RegistryError::BlobUnknown(digest.clone());
+        if !self.disk.blob_link(repo, digest).exists() {
+            return Err(unknown());
+        }
+        self.disk.size(digest).map_err(io("looking for a blob"))?.ok_or_else(unknown)
+    }
+
+    /// Makes a stored blob readable in `repo`.
+    pub(super) fn link_blob(&self, repo: &RepoName, digest: &Digest) -> std::io::Result<()> {
+        let link = self.disk.blob_link(repo, digest);
+        if link.exists() { Ok(()) } else { self.disk.write(&link, b"") }
+    }
+}
