@@ -122,16 +122,17 @@ pub(super) fn credentials(
     headers: &HeaderMap,
     certificates: Option<&PeerCertificates>,
 ) -> Result<Credentials, RegistryError> {
-    let Some(header) = headers.get(AUTHORIZATION) else {
-        return certificates
+    // Some clients without a login send Basic with nothing in it, and are told the same.
+    const LOG_IN: RegistryError = RegistryError::Unauthorized(
+        "log in first: any user name, a token of `berth user token` as password",
+    );
+    match headers.get(AUTHORIZATION) {
+        Some(header) => parse(header.to_str().unwrap_or_default()).ok_or(LOG_IN),
+        None => certificates
             .filter(|chain| !chain.0.is_empty())
             .map(|chain| Credentials::Certificate(chain.clone()))
-            .ok_or(RegistryError::Unauthorized(
-                "log in first: any user name, a token of `berth user token` as password",
-            ));
-    };
-    parse(header.to_str().unwrap_or_default())
-        .ok_or(RegistryError::Unauthorized("the Authorization header is neither Basic nor Bearer"))
+            .ok_or(LOG_IN),
+    }
 }
 
 fn parse(header: &str) -> Option<Credentials> {

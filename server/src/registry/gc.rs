@@ -60,6 +60,7 @@ struct Dead {
     manifests: Vec<(RepoName, Digest)>,
     blobs: Vec<(Digest, u64)>,
     links: Vec<(RepoName, Digest)>,
+    stray: Vec<(RepoName, Digest, Digest)>,
 }
 
 /// All that is linked.
@@ -70,6 +71,9 @@ struct Inventory {
     manifests: BTreeMap<Digest, RepoName>,
     tagged: Vec<Digest>,
     referrers: BTreeMap<Digest, Vec<Digest>>,
+    /// Entries of referrers (repository, subject, referrer) that are no manifests there: of pushes
+    /// and deletions that a crash ended.
+    stray: Vec<(RepoName, Digest, Digest)>,
 }
 
 impl Registry {
@@ -98,7 +102,8 @@ impl Registry {
             .blocking_with("marking what is in use", move |inner| {
                 let inventory = inner.inventory().map_err(io("reading the repositories"))?;
                 let marked = inner.mark(&inventory, roots, leases, &mut done)?;
-                let dead = inner.dead(&inventory, &marked, &mut done)?;
+                let mut dead = inner.dead(&inventory, &marked, &mut done)?;
+                dead.stray = inventory.stray;
                 Ok((dead, done))
             })
             .await?;
@@ -114,6 +119,7 @@ impl Registry {
         done = self.sweep(dead.manifests, done, Inner::unlink_manifest).await?;
         done = self.sweep(dead.links, done, Inner::unlink_blob).await?;
         done = self.sweep(dead.blobs, done, Inner::delete_blob_file).await?;
+        done = self.sweep(dead.stray, done, Inner::remove_stray).await?;
         add(&self.0.stats.collections, 1);
         add(&self.0.stats.collected_bytes, done.bytes);
         Ok(done)
@@ -171,8 +177,13 @@ impl Inner {
                 }
             }
             for subject in digests_in(&self.disk.all_referrers(repo))? {
-                let by = digests_in(&self.disk.referrers(repo, &subject))?;
-                all.referrers.entry(subject).or_default().extend(by);
+                for by in digests_in(&self.disk.referrers(repo, &subject))? {
+                    if self.disk.revision(repo, &by).exists() {
+                        all.referrers.entry(subject.clone()).or_default().push(by);
+                    } else {
+                        all.stray.push((repo.clone(), subject.clone(), by));
+                    }
+                }
             }
         }
         Ok(all)
@@ -292,6 +303,19 @@ impl Inner {
                 remove_empty(&folder);
             }
             done.note_manifest(repo, digest);
+        }
+        Ok(())
+    }
+
+    fn remove_stray(
+        &self,
+        (repo, subject, by): (RepoName, Digest, Digest),
+        _: &mut Collected,
+    ) -> std::io::Result<()> {
+        if !self.disk.revision(&repo, &by).exists() {
+            let folder = self.disk.referrers(&repo, &subject);
+            Disk::remove(&folder.join(by.hex()))?;
+            remove_empty(&folder);
         }
         Ok(())
     }

@@ -215,6 +215,7 @@ async fn a_crash_leaves_nothing_that_is_shown_and_nothing_that_stays() {
     let done = client.registry.collect(Vec::new(), Vec::new(), false).await.unwrap();
     assert_eq!((done.blobs, done.uploads), (vec![(unlinked, 8)], 1));
     assert!(!upload.exists());
+    assert!(!entry.exists());
     assert!(whole(&client.registry, &tagged).await);
 }
 
