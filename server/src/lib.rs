@@ -3,11 +3,14 @@
 //! Nothing here decides; it feeds the core's machines with what the network, the store and the
 //! clock say, and carries out the effects they answer with.
 
+pub mod cluster;
 pub mod config;
 pub mod doors;
 pub mod error;
 pub mod gateway;
 pub mod identity;
+pub mod ledger;
 pub mod registry;
 pub mod session;
 pub mod store;
+pub mod tasks;
