@@ -70,6 +70,19 @@ fn has(client: &str, args: &[&str]) -> bool {
     works
 }
 
+/// An image of the local engine that goes when the test does.
+struct Image(String);
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let _ = Command::new("docker")
+            .args(["rmi", "-f", &self.0])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+    }
+}
+
 /// Runs a client to its end, within the deadline; its output.
 async fn run(home: &Path, call: &str, input: &str) -> Result<String, String> {
     let (home, call, input) = (home.to_owned(), call.to_owned(), input.to_owned());
@@ -127,34 +140,29 @@ async fn docker_logs_in_pushes_mounts_and_pulls_the_same_image() {
     let id = run(home, &format!("docker import {} {first}", tar.display()), "").await.unwrap();
     let id = id.trim().to_owned();
 
-    let result = async {
-        let anonymous = run(home, &format!("docker push {first}"), "").await.unwrap_err();
-        assert!(anonymous.contains("no basic auth credentials"), "{anonymous}");
-        let login = format!("docker login -u anybody --password-stdin {}", door.address);
-        let wrong = run(home, &login, "wrong").await.unwrap_err();
-        assert!(wrong.contains("401 Unauthorized"), "{wrong}");
-        run(home, &login, TOKEN).await?;
-        run(home, &format!("docker push {first}"), "").await?;
-        // The layer is known by now: it is mounted, not sent.
-        run(home, &format!("docker tag {first} {second}"), "").await?;
-        run(home, &format!("docker push {second}"), "").await?;
-        assert_eq!(door.registry.stats().blobs_mounted.load(Ordering::Relaxed), 1);
-        run(home, &format!("docker tag {first} {forbidden}"), "").await?;
-        let denied = run(home, &format!("docker push {forbidden}"), "").await.unwrap_err();
-        assert!(denied.contains("may not push to forbidden/x"), "{denied}");
+    // Removed whether this ends well or not.
+    let _image = Image(id.clone());
+    let anonymous = run(home, &format!("docker push {first}"), "").await.unwrap_err();
+    assert!(anonymous.contains("no basic auth credentials"), "{anonymous}");
+    let login = format!("docker login -u anybody --password-stdin {}", door.address);
+    let wrong = run(home, &login, "wrong").await.unwrap_err();
+    assert!(wrong.contains("401 Unauthorized"), "{wrong}");
+    run(home, &login, TOKEN).await.unwrap();
+    run(home, &format!("docker push {first}"), "").await.unwrap();
+    // The layer is known by now: it is mounted, not sent.
+    run(home, &format!("docker tag {first} {second}"), "").await.unwrap();
+    run(home, &format!("docker push {second}"), "").await.unwrap();
+    assert_eq!(door.registry.stats().blobs_mounted.load(Ordering::Relaxed), 1);
+    run(home, &format!("docker tag {first} {forbidden}"), "").await.unwrap();
+    let denied = run(home, &format!("docker push {forbidden}"), "").await.unwrap_err();
+    assert!(denied.contains("may not push to forbidden/x"), "{denied}");
 
-        run(home, &format!("docker rmi -f {id}"), "").await?;
-        let pulled = run(home, &format!("docker pull {second}"), "").await?;
-        let digest =
-            run(home, &format!("docker inspect --format {{{{.Id}}}} {second}"), "").await?;
-        assert_eq!(digest.trim(), id);
-        assert!(pulled.contains("Digest: sha256:"), "{pulled}");
-        Ok::<_, String>(())
-    }
-    .await;
-    // Removed whether it went well or not.
-    let _ = run(home, &format!("docker rmi -f {id}"), "").await;
-    result.unwrap();
+    run(home, &format!("docker rmi -f {id}"), "").await.unwrap();
+    let pulled = run(home, &format!("docker pull {second}"), "").await.unwrap();
+    let digest =
+        run(home, &format!("docker inspect --format {{{{.Id}}}} {second}"), "").await.unwrap();
+    assert_eq!(digest.trim(), id);
+    assert!(pulled.contains("Digest: sha256:"), "{pulled}");
     let docker = "application/vnd.docker.distribution.manifest.v2+json";
     let repo = RepoName::parse("team/iris-app").unwrap();
     let stored = door.registry.manifest(&repo, &Reference::parse("1").unwrap()).await.unwrap();

@@ -1,6 +1,5 @@
 //! Blobs: content that was verified, readable in the repositories it is linked in.
 
-use super::disk::Disk;
 use super::errors::{RegistryError, io};
 use super::names::RepoName;
 use super::uploads::Placement;
@@ -116,7 +115,9 @@ impl Registry {
                     "blob {digest} is part of manifest {by}; delete that first"
                 )));
             }
-            Disk::remove(&inner.disk.blob_link(&repo, &digest))
+            inner
+                .disk
+                .remove(&inner.disk.blob_link(&repo, &digest))
                 .map(drop)
                 .map_err(io("deleting a blob"))
         })

@@ -45,6 +45,9 @@ impl Space {
 #[derive(Debug)]
 pub(super) struct Disk {
     root: PathBuf,
+    /// Changes still to be made before the crash of a test.
+    #[cfg(test)]
+    pub(super) until_crash: std::sync::atomic::AtomicI64,
 }
 
 impl Disk {
@@ -75,7 +78,11 @@ impl Disk {
             }
             Err(error) => return Err(error),
         }
-        let disk = Self { root };
+        let disk = Self {
+            root,
+            #[cfg(test)]
+            until_crash: i64::MAX.into(),
+        };
         let tmp = disk.root.join("tmp");
         if tmp.exists() {
             fs::remove_dir_all(&tmp)?;
@@ -94,6 +101,18 @@ impl Disk {
             disk.write(&disk.root.join("format"), FORMAT.as_bytes())?;
         }
         Ok(disk)
+    }
+
+    /// Comes before every change of the folder, so that a test can end the process, as it were,
+    /// between any two.
+    #[cfg_attr(not(test), expect(clippy::unused_self, reason = "only a test counts"))]
+    #[cfg_attr(not(test), expect(clippy::unnecessary_wraps, reason = "only a test fails here"))]
+    pub(super) fn change(&self) -> io::Result<()> {
+        #[cfg(test)]
+        if self.until_crash.fetch_sub(1, std::sync::atomic::Ordering::SeqCst) <= 0 {
+            return Err(io::Error::other("the test's crash"));
+        }
+        Ok(())
     }
 
     pub(super) fn blobs(&self) -> PathBuf {
@@ -144,6 +163,7 @@ impl Disk {
     pub(super) fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let tmp = self.root.join("tmp").join(Uuid::new_v4().simple().to_string());
         let written = (|| {
+            self.change()?;
             let mut file = File::create_new(&tmp)?;
             file.write_all(bytes)?;
             file.sync_all()?;
@@ -159,6 +179,7 @@ impl Disk {
     pub(super) fn adopt(&self, from: &Path, to: &Path) -> io::Result<()> {
         let folder = to.parent().unwrap_or(&self.root);
         self.ensure_dir(folder)?;
+        self.change()?;
         fs::rename(from, to)?;
         sync_dir(folder)
     }
@@ -170,6 +191,7 @@ impl Disk {
         }
         let above = folder.parent().unwrap_or(&self.root);
         self.ensure_dir(above)?;
+        self.change()?;
         match fs::create_dir(folder) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -179,7 +201,8 @@ impl Disk {
     }
 
     /// Removes a file durably; whether it was there.
-    pub(super) fn remove(path: &Path) -> io::Result<bool> {
+    pub(super) fn remove(&self, path: &Path) -> io::Result<bool> {
+        self.change()?;
         match fs::remove_file(path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -191,6 +214,7 @@ impl Disk {
 
     /// Removes an upload and what came of it.
     pub(super) fn remove_upload(&self, id: Uuid) -> io::Result<()> {
+        self.change()?;
         match fs::remove_dir_all(self.upload(id)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             Ok(()) | Err(_) => Ok(()),
@@ -208,6 +232,7 @@ impl Disk {
 
     /// Renews a blob's lease.
     pub(super) fn touch(&self, digest: &Digest, now: SystemTime) -> io::Result<()> {
+        self.change()?;
         File::open(self.blob(digest))?.set_modified(now)
     }
 

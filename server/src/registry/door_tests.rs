@@ -370,12 +370,15 @@ async fn a_manifest_is_kept_verbatim_and_only_whole() {
 #[tokio::test]
 async fn an_index_needs_its_manifests_and_keeps_them() {
     let (_dir, client) = fresh();
-    let (child, _) = client.image("b", "x", "layer").await;
-    let index = json!({"schemaVersion": 2, "manifests": [describe(&child, 1)]});
+    let (child, manifest) = client.image("b", "x", "layer").await;
+    let size = manifest.to_string().len();
+    let index = json!({"schemaVersion": 2, "manifests": [describe(&child, size)]});
     let missing = client.put("a", "multi", INDEX, &index).await;
     assert_eq!(missing.code(), "MANIFEST_BLOB_UNKNOWN");
     client.image("a", "", "layer").await;
     assert_eq!(client.put("a", "multi", INDEX, &index).await.status, StatusCode::CREATED);
+    let wrong = json!({"schemaVersion": 2, "manifests": [describe(&child, size + 1)]});
+    assert_eq!(client.put("a", "multi", INDEX, &wrong).await.code(), "MANIFEST_INVALID");
     let reply = client.send(&format!("DELETE /v2/a/manifests/{child}"), &[], "").await;
     assert_eq!(reply.code(), "DENIED");
     assert!(String::from_utf8_lossy(&reply.body).contains("part of index"));
@@ -397,6 +400,7 @@ async fn tags_and_repositories_come_sorted_and_in_pages() {
     let page = client.get("/v2/a/tags/list?n=3&last=v1").await;
     assert_eq!((page.json()["tags"].clone(), page.header("link")), (json!(["v2"]), ""));
     assert_eq!(client.get("/v2/nowhere/tags/list").await.code(), "NAME_UNKNOWN");
+    assert_eq!(client.get("/v2/_catalog?n=x").await.status, StatusCode::BAD_REQUEST);
     let page = client.get("/v2/_catalog?n=1").await;
     assert_eq!(page.json(), json!({"repositories": ["a"]}));
     assert_eq!(page.header("link"), "</v2/_catalog?n=1&last=a>; rel=\"next\"");

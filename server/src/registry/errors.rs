@@ -20,6 +20,9 @@ pub enum RegistryError {
     /// The path names nothing this door has.
     #[error("there is nothing at this path; see the OCI distribution specification v1.1")]
     NoSuchPath,
+    /// The query cannot be read.
+    #[error("the query cannot be read: {0}")]
+    QueryInvalid(String),
     /// A repository's name has another form.
     #[error(
         "repository \"{0}\" is not a name: 1 to 8 segments of a-z, 0-9 and single '.', '_', '-' \
@@ -144,6 +147,7 @@ impl RegistryError {
     pub fn status(&self) -> (StatusCode, &'static str) {
         match self {
             Self::NoSuchPath => (StatusCode::NOT_FOUND, "UNSUPPORTED"),
+            Self::QueryInvalid(_) => (StatusCode::BAD_REQUEST, "UNSUPPORTED"),
             Self::NameInvalid(_) => (StatusCode::BAD_REQUEST, "NAME_INVALID"),
             Self::NameUnknown(_) => (StatusCode::NOT_FOUND, "NAME_UNKNOWN"),
             Self::TagInvalid(_) | Self::ManifestInvalid(_) => {

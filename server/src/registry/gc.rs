@@ -14,7 +14,7 @@
 //! Whoever makes an old manifest a root renews its lease first
 //! ([`Registry::renew_manifest`]), as a collection that is under way does not see the new root.
 
-use super::disk::{Disk, digests_in, names_in};
+use super::disk::{digests_in, names_in};
 use super::errors::{RegistryError, io};
 use super::manifests::Parsed;
 use super::names::{RepoName, Tag};
@@ -296,10 +296,10 @@ impl Inner {
             .and_then(|found| Parsed::read(&found.media_type, &found.bytes)?.subject())
             .ok()
             .flatten();
-        if Disk::remove(&self.disk.revision(&repo, &digest))? {
+        if self.disk.remove(&self.disk.revision(&repo, &digest))? {
             if let Some(subject) = subject {
                 let folder = self.disk.referrers(&repo, &subject);
-                Disk::remove(&folder.join(digest.hex()))?;
+                self.disk.remove(&folder.join(digest.hex()))?;
                 remove_empty(&folder);
             }
             done.note_manifest(repo, digest);
@@ -314,7 +314,7 @@ impl Inner {
     ) -> std::io::Result<()> {
         if !self.disk.revision(&repo, &by).exists() {
             let folder = self.disk.referrers(&repo, &subject);
-            Disk::remove(&folder.join(by.hex()))?;
+            self.disk.remove(&folder.join(by.hex()))?;
             remove_empty(&folder);
         }
         Ok(())
@@ -326,7 +326,7 @@ impl Inner {
         _: &mut Collected,
     ) -> std::io::Result<()> {
         if self.is_stale(&digest)? {
-            Disk::remove(&self.disk.blob_link(&repo, &digest))?;
+            self.disk.remove(&self.disk.blob_link(&repo, &digest))?;
         }
         Ok(())
     }
@@ -339,6 +339,7 @@ impl Inner {
         if self.is_stale(&digest)? {
             // Not made durable one by one: a blob that a power cut brings back is unlinked, and the
             // next collection finds it.
+            self.disk.change()?;
             std::fs::remove_file(self.disk.blob(&digest))?;
             done.note_blob(digest, size);
         }

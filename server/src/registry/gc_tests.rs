@@ -40,9 +40,11 @@ async fn roots_tags_and_what_they_reach_stay_and_the_rest_goes() {
     let (root, _) = client.image("a", "", "root").await;
     let (fetched, _) = client.image("a", "", "fetched").await;
     let (dead, _) = client.image("a", "", "dead").await;
-    let (child, _) = client.image("a", "", "child").await;
-    let index = json!({"schemaVersion": 2, "manifests": [describe(&child, 1)]});
-    client.put("a", "multi", manifests::media_types::INDEX, &index).await;
+    let (child, manifest) = client.image("a", "", "child").await;
+    let size = manifest.to_string().len();
+    let index = json!({"schemaVersion": 2, "manifests": [describe(&child, size)]});
+    let put = client.put("a", "multi", manifests::media_types::INDEX, &index).await;
+    assert_eq!(put.status, http::StatusCode::CREATED);
     let referrer = json!({
         "schemaVersion": 2, "config": describe(&client.blob("a", "{}").await, 2),
         "layers": [describe(&client.blob("a", "signature").await, 9)],
@@ -217,6 +219,63 @@ async fn a_crash_leaves_nothing_that_is_shown_and_nothing_that_stays() {
     assert!(!upload.exists());
     assert!(!entry.exists());
     assert!(whole(&client.registry, &tagged).await);
+}
+
+/// A push, a push over it, a deletion and a collection, ended between any two changes of the folder:
+/// what was acknowledged is there, and every manifest that can be read is whole.
+#[tokio::test]
+async fn a_crash_between_any_two_changes_leaves_the_store_consistent() {
+    let mut changes = 0;
+    loop {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = hasty(dir.path()).registry;
+        registry.0.disk.until_crash.store(changes, Ordering::SeqCst);
+        let mut acknowledged = Vec::new();
+        let ended = story(&registry, &mut acknowledged).await;
+        drop(registry);
+
+        let registry = hasty(dir.path()).registry;
+        let tag = Tag::parse("x").unwrap();
+        let tagged = registry.resolve_tag(&a(), &tag).await.unwrap();
+        if let Some(digest) = &tagged {
+            assert!(whole(&registry, digest).await, "after {changes} changes");
+        }
+        // The tag is at the last that was acknowledged, or at the one that was under way.
+        let at = acknowledged.iter().position(|known| Some(known) == tagged.as_ref());
+        assert!(at.is_none_or(|at| at + 1 == acknowledged.len()), "after {changes} changes");
+        assert!(tagged.is_some() || acknowledged.is_empty(), "after {changes} changes");
+        let revisions = disk::digests_in(&registry.0.disk.revisions(&a())).unwrap();
+        for digest in revisions {
+            assert!(whole(&registry, &digest).await, "after {changes} changes");
+        }
+        // And it goes on: the same again, to the end.
+        registry.end_abandoned_uploads().await.unwrap();
+        story(&registry, &mut Vec::new()).await.unwrap();
+        if ended.is_ok() {
+            break;
+        }
+        changes += 1;
+    }
+    assert!(changes > 40, "only {changes} changes were tried");
+}
+
+async fn story(registry: &Registry, acknowledged: &mut Vec<Digest>) -> Result<(), RegistryError> {
+    for n in 0..2 {
+        let content = format!("layer {n}");
+        let (config, _) = registry.put_blob_from_reader(&a(), &b"{}"[..], None).await?;
+        let (layer, _) = registry.put_blob_from_reader(&a(), content.as_bytes(), None).await?;
+        let manifest = json!({
+            "schemaVersion": 2, "config": describe(&config, 2),
+            "layers": [describe(&layer, content.len())], "subject": describe(&layer, 1),
+        });
+        let to = Reference::parse("x")?;
+        let put = registry.put_manifest(&a(), &to, IMAGE, manifest.to_string().into()).await?;
+        acknowledged.push(put.digest);
+    }
+    if let [first, _] = acknowledged.as_slice() {
+        registry.delete_manifest(&a(), first, |_| None).await?;
+    }
+    registry.collect(Vec::new(), Vec::new(), false).await.map(drop)
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@
 //! that can be read is whole. Renewing the lease of a manifest renews that of everything below it,
 //! the manifest last: one that is leased has nothing below it that is not.
 
-use super::disk::{Disk, digests_in, read_small};
+use super::disk::{digests_in, read_small};
 use super::errors::{RegistryError, io};
 use super::names::{Reference, RepoName, Tag, parse_digest};
 use super::{Inner, Registry, add};
@@ -270,7 +270,7 @@ impl Registry {
         let (repo, tag) = (repo.clone(), tag.clone());
         self.blocking_with("deleting a tag", move |inner| {
             let _gate = gate;
-            if Disk::remove(&inner.disk.tag(&repo, &tag)).map_err(io("deleting a tag"))? {
+            if inner.disk.remove(&inner.disk.tag(&repo, &tag)).map_err(io("deleting a tag"))? {
                 Ok(())
             } else {
                 Err(RegistryError::ManifestUnknown(tag.to_string()))
@@ -308,11 +308,11 @@ impl Registry {
             let subject = Parsed::read(&found.media_type, &found.bytes)?.subject()?;
             (|| {
                 for tag in &tags {
-                    Disk::remove(&inner.disk.tag(&repo, tag))?;
+                    inner.disk.remove(&inner.disk.tag(&repo, tag))?;
                 }
-                Disk::remove(&inner.disk.revision(&repo, &digest))?;
+                inner.disk.remove(&inner.disk.revision(&repo, &digest))?;
                 if let Some(subject) = subject {
-                    Disk::remove(&inner.disk.referrers(&repo, &subject).join(digest.hex()))?;
+                    inner.disk.remove(&inner.disk.referrers(&repo, &subject).join(digest.hex()))?;
                 }
                 Ok(())
             })()
@@ -419,6 +419,13 @@ impl Inner {
             }
             match self.read_manifest(repo, &digest) {
                 Ok(found) => {
+                    if found.bytes.len() as u64 != child.size {
+                        return Err(RegistryError::ManifestInvalid(format!(
+                            "the index says {} bytes for {digest}, which has {}",
+                            child.size,
+                            found.bytes.len()
+                        )));
+                    }
                     walk.depth += 1;
                     let below = Parsed::read(&found.media_type, &found.bytes)?;
                     self.lease_walk(repo, &below, walk)?;

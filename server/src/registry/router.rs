@@ -156,7 +156,7 @@ fn action_of(method: &Method, part: &Part) -> Result<Action, RegistryError> {
 fn read_query(uri: &Uri) -> Result<Params, RegistryError> {
     Query::<Params>::try_from_uri(uri)
         .map(|query| query.0)
-        .map_err(|error| RegistryError::UploadInvalid(format!("the query: {}", error.body_text())))
+        .map_err(|error| RegistryError::QueryInvalid(error.body_text()))
 }
 
 fn read_path(path: &str) -> Result<Target, RegistryError> {

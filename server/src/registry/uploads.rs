@@ -5,7 +5,7 @@
 //! request at a time writes to an upload. A request that is dropped leaves the upload whole: the
 //! lock travels with the write, so nobody sees it half done.
 
-use super::disk::{Disk, read_small};
+use super::disk::read_small;
 use super::errors::{RegistryError, io};
 use super::names::RepoName;
 use super::{Inner, Registry, add};
@@ -114,6 +114,7 @@ impl Registry {
                 // Not made durable: an upload that a power cut takes is begun again.
                 let folder = inner.disk.upload(id);
                 (|| {
+                    inner.disk.change()?;
                     std::fs::create_dir(&folder)?;
                     std::fs::write(folder.join("meta.json"), meta)?;
                     File::create_new(folder.join("data")).map(drop)
@@ -339,11 +340,14 @@ impl Registry {
             batch.bytes += bytes.len();
             batch.pieces.push(bytes);
             batch.budget.push(budget);
+            // When memory is short nobody waits for a batch to be worth it.
+            let short = self.0.budget.available_permits() < super::BUDGET_KIB / 2;
+            let worth = if short { 1 } else { BATCH_BYTES };
             let idle = match &writer {
                 Writer::Idle(_) => true,
                 Writer::Busy(job) => job.is_finished(),
             };
-            if (idle && batch.bytes >= BATCH_BYTES)
+            if (idle && batch.bytes >= worth)
                 || batch.bytes >= BATCH_BYTES_MAX
                 || batch.pieces.len() >= BATCH_PIECES_MAX
             {
@@ -477,6 +481,7 @@ impl Inner {
                 if let Err(error) = file.write_all_at(piece, session.offset) {
                     // Bytes past the offset must not be taken for held ones after a restart.
                     let _ = file.set_len(session.offset);
+                    session.file = None;
                     return Err(error);
                 }
                 session.offset += piece.len() as u64;
@@ -500,7 +505,7 @@ impl Inner {
         // One of another size was damaged; the good one takes its place.
         if self.disk.size(digest)? == Some(size) {
             self.disk.touch(digest, SystemTime::now())?;
-            Disk::remove(from).map(drop)
+            self.disk.remove(from).map(drop)
         } else {
             self.disk.adopt(from, &self.disk.blob(digest))
         }
