@@ -1,5 +1,6 @@
 //! The registry door with clients nobody here wrote: docker, skopeo and podman push to it and pull
 //! from it, over plain HTTP on loopback. A client that is not installed is skipped, and said so.
+#![expect(clippy::unwrap_used, reason = "a test's helpers")]
 
 use async_trait::async_trait;
 use berth_proto::ids::Digest;

@@ -105,8 +105,6 @@ impl Disk {
 
     /// Comes before every change of the folder, so that a test can end the process, as it were,
     /// between any two.
-    #[cfg_attr(not(test), expect(clippy::unused_self, reason = "only a test counts"))]
-    #[cfg_attr(not(test), expect(clippy::unnecessary_wraps, reason = "only a test fails here"))]
     pub(super) fn change(&self) -> io::Result<()> {
         #[cfg(test)]
         if self.until_crash.fetch_sub(1, std::sync::atomic::Ordering::SeqCst) <= 0 {

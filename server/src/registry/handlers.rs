@@ -160,10 +160,10 @@ pub(super) async fn manifest(
         return put_manifest(door, repo, parsed?, request).await;
     }
     // What cannot be a tag is not here; only a push is told why.
-    let reference = parsed.map_err(|error| match error {
-        RegistryError::TagInvalid(tag) => RegistryError::ManifestUnknown(tag),
-        other => other,
-    })?;
+    if let Err(RegistryError::TagInvalid(tag)) = parsed {
+        return Err(RegistryError::ManifestUnknown(tag));
+    }
+    let reference = parsed?;
     match method {
         Method::GET | Method::HEAD => {
             let found = if method == Method::HEAD {

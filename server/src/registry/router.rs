@@ -209,7 +209,7 @@ mod tests {
     fn part(path: &str) -> (String, Part) {
         match read_path(path).unwrap() {
             Target::In(repo, part) => (repo.to_string(), part),
-            other => panic!("{path}: {other:?}"),
+            other @ (Target::Base | Target::Catalog) => panic!("{path}: {other:?}"),
         }
     }
 

@@ -256,7 +256,8 @@ impl Registry {
         let guard = if matches!(*guard, State::OnDisk) {
             self.blocking("reading an upload", move |inner| {
                 let mut guard = guard;
-                if let Some(session) = inner.load(id)? {
+                let found = inner.load(id)?;
+                if let Some(session) = found {
                     *guard = State::Open(session);
                 }
                 Ok(guard)
