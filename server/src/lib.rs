@@ -3,6 +3,8 @@
 //! Nothing here decides; it feeds the core's machines with what the network, the store and the
 //! clock say, and carries out the effects they answer with.
 
+pub mod api;
+pub mod args;
 pub mod cluster;
 pub mod config;
 pub mod doors;
@@ -10,7 +12,10 @@ pub mod error;
 pub mod gateway;
 pub mod identity;
 pub mod ledger;
+pub mod page;
 pub mod registry;
+pub mod resolve;
+pub mod run;
 pub mod session;
 pub mod store;
 pub mod tasks;

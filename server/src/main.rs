@@ -1,2 +1,5 @@
-//! x
-fn main() {}
+//! `berthd`, the Berth server.
+
+fn main() -> std::process::ExitCode {
+    berth_server::args::main(std::env::args_os())
+}

@@ -1,0 +1,321 @@
+//! The server as a whole: opens the data folder, the ledger and the doors, and ends cleanly.
+
+use crate::api::{Api, auth};
+use crate::cluster::{Cluster, Parts, wall_now};
+use crate::config::Settings;
+use crate::doors;
+use crate::gateway::forward::Forwarder;
+use crate::gateway::http::{Gateway, router as gateway_router};
+use crate::gateway::route::Routes;
+use crate::identity::ca::Ca;
+use crate::ledger::Ledger;
+use crate::registry::access::PeerCertificates;
+use crate::registry::{self, Registry};
+use crate::store::Store;
+use crate::store::folder::Folder;
+use crate::store::sled::Embedded;
+use crate::tasks;
+use anyhow::Context as _;
+use axum::extract::Request;
+use axum::middleware::Next;
+use berth_proto::agent::agent_service_server::AgentServiceServer;
+use berth_proto::agent::join_service_server::JoinServiceServer;
+use berth_proto::api::deployment_service_server::DeploymentServiceServer;
+use berth_proto::api::event_service_server::EventServiceServer;
+use berth_proto::api::host_service_server::HostServiceServer;
+use berth_proto::api::log_service_server::LogServiceServer;
+use berth_proto::api::model_service_server::ModelServiceServer;
+use berth_proto::api::system_service_server::SystemServiceServer;
+use berth_proto::api::user_service_server::UserServiceServer;
+use berth_proto::api::{Role, RoleBinding};
+use berth_proto::ids::Name;
+use berth_proto::record::{Meta, UserRecord};
+use berth_proto::tls::{ALPN_H2, ALPN_REVERSE, SpiffeId, Subject};
+use berth_server_core::batching::Proposal;
+use berth_server_core::change::Change;
+use berth_server_core::view::View;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tonic::service::Routes as GrpcRoutes;
+
+/// The first admin's certificate.
+const ADMIN_DAYS: i64 = 3650;
+/// Largest message on the control door: an apply of 500 deployments, or a version of 10,000 files.
+const MAX_MESSAGE: usize = 4 * 1024 * 1024;
+
+/// Runs the server until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When it cannot start, or its store fails.
+pub async fn run(settings: Settings) -> anyhow::Result<()> {
+    let folder = Folder::open(&settings.data_dir)?;
+    folder.ballast(settings.ballast_bytes)?;
+    let ca = Ca::open(folder.path())?;
+    let (store, opened) = Embedded::open(&folder.path().join("ledger"))?;
+    if let Some(why) = &opened.rebuilt {
+        tracing::error!(why, "the ledger's store was damaged and was made anew; nothing was lost");
+    }
+    let entries =
+        store.load(b"")?.into_iter().map(|entry| (entry.key, entry.revision, entry.value));
+    let mut view = View::load(entries).context("cannot read the ledger")?;
+    view.revision = store.revision();
+    let ledger = Ledger::start(Box::new(store), view);
+    let registry = Registry::open(
+        folder.path().join("registry"),
+        registry::Settings {
+            min_free_percent: settings.min_free_percent,
+            ..registry::Settings::default()
+        },
+    )
+    .context("cannot open the registry's folder")?;
+
+    // Every door is bound before anything is promised on any of them.
+    let control = doors::bind("--listen", settings.listen).await?;
+    let blobs = doors::bind("--registry-listen", settings.registry_listen).await?;
+    let gate = doors::bind("--gateway-listen", settings.gateway_listen).await?;
+    let pages = doors::bind("--page-listen", settings.page_listen).await?;
+    let addresses =
+        [control.local_addr()?, blobs.local_addr()?, gate.local_addr()?, pages.local_addr()?];
+    let ports = addresses.map(|a| a.port());
+    first_records(&ledger, &ca, opened.fell_back.is_some()).await?;
+    let parts = Parts { ledger, ca, registry, settings, ports };
+    let cluster = Arc::new(Cluster::new(parts));
+
+    let mut names = cluster.settings.advertise.clone();
+    names.extend(["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()]);
+    names.dedup();
+    let (certificate, key) = cluster.ca.server(&names)?;
+    let roots = cluster.ca.root_pem();
+    let control_tls = doors::server_config(&certificate, &key, roots, &[ALPN_H2, ALPN_REVERSE])?;
+    let https: &[&[u8]] = &[ALPN_H2, b"http/1.1"];
+    let gateway_tls = doors::server_config(&certificate, &key, roots, https)?;
+    let registry_tls = match &cluster.settings.registry_tls {
+        None => Arc::clone(&gateway_tls),
+        Some((cert, key)) => {
+            let read = |path: &Path| {
+                std::fs::read_to_string(path)
+                    .with_context(|| format!("cannot read {}", path.display()))
+            };
+            doors::server_config(&read(cert)?, &read(key)?, roots, https)?
+        }
+    };
+
+    let (stop_tx, stop) = watch::channel(false);
+    let routes = Arc::new(Routes::default());
+    let mut work = tokio::task::JoinSet::new();
+    work.spawn(tasks::plan(Arc::clone(&cluster), stop.clone()));
+    work.spawn(tasks::sets(Arc::clone(&cluster), stop.clone()));
+    work.spawn(tasks::routes(Arc::clone(&cluster), Arc::clone(&routes), stop.clone()));
+
+    let keeper = Arc::new(auth::Doorkeeper(Arc::clone(&cluster)));
+    let entered = doors::accept("control", control, control_tls, stop.clone());
+    let (calls_tx, calls) = mpsc::channel(64);
+    work.spawn(sort(Arc::clone(&cluster), entered, calls_tx));
+    work.spawn(doors::serve_http("control", calls, control_router(&cluster).await?, stop.clone()));
+
+    let entered = doors::accept("registry", blobs, registry_tls, stop.clone());
+    let router = registry::router(cluster.registry.clone(), keeper.clone(), keeper.clone())
+        .layer(axum::middleware::from_fn(pass_certificates));
+    work.spawn(doors::serve_http("registry", entered, router, stop.clone()));
+
+    let entered = doors::accept("gateway", gate, Arc::clone(&gateway_tls), stop.clone());
+    let forwarder = Forwarder { routes, hub: cluster.hub.clone() };
+    let router = gateway_router(Gateway { forwarder, guard: keeper.clone() });
+    work.spawn(doors::serve_http("gateway", entered, router, stop.clone()));
+
+    let entered = doors::accept("page", pages, gateway_tls, stop.clone());
+    work.spawn(doors::serve_http(
+        "page",
+        entered,
+        crate::page::router(Arc::clone(&cluster)),
+        stop.clone(),
+    ));
+
+    write_contexts(&cluster, &addresses)?;
+    tracing::info!(
+        cluster = %cluster.ca.cluster(), control = %addresses[0], registry = %addresses[1],
+        gateway = %addresses[2], page = %addresses[3], "the doors are open"
+    );
+
+    let mut failed = cluster.ledger.failed();
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let ended = tokio::select! {
+        // Cancel-safe, all.
+        _ = terminate.recv() => Ok(()),
+        _ = tokio::signal::ctrl_c() => Ok(()),
+        _ = failed.wait_for(|failed| *failed) => Err(anyhow::anyhow!("the ledger's store has failed")),
+    };
+    tracing::info!("stopping; containers go on");
+    stop_tx.send_replace(true);
+    let _ = tokio::time::timeout(Duration::from_secs(10), async {
+        while work.join_next().await.is_some() {}
+    })
+    .await;
+    cluster.ledger.checkpoint().await;
+    ended
+}
+
+/// Tells HTTP/2 from reverse connections by what was agreed in the handshake.
+async fn sort(
+    cluster: Arc<Cluster>,
+    mut entered: mpsc::Receiver<doors::Entered>,
+    calls: mpsc::Sender<doors::Entered>,
+) {
+    while let Some(one) = entered.recv().await {
+        let session = one.stream.get_ref().1;
+        if session.alpn_protocol() != Some(ALPN_REVERSE) {
+            if calls.send(one).await.is_err() {
+                return;
+            }
+            continue;
+        }
+        let peer = session
+            .peer_certificates()
+            .and_then(|chain| SpiffeId::of(chain.first()?).ok())
+            .filter(|id| id.cluster == *cluster.ca.cluster());
+        let Some(SpiffeId { subject: Subject::Host(uid), .. }) = peer else {
+            tracing::warn!(addr = %one.addr, "a reverse connection without a host's certificate");
+            continue;
+        };
+        let hub = cluster.hub.clone();
+        tokio::spawn(async move {
+            if let Err(error) = hub.accept(&uid, one.stream).await {
+                tracing::warn!(host = %uid, %error, "a reverse connection was refused");
+            }
+        });
+    }
+}
+
+async fn pass_certificates(mut request: Request, next: Next) -> axum::response::Response {
+    if let Some(doors::PeerCerts(chain)) = request.extensions().get::<doors::PeerCerts>() {
+        let chain = PeerCertificates(chain.iter().cloned().collect());
+        request.extensions_mut().insert(chain);
+    }
+    next.run(request).await
+}
+
+async fn control_router(cluster: &Arc<Cluster>) -> anyhow::Result<axum::Router> {
+    let api = Api(Arc::clone(cluster));
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<DeploymentServiceServer<Api>>().await;
+    reporter.set_serving::<AgentServiceServer<Api>>().await;
+    let describe = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(berth_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    macro_rules! bounded {
+        ($service:ident) => {
+            $service::new(api.clone())
+                .max_decoding_message_size(MAX_MESSAGE)
+                .max_encoding_message_size(4 * MAX_MESSAGE)
+        };
+    }
+    let mut grpc = GrpcRoutes::builder();
+    grpc.add_service(health)
+        .add_service(describe().build_v1()?)
+        .add_service(describe().build_v1alpha()?)
+        .add_service(bounded!(DeploymentServiceServer))
+        .add_service(bounded!(HostServiceServer))
+        .add_service(bounded!(ModelServiceServer))
+        .add_service(bounded!(EventServiceServer))
+        .add_service(bounded!(LogServiceServer))
+        .add_service(bounded!(UserServiceServer))
+        .add_service(bounded!(SystemServiceServer))
+        .add_service(bounded!(JoinServiceServer))
+        .add_service(bounded!(AgentServiceServer));
+    Ok(grpc
+        .routes()
+        .prepare()
+        .into_axum_router()
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(cluster), auth::check)))
+}
+
+/// The records a new cluster begins with, and the epoch after a fallback.
+async fn first_records(ledger: &Ledger, ca: &Ca, fell_back: bool) -> anyhow::Result<()> {
+    let view = ledger.view();
+    let mut changes = Vec::new();
+    if view.cluster.uid.is_empty() || fell_back {
+        let mut record = view.cluster.clone();
+        record.uid = ca.cluster().to_string();
+        let seconds = u64::try_from(wall_now().0 / 1000).unwrap_or(0);
+        record.epoch = (record.epoch + 1).max(seconds);
+        record.trust_version = record.trust_version.max(1);
+        record.observing |= fell_back;
+        if fell_back {
+            tracing::error!(
+                epoch = record.epoch,
+                "acknowledged writes may be missing; hosts are only observed until an operator decides"
+            );
+        }
+        changes.push(Change::PutCluster(record));
+    }
+    if view.cluster.uid.is_empty() {
+        let now = wall_now().0;
+        changes.push(Change::PutUser(Arc::new(UserRecord {
+            meta: Some(Meta {
+                uid: uuid::Uuid::now_v7().to_string(),
+                name: "admin".to_owned(),
+                create_unix_ms: now,
+                update_unix_ms: now,
+                ..Meta::default()
+            }),
+            bindings: vec![RoleBinding {
+                role: Role::Admin as i32,
+                namespace: String::new(),
+                exec: true,
+            }],
+            expire_unix_ms: now + ADMIN_DAYS * 86_400_000,
+            revoked: false,
+        })));
+    }
+    if !changes.is_empty() {
+        ledger.propose(Proposal { preconditions: Vec::new(), changes }).await?;
+    }
+    Ok(())
+}
+
+/// Writes where the doors are, and at the first start the admin's context.
+fn write_contexts(cluster: &Cluster, addresses: &[std::net::SocketAddr; 4]) -> anyhow::Result<()> {
+    let folder = &cluster.settings.data_dir;
+    let admin = folder.join("admin.toml");
+    if !admin.exists() {
+        let name: Name = "admin".parse()?;
+        let (certificate, key) = cluster.ca.user(&name, ADMIN_DAYS)?;
+        let quoted = |text: &str| toml::Value::String(text.to_owned()).to_string();
+        let endpoints: Vec<String> = cluster.endpoints.iter().map(|e| quoted(e)).collect();
+        let text = format!(
+            "# The first admin's context. Copy it to ~/.config/berth/config.toml; whoever has it \
+             may do everything.\ncurrent = \"default\"\n\n[contexts.default]\nuser = \"admin\"\n\
+             cluster = {}\nendpoints = [{}]\nregistry = {}\ngateway = {}\nroots = {}\n\
+             certificate = {}\nkey = {}\n",
+            quoted(cluster.ca.cluster().as_str()),
+            endpoints.join(", "),
+            quoted(&cluster.registry_address),
+            quoted(&cluster.gateway_address),
+            quoted(cluster.ca.root_pem()),
+            quoted(&certificate),
+            quoted(&key),
+        );
+        let partial = folder.join("admin.partial");
+        std::fs::remove_file(&partial).ok();
+        let mut file =
+            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&partial)?;
+        std::io::Write::write_all(&mut file, text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&partial, &admin)?;
+    }
+    let doors = serde_json::json!({
+        "control": addresses[0].to_string(),
+        "registry": addresses[1].to_string(),
+        "gateway": addresses[2].to_string(),
+        "page": addresses[3].to_string(),
+    });
+    let partial = folder.join("doors.partial");
+    std::fs::write(&partial, serde_json::to_vec_pretty(&doors)?)?;
+    std::fs::rename(&partial, folder.join("doors.json"))?;
+    Ok(())
+}
