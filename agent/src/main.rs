@@ -1,2 +1,5 @@
-//! x
-fn main() {}
+//! `berth-agent`, the Berth agent.
+
+fn main() -> std::process::ExitCode {
+    berth_agent::args::main(std::env::args_os())
+}
