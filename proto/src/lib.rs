@@ -42,7 +42,9 @@ pub mod inference {
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 pub mod convert;
+pub mod escape;
 pub mod ids;
+pub mod manifest;
 pub mod quantity;
 pub mod selector;
 pub mod sets;
