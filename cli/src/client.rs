@@ -1,0 +1,197 @@
+//! Contexts, and connections to the server they name.
+
+use crate::args::Global;
+use crate::error::{Error, Kind, Result};
+use berth_proto::api::deployment_service_client::DeploymentServiceClient;
+use berth_proto::api::event_service_client::EventServiceClient;
+use berth_proto::api::host_service_client::HostServiceClient;
+use berth_proto::api::log_service_client::LogServiceClient;
+use berth_proto::api::model_service_client::ModelServiceClient;
+use berth_proto::api::system_service_client::SystemServiceClient;
+use berth_proto::api::user_service_client::UserServiceClient;
+use berth_proto::tls::{self, Credentials, Trusted};
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use hyper_util::rt::TokioIo;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tonic::transport::Channel;
+
+/// Reaching one of the server's addresses.
+const CONNECT: Duration = Duration::from_secs(5);
+/// Largest answer: a list of a thousand replicas is under 1 MiB.
+const MAX_MESSAGE: usize = 16 * 1024 * 1024;
+
+/// The file of contexts.
+#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The one that is used.
+    pub current: String,
+    /// All of them.
+    #[serde(default)]
+    pub contexts: BTreeMap<String, Context>,
+}
+
+/// A server, and who one is there.
+#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Context {
+    pub user: String,
+    pub cluster: String,
+    pub endpoints: Vec<String>,
+    #[serde(default)]
+    pub registry: String,
+    #[serde(default)]
+    pub gateway: String,
+    pub roots: String,
+    pub certificate: String,
+    pub key: String,
+}
+
+/// Where the file is.
+pub fn config_path() -> PathBuf {
+    if let Some(path) = std::env::var_os("BERTH_CONFIG") {
+        return path.into();
+    }
+    let home = std::env::var_os("HOME").map_or_else(|| PathBuf::from("."), PathBuf::from);
+    let base = std::env::var_os("XDG_CONFIG_HOME").map_or(home.join(".config"), PathBuf::from);
+    base.join("berth").join("config.toml")
+}
+
+/// Reads the file.
+pub fn config() -> Result<Config> {
+    let path = config_path();
+    match std::fs::read_to_string(&path) {
+        Ok(text) => toml::from_str(&text)
+            .map_err(|e| Error::user(format!("{} is not right: {e}", path.display()))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(Error::user(format!(
+            "there is no context: {} does not exist",
+            path.display()
+        ))
+        .hint("copy admin.toml from the server's data folder there, or set BERTH_CONFIG to it")),
+        Err(error) => Err(Error::user(format!("cannot read {}: {error}", path.display()))),
+    }
+}
+
+/// Writes the file, for its owner only.
+pub fn save(config: &Config) -> Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let path = config_path();
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let partial = path.with_extension("partial");
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&partial)?;
+    file.write_all(toml::to_string(config)?.as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(&partial, &path)?;
+    Ok(())
+}
+
+/// A connection to a server.
+pub struct Client {
+    pub context: Context,
+    channel: Channel,
+    pub namespace: String,
+}
+
+fn tls(context: &Context, alpn: &[&[u8]]) -> Result<Arc<rustls::ClientConfig>> {
+    let cluster = context
+        .cluster
+        .parse()
+        .map_err(|_| Error::user("the context's cluster is not a cluster's uid"))?;
+    let credentials =
+        Credentials { certificate_pem: context.certificate.clone(), key_pem: context.key.clone() };
+    let trusted = Trusted::Roots { pem: context.roots.clone(), cluster };
+    Ok(tls::client_config(trusted, Some(&credentials), alpn, None)?)
+}
+
+/// The context that is asked for.
+pub fn context(global: &Global) -> Result<Context> {
+    let config = config()?;
+    let name = global.context.clone().unwrap_or(config.current.clone());
+    config.contexts.get(&name).cloned().ok_or_else(|| {
+        let known: Vec<&str> = config.contexts.keys().map(String::as_str).collect();
+        Error::user(format!("there is no context \"{name}\""))
+            .hint(format!("contexts are: {}", known.join(", ")))
+    })
+}
+
+impl Client {
+    /// Connects to the first address that answers.
+    pub async fn connect(global: &Global) -> Result<Self> {
+        let context = context(global)?;
+        let config = tls(&context, &[tls::ALPN_H2])?;
+        let mut last = None;
+        for endpoint in &context.endpoints {
+            match tls::channel(endpoint, Arc::clone(&config), CONNECT, |e| e).await {
+                Ok(channel) => {
+                    let namespace = global.namespace.clone().unwrap_or_default();
+                    return Ok(Self { context, channel, namespace });
+                }
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.map_or_else(|| Error::user("the context names no server"), Error::from))
+    }
+
+    pub fn deployments(&self) -> DeploymentServiceClient<Channel> {
+        DeploymentServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+    pub fn hosts(&self) -> HostServiceClient<Channel> {
+        HostServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+    pub fn models(&self) -> ModelServiceClient<Channel> {
+        ModelServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+    pub fn events(&self) -> EventServiceClient<Channel> {
+        EventServiceClient::new(self.channel.clone())
+    }
+    pub fn logs(&self) -> LogServiceClient<Channel> {
+        LogServiceClient::new(self.channel.clone())
+    }
+    pub fn users(&self) -> UserServiceClient<Channel> {
+        UserServiceClient::new(self.channel.clone())
+    }
+    pub fn system(&self) -> SystemServiceClient<Channel> {
+        SystemServiceClient::new(self.channel.clone())
+    }
+}
+
+/// One HTTPS request to a door of the server; answers with status, headers and body.
+pub async fn https<B>(
+    context: &Context,
+    door: &str,
+    request: http::Request<B>,
+    deadline: Duration,
+) -> Result<http::Response<Bytes>>
+where
+    B: hyper::body::Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let config = tls(context, &[b"http/1.1"])?;
+    let stream = tls::connect(door, config, CONNECT).await?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    let asking = async {
+        let response = sender.send_request(request).await?;
+        let (parts, body) = response.into_parts();
+        let bytes = body.collect().await?.to_bytes();
+        Ok::<_, hyper::Error>(http::Response::from_parts(parts, bytes))
+    };
+    match tokio::time::timeout(deadline, asking).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(Error::new(Kind::Unavailable, format!("{door} did not answer in time"))),
+    }
+}
