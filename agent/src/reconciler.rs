@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
@@ -52,6 +52,7 @@ pub struct Reconciler {
     steps: Semaphore,
     fetches: Semaphore,
     busy: Mutex<BTreeSet<ReplicaUid>>,
+    fetching: Mutex<BTreeMap<String, Weak<tokio::sync::Mutex<()>>>>,
     retries: Mutex<BTreeMap<ReplicaUid, (u32, Mono)>>,
     probes: Mutex<BTreeMap<ReplicaUid, (u32, Probing)>>,
 }
@@ -87,6 +88,7 @@ impl Reconciler {
             steps: Semaphore::new(STEPS),
             fetches: Semaphore::new(FETCHES),
             busy: Mutex::default(),
+            fetching: Mutex::default(),
             retries: Mutex::default(),
             probes: Mutex::default(),
         }
@@ -479,6 +481,14 @@ impl Reconciler {
             set_phase(s, s.attempt, ReplicaPhase::Fetching);
             s.reason.clear();
         });
+        // One transfer of the same bytes at a time; whoever waits finds them here and takes no place
+        // among the transfers meanwhile.
+        let mut same = vec![self.one_at_a_time(platform.config_digest.as_str())];
+        same.extend(body.source.artifact.iter().map(|a| self.one_at_a_time(a.digest.as_str())));
+        let mut turns = Vec::new();
+        for one in &same {
+            turns.push(one.lock().await);
+        }
         let _place = self.fetches.acquire().await.map_err(|_| Failed::Stopping)?;
         let last = Mutex::new((Mono(0), 0_u64));
         let progress = |what: &'static str| {
@@ -523,6 +533,18 @@ impl Reconciler {
         self.shared.inner.lock().memory.entry(uid.clone()).or_default().bytes_here = true;
         self.shared.edit_report(uid, |s| s.progress = None);
         Ok(())
+    }
+
+    /// The lock of what is fetched under a digest.
+    fn one_at_a_time(&self, digest: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut all = self.fetching.lock();
+        all.retain(|_, lock| lock.strong_count() > 0);
+        if let Some(lock) = all.get(digest).and_then(Weak::upgrade) {
+            return lock;
+        }
+        let lock = Arc::new(tokio::sync::Mutex::new(()));
+        all.insert(digest.to_owned(), Arc::downgrade(&lock));
+        lock
     }
 
     fn models(&self) -> PathBuf {

@@ -224,7 +224,7 @@ pub struct Infer {
     pub input: PathBuf,
     /// Only a replica of this model version.
     #[arg(long)]
-    pub version: Option<String>,
+    pub model_version: Option<String>,
     /// File with the known right answer: fail when the numbers differ by more than 0.0001.
     #[arg(long)]
     pub expect: Option<PathBuf>,

@@ -271,7 +271,7 @@ pub async fn infer(global: &Global, args: Infer) -> Result<()> {
         Some(namespace) => format!("{namespace}.{}", args.deployment),
         None => args.deployment.clone(),
     };
-    let version = args.version.map(|v| format!("/versions/{v}")).unwrap_or_default();
+    let version = args.model_version.map(|v| format!("/versions/{v}")).unwrap_or_default();
     let request = http::Request::post(format!("/v2/models/{model}{version}/infer"))
         .header(http::header::HOST, &context.gateway)
         .header(http::header::CONTENT_TYPE, "application/json")

@@ -682,11 +682,18 @@ impl<'a> Planning<'a> {
             }
             return;
         }
-        // Nothing wanted is nothing to wait for; but with hosts wanted and none there, wait.
-        if done
-            && (wanted > 0 || self.plan.report.pending.is_empty())
-            && (new_healthy > 0 || wanted == 0 || !work.is_empty())
-        {
+        // With no host in reach nothing is done and nothing fails: the clock stands still.
+        let in_reach = work.iter().any(|item| {
+            item.new.iter().chain(&item.old).any(|(_, h)| *h != Health::Deferred)
+                || (item.new.is_empty() && item.old.is_empty())
+        });
+        if wanted > 0 && !in_reach {
+            if let Some(clock) = &mut self.plan.clock {
+                clock.at = self.now.mono;
+            }
+            return;
+        }
+        if done && (new_healthy > 0 || (wanted == 0 && self.plan.report.pending.is_empty())) {
             self.complete(release);
             return;
         }

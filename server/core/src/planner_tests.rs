@@ -527,3 +527,28 @@ fn no_host_is_given_more_than_it_has() {
     let plan = w.plan();
     assert_eq!(plan.report.pending.keys().collect::<Vec<_>>(), ["no host fits: 2 short of memory"]);
 }
+
+#[test]
+fn with_no_host_in_reach_nothing_is_complete_and_nothing_fails() {
+    let mut w = World::new(2);
+    w.broken.insert(1);
+    w.apply(World::spec("one"));
+    w.pass(100);
+    let at = w.now.mono;
+    for n in 0..2 {
+        w.presence(n, Presence::Away(at));
+    }
+    let mut spec = World::spec("one");
+    spec.on_host_loss = Some(api::HostLossPolicy { after: None, action: 2 });
+    w.apply(spec);
+    for _ in 0..200 {
+        w.pass(1000);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::Rolling);
+    w.broken.clear();
+    for n in 0..2 {
+        w.presence(n, Presence::Present);
+    }
+    w.settle();
+    assert_eq!(w.deployment().rollout(), RolloutState::Complete);
+}

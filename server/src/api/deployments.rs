@@ -15,6 +15,7 @@ use berth_server_core::objects::Deployment as Held;
 use berth_server_core::view::{ObjectKey, View};
 use berth_server_core::{planner, status};
 use prost::Message;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -263,45 +264,33 @@ fn finish(
     }
 }
 
-/// Differences between two specs, field by field.
-fn changes(before: Option<&DeploymentSpec>, after: &DeploymentSpec) -> Vec<FieldChange> {
-    let flat = |spec: &DeploymentSpec| -> std::collections::BTreeMap<String, String> {
-        let mut out = std::collections::BTreeMap::new();
-        // The debug form names every field; nested ones are told as a whole.
-        let text = format!("{spec:#?}");
-        let mut path: Vec<String> = Vec::new();
-        for line in text.lines().skip(1) {
-            let line = line.trim().trim_end_matches(',');
-            if line.ends_with(['{', '(', '[']) {
-                path.push(
-                    line.split(':').next().unwrap_or_default().trim().trim_matches('"').to_owned(),
-                );
-            } else if line.starts_with(['}', ')', ']']) {
-                path.pop();
-            } else if let Some((key, value)) = line.split_once(": ") {
-                let key = key.trim_matches('"');
-                let parents: Vec<&str> = path
-                    .iter()
-                    .map(String::as_str)
-                    .filter(|p| !p.is_empty() && !p.ends_with(['(', '{']) && *p != "Some(")
-                    .collect();
-                let name = parents.into_iter().chain([key]).collect::<Vec<_>>().join(".");
-                out.insert(format!("spec.{name}"), value.trim_matches('"').to_owned());
-            } else if !line.is_empty() {
-                let name =
-                    path.iter().filter(|p| *p != "Some(").cloned().collect::<Vec<_>>().join(".");
-                let entry: &mut String = out.entry(format!("spec.{name}")).or_default();
-                if !entry.is_empty() {
-                    entry.push(' ');
-                }
-                entry.push_str(line.trim_matches('"'));
+/// Leaves of a manifest's spec by their path; lists are told as a whole.
+fn leaves(value: &serde_json::Value, path: &str, out: &mut BTreeMap<String, String>) {
+    match value {
+        serde_json::Value::Object(map) => {
+            for (key, value) in map {
+                leaves(value, &format!("{path}.{key}"), out);
             }
         }
+        serde_json::Value::String(text) => {
+            out.insert(path.to_owned(), text.clone());
+        }
+        other => {
+            out.insert(path.to_owned(), other.to_string());
+        }
+    }
+}
+
+/// Differences between two specs, as people write them.
+fn changes(before: Option<&DeploymentSpec>, after: &DeploymentSpec) -> Vec<FieldChange> {
+    let flat = |spec: &DeploymentSpec| {
+        let mut out = BTreeMap::new();
+        leaves(&berth_proto::manifest::spec_to_json(spec), "spec", &mut out);
         out
     };
-    let empty = DeploymentSpec::default();
-    let (before, after) = (flat(before.unwrap_or(&empty)), flat(after));
-    let keys: std::collections::BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+    let before = before.map(flat).unwrap_or_default();
+    let after = flat(after);
+    let keys: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
     keys.into_iter()
         .filter(|key| before.get(*key) != after.get(*key))
         .map(|key| FieldChange {
