@@ -1,0 +1,157 @@
+//! What bad input and bad luck get: a clear message, and an exit code of its own.
+
+use berth_tests::{Cluster, command};
+use std::process::{Output, Stdio};
+
+fn told(output: &Output, code: i32, words: &[&str]) {
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    for word in words {
+        assert!(text.contains(word), "\"{word}\" is not in: {text}");
+    }
+}
+
+fn berthd(args: &[&str]) -> Output {
+    command("berthd").unwrap().args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+#[test]
+fn a_server_that_cannot_start_says_why_and_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let data = data.to_str().unwrap();
+    told(&berthd(&["--listen", "0.0.0.0:0", "--data-dir", data]), 2, &["--advertise"]);
+
+    let config = dir.path().join("berthd.toml");
+    std::fs::write(&config, "lisen = \"127.0.0.1:0\"\n").unwrap();
+    told(&berthd(&["--config", config.to_str().unwrap()]), 2, &["lisen", "listen"]);
+
+    let foreign = dir.path().join("foreign");
+    std::fs::create_dir(&foreign).unwrap();
+    std::fs::write(foreign.join("thesis.txt"), "x").unwrap();
+    told(&berthd(&["--data-dir", foreign.to_str().unwrap()]), 1, &["not made by a Berth server"]);
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let args = ["--data-dir", data, "--ballast-mib", "0", "--listen", &address];
+    told(&berthd(&args), 1, &["--listen", &address]);
+
+    std::fs::write(std::path::Path::new(data).join("FORMAT"), "99\n").unwrap();
+    told(&berthd(&["--data-dir", data]), 1, &["format 99"]);
+}
+
+#[test]
+fn without_a_server_the_command_line_ends_with_3_and_without_a_context_with_1() {
+    let dir = tempfile::tempdir().unwrap();
+    let berth = |config: &str| {
+        command("berth")
+            .unwrap()
+            .env("BERTH_CONFIG", config)
+            .args(["host", "list"])
+            .output()
+            .unwrap()
+    };
+    let missing = dir.path().join("none.toml");
+    told(&berth(missing.to_str().unwrap()), 1, &["there is no context", "hint:"]);
+    let mut cluster = Cluster::start().unwrap();
+    let config = cluster.server_dir().join("admin.toml");
+    cluster.server().kill();
+    told(&berth(config.to_str().unwrap()), 3, &["hint: is the server running"]);
+}
+
+#[test]
+fn every_way_a_join_fails_is_named() {
+    let mut cluster = Cluster::start().unwrap();
+    let control = cluster.door("control").unwrap();
+    let join = |cluster: &Cluster, name: &str, token: &str| {
+        command("berth-agent")
+            .unwrap()
+            .args(["join", "--server", &control, "--name", name, "--token", token, "--data-dir"])
+            .arg(cluster.agent_dir(name))
+            .output()
+            .unwrap()
+    };
+    let token = |cluster: &Cluster, args: &[&str]| {
+        let all = [&["host", "token", "create"], args].concat();
+        let made = cluster.berth_json(&all).unwrap();
+        (made["id"].as_str().unwrap().to_owned(), made["secret"].as_str().unwrap().to_owned())
+    };
+    told(&join(&cluster, "a", "nonsense"), 1, &["not a join token"]);
+    let (_, good) = token(&cluster, &[]);
+    let mut parts: Vec<&str> = good.split('.').collect();
+    parts[2] = "0000";
+    told(&join(&cluster, "a", &parts.join(".")), 1, &["not known"]);
+    let other = "0".repeat(64);
+    let mut parts: Vec<&str> = good.split('.').collect();
+    parts[3] = &other;
+    told(&join(&cluster, "a", &parts.join(".")), 1, &["not the one the token names"]);
+
+    assert!(join(&cluster, "a", &good).status.success());
+    told(&join(&cluster, "a", &good), 1, &["joined already"]);
+    told(&join(&cluster, "b", &good), 1, &["used up"]);
+    let (id, revoked) = token(&cluster, &[]);
+    cluster.berth_ok(&["host", "token", "rm", &id]).unwrap();
+    told(&join(&cluster, "b", &revoked), 1, &["revoked"]);
+    let (_, short) = token(&cluster, &["--ttl", "1ms"]);
+    told(&join(&cluster, "b", &short), 1, &["expired"]);
+
+    // A name in use needs a token that says so.
+    let (_, again) = token(&cluster, &["--uses", "2"]);
+    std::fs::remove_file(cluster.agent_dir("a").join("identity")).unwrap();
+    told(&join(&cluster, "a", &again), 1, &["exists already", "--rejoin a"]);
+    let (_, rejoin) = token(&cluster, &["--rejoin", "a"]);
+    assert!(join(&cluster, "a", &rejoin).status.success());
+    cluster.server().kill();
+}
+
+#[test]
+fn a_manifest_gets_every_problem_at_once_and_nothing_is_written() {
+    let cluster = Cluster::start().unwrap();
+    let file = cluster.dir.path().join("bad.yaml");
+    let text = "apiVersion: berth/v1\nkind: Deployment\nmetadata: {name: X}\n\
+                spec: {modle: iris, replicas: -1}\n";
+    std::fs::write(&file, text).unwrap();
+    let file = file.to_str().unwrap();
+    let words = ["metadata.name", "spec.modle", "did you mean \"model\"", "spec.replicas"];
+    told(&cluster.berth(&["apply", "-f", file]).unwrap(), 1, &words);
+
+    let text =
+        "apiVersion: berth/v1\nkind: Deployment\nmetadata: {name: x}\nspec: {model: nosuch}\n";
+    std::fs::write(file, text).unwrap();
+    let output = cluster.berth(&["apply", "-f", file]).unwrap();
+    told(&output, 1, &["\"nosuch\" does not exist", "berth model push"]);
+    assert_eq!(cluster.berth_json(&["deployment", "list"]).unwrap(), serde_json::json!([]));
+}
+
+#[test]
+fn a_role_that_does_not_suffice_ends_with_4_and_a_revoked_user_at_once() {
+    let cluster = Cluster::start().unwrap();
+    let context = cluster.berth_ok(&["user", "create", "vera", "--role", "viewer"]).unwrap();
+    let config = cluster.dir.path().join("vera.toml");
+    std::fs::write(&config, context).unwrap();
+    let vera = |args: &[&str]| {
+        command("berth").unwrap().env("BERTH_CONFIG", &config).args(args).output().unwrap()
+    };
+    assert!(vera(&["deployment", "list"]).status.success());
+    told(&vera(&["host", "token", "create"]), 4, &["admin"]);
+    told(&vera(&["deployment", "scale", "x", "3"]), 4, &["operator"]);
+    cluster.berth_ok(&["user", "revoke", "vera", "--yes"]).unwrap();
+    told(&vera(&["deployment", "list"]), 4, &["revoked"]);
+}
+
+#[test]
+fn acknowledged_writes_survive_kill_9() {
+    let mut cluster = Cluster::start().unwrap();
+    for round in 0..5 {
+        let name = format!("user-{round}");
+        cluster.berth_ok(&["user", "create", &name]).unwrap();
+        cluster.server().kill();
+        cluster.start_server().unwrap();
+        let users = cluster.berth_json(&["user", "list"]).unwrap();
+        let names: Vec<&str> =
+            users.as_array().unwrap().iter().filter_map(|u| u["name"].as_str()).collect();
+        for known in 0..=round {
+            assert!(names.contains(&format!("user-{known}").as_str()), "{names:?}");
+        }
+    }
+}
