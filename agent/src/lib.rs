@@ -2,6 +2,7 @@
 //!
 //! Nothing here decides what shall run; it feeds the core with what the engine, the disk, the clock
 //! and the server say, and carries out the steps it answers with. It works the same without a server.
+#![cfg_attr(test, allow(clippy::wildcard_enum_match_arm, reason = "tests pick one variant out"))]
 
 pub mod args;
 pub mod config;

@@ -111,10 +111,12 @@ impl From<tonic::Status> for Error {
     fn from(status: tonic::Status) -> Self {
         use tonic::Code;
         use tonic_types::StatusExt as _;
-        let kind = match status.code() {
-            Code::Unavailable | Code::DeadlineExceeded => Kind::Unavailable,
-            Code::PermissionDenied | Code::Unauthenticated => Kind::Denied,
-            _ => Kind::User,
+        let kind = if matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded) {
+            Kind::Unavailable
+        } else if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated) {
+            Kind::Denied
+        } else {
+            Kind::User
         };
         let details = status.get_error_details();
         let mut message = berth_proto::escape::for_terminal(status.message());

@@ -4,6 +4,7 @@
 //! crate's sources; [`values`] holds what the rest of the code works with, validated once;
 //! between the two stands `convert`. Nothing here waits, reads or writes, but for the feature `tls`, which
 //! holds what both ends of a connection must agree on.
+#![cfg_attr(test, allow(clippy::wildcard_enum_match_arm, reason = "tests pick one variant out"))]
 
 /// The generated packages, nested as their names are.
 #[allow(missing_docs, clippy::all, clippy::wildcard_enum_match_arm, rustdoc::all)]

@@ -599,8 +599,13 @@ fn yaml(value: &Value, depth: usize, out: &mut String) {
                 nested(item, depth, out);
             }
         }
-        other => {
-            let _ = writeln!(out, "{pad}{}", scalar(other));
+        Value::Null
+        | Value::Bool(_)
+        | Value::Number(_)
+        | Value::String(_)
+        | Value::Array(_)
+        | Value::Object(_) => {
+            let _ = writeln!(out, "{pad}{}", scalar(value));
         }
     }
 }
@@ -630,7 +635,9 @@ fn scalar(value: &Value) -> String {
             // JSON's quoting is YAML's double quoting.
             if plain { text.clone() } else { value.to_string() }
         }
-        other => other.to_string(),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => {
+            value.to_string()
+        }
     }
 }
 

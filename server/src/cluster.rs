@@ -30,6 +30,9 @@ const LINE: usize = 16;
 /// Changes proposed at once from one status message, below what one commit holds.
 const CHUNK: usize = 40;
 
+/// The live sessions of one host: their numbers, and where they take orders.
+type SessionLines = Vec<(u64, mpsc::Sender<Order>)>;
+
 /// What all parts of the server share.
 pub struct Cluster {
     /// The ledger.
@@ -59,7 +62,7 @@ pub struct Cluster {
     origin: Instant,
     live_lock: Mutex<()>,
     live_changed: watch::Sender<u64>,
-    sessions: Mutex<HashMap<HostUid, Vec<(u64, mpsc::Sender<Order>)>>>,
+    sessions: Mutex<HashMap<HostUid, SessionLines>>,
     sets: Mutex<HashMap<HostUid, watch::Sender<Newest>>>,
     boots: Mutex<HashMap<HostUid, Boots>>,
     next_session: AtomicU64,

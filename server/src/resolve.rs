@@ -144,16 +144,22 @@ pub async fn source(
             Ok((ResolvedSource { image, artifact: None }, words))
         }
         Source::Model(reference) => {
-            let (_, version) = find_version(view, namespace, reference).map_err(|error| match error {
-                Error::NotFound { kind, name } => Error::precondition(
-                    match kind {
-                        Kind::Model => "MODEL_NOT_FOUND",
-                        Kind::Alias => "ALIAS_NOT_FOUND",
-                        _ => "VERSION_NOT_FOUND",
-                    },
-                    format!("{path}spec.model: {kind} \"{name}\" does not exist; `berth model push` registers one"),
-                ),
-                other => other,
+            let (_, version) = find_version(view, namespace, reference).map_err(|error| {
+                let Error::NotFound { kind, name } = error else { return error };
+                let reason = if kind == Kind::Model {
+                    "MODEL_NOT_FOUND"
+                } else if kind == Kind::Alias {
+                    "ALIAS_NOT_FOUND"
+                } else {
+                    "VERSION_NOT_FOUND"
+                };
+                Error::precondition(
+                    reason,
+                    format!(
+                        "{path}spec.model: {kind} \"{name}\" does not exist; \
+                         `berth model push` registers one"
+                    ),
+                )
             })?;
             let words = format!("{}:{}@{}", version.model, version.version, version.digest);
             let digest: Digest = version

@@ -9,6 +9,7 @@ use berth_proto::ids::{Digest, Epoch, Generation, ReplicaUid, SetNumber};
 use berth_proto::sets::set_digest;
 use berth_proto::values::AssignmentBody;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 /// Entries of a set: ten times what an engine is known to run.
@@ -182,7 +183,7 @@ pub fn build(
         let replica: ReplicaUid = entry.replica_uid.parse().map_err(|_| Broken::Entry)?;
         let missing = || Broken::Body(entry.body_digest.clone());
         let digest: Digest = entry.body_digest.parse().map_err(|_| missing())?;
-        if !set.bodies.contains_key(&digest) {
+        if let Entry::Vacant(place) = set.bodies.entry(digest.clone()) {
             let body = match sent.remove(&digest) {
                 Some(bytes) => {
                     let value = assignment_body_from_bytes(&bytes).map_err(|problems| {
@@ -196,7 +197,7 @@ pub fn build(
                     .cloned()
                     .ok_or_else(missing)?,
             };
-            set.bodies.insert(digest, body);
+            place.insert(body);
         }
         set.entries.insert(replica, entry);
     }

@@ -122,6 +122,10 @@ async fn within<T>(
 }
 
 /// What an error of the library means for `call` on `what`.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "the library's errors, most of which cannot come"
+)]
 fn translate(call: Call, what: &str, error: ClientError) -> EngineError {
     match error {
         ClientError::DockerResponseServerError { status_code, message } => {
@@ -171,6 +175,10 @@ fn by_status(call: Call, what: &str, status: u16, message: String) -> EngineErro
 /// What engines say in words only: a port in use is a 500 (Docker) or 500 (podman) of `start`; a
 /// name that is taken is a 500 of podman; the registry's refusals come as 404, as 500 or inside
 /// the stream.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "the calls that have words of their own are named"
+)]
 fn by_words(call: Call, what: &str, status: u16, message: String) -> EngineError {
     let lower = message.to_ascii_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| lower.contains(word));
@@ -486,8 +494,9 @@ impl Engine for DockerEngine {
         let body = create_body(spec);
         let options = query::CreateContainerOptionsBuilder::default().name(&spec.name).build();
         let result = self
-            .call(Call::Create, &spec.image_id, |d| async move {
-                d.create_container(Some(options), body).await
+            .call(Call::Create, &spec.image_id, |d| {
+                // Boxed: the request is large, and many are made at once.
+                Box::pin(async move { d.create_container(Some(options), body).await })
             })
             .await;
         match result {

@@ -139,16 +139,16 @@ pub async fn logs(global: &Global, args: Logs) -> Result<()> {
                     ))?;
                 }
             }
-            Some(stream_logs_response::Item::Source(source)) => {
-                if source.condition() == LogSourceCondition::Unreachable {
-                    let words = berth_proto::escape::for_terminal(&source.message);
-                    eprintln!(
-                        "{}/{} {}: not reached: {words}",
-                        args.deployment, source.slot, source.host
-                    );
-                }
+            Some(stream_logs_response::Item::Source(source))
+                if source.condition() == LogSourceCondition::Unreachable =>
+            {
+                let words = berth_proto::escape::for_terminal(&source.message);
+                eprintln!(
+                    "{}/{} {}: not reached: {words}",
+                    args.deployment, source.slot, source.host
+                );
             }
-            None => {}
+            Some(stream_logs_response::Item::Source(_)) | None => {}
         }
     }
     Ok(())

@@ -115,15 +115,18 @@ impl SpiffeId {
             x509_parser::parse_x509_certificate(certificate).map_err(|_| TlsError::NoIdentity)?;
         let names = parsed.subject_alternative_name().map_err(|_| TlsError::NoIdentity)?;
         let names = names.ok_or(TlsError::NoIdentity)?;
-        let mut uris = names.value.general_names.iter().filter_map(|name| match name {
-            x509_parser::extensions::GeneralName::URI(uri) => Some(*uri),
-            _ => None,
-        });
+        let mut uris = names.value.general_names.iter().filter_map(uri);
         match (uris.next(), uris.next()) {
             (Some(uri), None) => uri.parse(),
             _ => Err(TlsError::NoIdentity),
         }
     }
+}
+
+/// The URI of a general name, if it is one.
+#[must_use]
+pub fn uri<'a>(name: &x509_parser::extensions::GeneralName<'a>) -> Option<&'a str> {
+    if let x509_parser::extensions::GeneralName::URI(uri) = name { Some(uri) } else { None }
 }
 
 /// The SubjectPublicKeyInfo of a certificate, in DER.

@@ -358,7 +358,7 @@ fn add(used: &mut HostUse, spec: &DeploymentSpec) {
 /// How full a host is in parts of 10,000, by what is fullest, then by replicas.
 fn fullness(host: &Host, used: &HostUse) -> u64 {
     let part =
-        |used: u64, have: u64| if have == 0 { 0 } else { used.saturating_mul(10_000) / have };
+        |used: u64, have: u64| used.saturating_mul(10_000).checked_div(have).unwrap_or_default();
     let have = &host.facts.capacity;
     let fullest = part(used.used.memory_bytes, have.memory_bytes)
         .max(part(used.used.cpu_millis, have.cpu_millis))

@@ -577,8 +577,7 @@ impl<'a> Planning<'a> {
                     // Stopping a healthy one must not go below the floor.
                     spare > 0
                         && (new_is_healthy
-                            || (!new_exists && surge_room == 0 && rollout.max_unavailable > 0)
-                            || (new_exists && rollout.max_unavailable > 0))
+                            || (rollout.max_unavailable > 0 && (new_exists || surge_room == 0)))
                 } else {
                     // Unhealthy ones serve nobody and go first.
                     new_is_healthy || new_exists || surge_room == 0

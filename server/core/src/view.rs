@@ -97,9 +97,10 @@ impl View {
             let change = Change::decode(&key, &value)
                 .map_err(|source| LoadError::Bad { key: name(), source })?
                 .ok_or_else(|| LoadError::Unknown(name()))?;
-            match change {
-                change @ Change::PutReplica(_) => later.push((change, revision)),
-                change => view.apply(&change, revision),
+            if matches!(change, Change::PutReplica(_)) {
+                later.push((change, revision));
+            } else {
+                view.apply(&change, revision);
             }
         }
         for (change, revision) in later {

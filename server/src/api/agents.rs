@@ -193,12 +193,13 @@ impl JoinService for Api {
                 joined,
             ],
         };
-        self.0.ledger.propose(proposal).await.map_err(|why| match why {
-            // Another join with the same token was faster: ask again, it may have uses left.
-            Refusal::Conflict { .. } => {
+        self.0.ledger.propose(proposal).await.map_err(|why| {
+            if matches!(why, Refusal::Conflict { .. }) {
+                // Another join with the same token was faster: ask again, it may have uses left.
                 Error::unavailable("JOIN_RACED", "another join came first; try again")
+            } else {
+                refused(why, Kind::Host, name.as_str())
             }
-            other => refused(other, Kind::Host, name.as_str()),
         })?;
         Ok(Response::new(JoinResponse {
             host_uid: uid,

@@ -69,7 +69,10 @@ impl EventService for Api {
                     return;
                 }
             }
-            while r.follow {
+            if !r.follow {
+                return;
+            }
+            loop {
                 let change = tokio::select! {
                     // Cancel-safe, both.
                     change = changes.recv() => change,

@@ -213,11 +213,8 @@ fn cluster_of(root: &rustls::pki_types::CertificateDer<'_>) -> Result<ClusterUid
     names
         .into_iter()
         .flat_map(|names| names.value.general_names.iter())
-        .find_map(|name| match name {
-            x509_parser::extensions::GeneralName::URI(uri) => {
-                uri.strip_prefix("spiffe://")?.strip_suffix("/ca")?.parse().ok()
-            }
-            _ => None,
+        .find_map(|name| {
+            tls::uri(name)?.strip_prefix("spiffe://")?.strip_suffix("/ca")?.parse().ok()
         })
         .ok_or(TlsError::NoIdentity)
 }

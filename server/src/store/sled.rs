@@ -54,10 +54,7 @@ impl Embedded {
                 if sled_path.exists() {
                     fs::remove_dir_all(&sled_path).map_err(io("remove", &sled_path))?;
                 }
-                let entries = match newest_export(&folder.join("exports"))? {
-                    Some(entries) => entries,
-                    None => Memory::default(),
-                };
+                let entries = newest_export(&folder.join("exports"))?.unwrap_or_default();
                 opened.rebuilt = Some(why.to_string());
                 let (db, _) = open_sled(&sled_path)?;
                 fill(&db, &entries)?;
@@ -256,8 +253,7 @@ fn decode_export(bytes: &[u8]) -> Option<Memory> {
     };
     let revision = Revision(u64::from_le_bytes(take(8)?.try_into().ok()?));
     let mut entries = Memory::default();
-    loop {
-        let Some(length) = take(4) else { break };
+    while let Some(length) = take(4) {
         let mut sized = |length: Option<Vec<u8>>| {
             let n = u32::from_le_bytes(length?.try_into().ok()?) as usize;
             take(n)
