@@ -1,7 +1,7 @@
 //! Identifiers, names and counters, each a type of its own.
 //!
 //! A string that was not checked cannot be taken for a uid, nor one kind's uid for another's. clap,
-//! the conversions and configuration all go through the same [`FromStr`](std::str::FromStr), so a
+//! the conversions and configuration all go through the same [`FromStr`], so a
 //! name is checked in one place and its message is written once.
 
 use std::fmt;

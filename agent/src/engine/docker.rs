@@ -3,7 +3,7 @@
 //! The only file that knows the client library. It keeps nothing but a connection's agreed API
 //! version, which it agrees on anew after the engine was away (it may have been upgraded). What an
 //! error means is decided by status code; the few places where engines say it in words only
-//! ([`by_words`]) are together, with the reason.
+//! (`by_words`) are together, with the reason.
 
 use super::{
     BindMount, CLUSTER_LABEL, Call, ContainerSpec, ContainerState, ContainerStats, Credentials,
