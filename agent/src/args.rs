@@ -161,7 +161,7 @@ async fn carry_out(args: Args) -> anyhow::Result<()> {
                     engine.remove(&container.id, true).await?;
                     println!("removed {}", container.name);
                 }
-                engine.remove_network(crate::engine::NETWORK).await.ok();
+                engine.remove_network(&crate::reconciler::bridge(&cluster)).await.ok();
             }
             for name in ["identity", "set"] {
                 std::fs::remove_file(args.data_dir.join(name)).ok();

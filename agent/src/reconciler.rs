@@ -16,7 +16,7 @@ use berth_agent_core::diff::{Container, Memory, State, Step, diff};
 use berth_agent_core::policy;
 use berth_agent_core::probe::Probing;
 use berth_proto::api::{self, ReplicaPhase};
-use berth_proto::ids::{Mono, ReplicaUid};
+use berth_proto::ids::{ClusterUid, Mono, ReplicaUid};
 use berth_proto::values::{AssignmentBody, PlatformImage};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
@@ -55,6 +55,14 @@ pub struct Reconciler {
     fetching: Mutex<BTreeMap<String, Weak<tokio::sync::Mutex<()>>>>,
     retries: Mutex<BTreeMap<ReplicaUid, (u32, Mono)>>,
     probes: Mutex<BTreeMap<ReplicaUid, (u32, Probing)>>,
+}
+
+/// The name of a cluster's own bridge: engines let two networks have one name, and two clusters may
+/// share an engine.
+#[must_use]
+pub fn bridge(cluster: &ClusterUid) -> String {
+    let text = cluster.as_str();
+    format!("{NETWORK}-{}", &text[text.len().saturating_sub(12)..])
 }
 
 fn container(observed: &ObservedContainer) -> Option<Container> {
@@ -100,7 +108,11 @@ impl Reconciler {
         let mut network = false;
         loop {
             if !network {
-                network = match self.engine.ensure_network(&self.shared.cluster, NETWORK).await {
+                network = match self
+                    .engine
+                    .ensure_network(&self.shared.cluster, &bridge(&self.shared.cluster))
+                    .await
+                {
                     Ok(()) => true,
                     Err(error) => {
                         tracing::debug!(%error, "the bridge cannot be made yet");
@@ -661,9 +673,11 @@ impl Reconciler {
         spec.cap_add = want.privileges.add_capabilities.clone();
         spec.devices = want.privileges.devices.clone();
         spec.privileged = want.privileges.privileged;
-        if want.privileges.host_network {
-            spec.network = NetworkMode::Host;
-        }
+        spec.network = if want.privileges.host_network {
+            NetworkMode::Host
+        } else {
+            NetworkMode::Bridge(bridge(&self.shared.cluster))
+        };
         spec.stop_grace_s = u32::try_from(want.stop_grace_ms.div_ceil(1000)).unwrap_or(10);
         spec
     }

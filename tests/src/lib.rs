@@ -377,7 +377,7 @@ pub fn docker_containers(cluster: &str, only_running: bool) -> Result<Vec<String
     Ok(String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect())
 }
 
-/// Removes all containers of a cluster.
+/// Removes all containers of a cluster, and its network.
 ///
 /// # Errors
 /// When docker fails.
@@ -386,5 +386,7 @@ pub fn docker_remove(cluster: &str) -> Result<()> {
     if !ids.is_empty() {
         Command::new("docker").args(["rm", "-f"]).args(&ids).output()?;
     }
+    let network = format!("berth-{}", &cluster[cluster.len().saturating_sub(12)..]);
+    Command::new("docker").args(["network", "rm", &network]).output()?;
     Ok(())
 }

@@ -98,7 +98,10 @@ impl Door {
         progress: impl Fn(u64, u64) + Send + Sync,
     ) -> Result<String, ImageError> {
         let id = platform.config_digest.to_string();
+        // A name keeps it from the first `docker image prune`, also when somebody else brought it.
+        let keep = format!("berth.local/{name}");
         if engine.image(&id).await?.is_some() {
+            engine.tag(&id, &keep, platform.config_digest.short()).await?;
             return Ok(id);
         }
         // Through our own address: its port is no part of any name that is kept.
@@ -118,10 +121,7 @@ impl Door {
         }
         let found = engine.image(&through).await?.or(engine.image(&id).await?);
         let found = found.ok_or_else(|| ImageError::Missing(through.clone()))?;
-        // A name keeps it from the first `docker image prune`.
-        engine
-            .tag(&found.id, &format!("berth.local/{name}"), platform.config_digest.short())
-            .await?;
+        engine.tag(&found.id, &keep, platform.config_digest.short()).await?;
         engine.remove_image(&through).await?;
         Ok(found.id)
     }
