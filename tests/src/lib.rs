@@ -377,7 +377,7 @@ pub fn docker_containers(cluster: &str, only_running: bool) -> Result<Vec<String
     Ok(String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect())
 }
 
-/// Removes all containers of a cluster, and its network.
+/// Removes all containers of a cluster, its network, and images that nobody uses any more.
 ///
 /// # Errors
 /// When docker fails.
@@ -388,5 +388,11 @@ pub fn docker_remove(cluster: &str) -> Result<()> {
     }
     let network = format!("berth-{}", &cluster[cluster.len().saturating_sub(12)..]);
     Command::new("docker").args(["network", "rm", &network]).output()?;
+    // Names our agents gave; not forced, so that what another cluster's container uses stays.
+    let names = ["images", "--format", "{{.Repository}}:{{.Tag}}", "berth.local/*"];
+    let names = String::from_utf8(Command::new("docker").args(names).output()?.stdout)?;
+    for name in names.lines() {
+        Command::new("docker").args(["rmi", name]).output()?;
+    }
     Ok(())
 }
