@@ -3,7 +3,7 @@
 use prost::Message as _;
 use std::path::PathBuf;
 
-const FILES: [&str; 24] = [
+const FILES: [&str; 25] = [
     "berth/v1/common.proto",
     "berth/v1/deployment.proto",
     "berth/v1/release.proto",
@@ -24,6 +24,7 @@ const FILES: [&str; 24] = [
     "berth/agent/v1/host_service.proto",
     "berth/store/v1/records.proto",
     "berth/store/v1/agent_files.proto",
+    "berth/store/v1/backup.proto",
     "inference/grpc_predict_v2.proto",
     "google/protobuf/timestamp.proto",
     "google/protobuf/duration.proto",

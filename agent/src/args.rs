@@ -2,14 +2,11 @@
 
 use crate::config::Config;
 use crate::engine::docker::DockerEngine;
-use crate::engine::{ContainerState, Engine, LogQuery, Source};
-use crate::reconciler::{LABEL_ATTEMPT, LABEL_REPLICA};
+use crate::local;
 use crate::store::Store;
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use clap::{Parser, Subcommand};
-use futures_util::StreamExt as _;
 use std::ffi::OsString;
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -64,10 +61,14 @@ enum Command {
         #[arg(long)]
         name: Option<String>,
     },
-    /// Name another address of the server: the last resort when all known ones are gone.
+    /// Name another address of the server: the last resort when all known ones are gone. Once it is
+    /// reached, the server tells its addresses itself.
     SetServer {
         /// HOST:PORT.
         server: String,
+        /// HOST:PORT of its registry, where that has moved as well.
+        #[arg(long)]
+        registry: Option<String>,
     },
     /// Forget the cluster, for a host whose cluster is gone.
     Leave {
@@ -134,99 +135,28 @@ async fn carry_out(args: Args) -> anyhow::Result<()> {
         Command::Run => crate::run::run(&args.data_dir, &args.engine, config).await,
         Command::Join { server, token, name } => {
             let store = Store::open(&args.data_dir)?;
-            let facts = crate::facts::gather(&config, &args.data_dir, &engine).await;
+            let facts = crate::facts::gather(&config, &args.data_dir, &engine, true, None).await;
             let name = name.unwrap_or_else(machine_name);
             let held = crate::join::join(&store, &server, &token, &name, facts).await?;
             println!("joined cluster {} as host \"{}\"", held.cluster, held.name);
             println!("now run: berth-agent run --data-dir {}", args.data_dir.display());
             Ok(())
         }
-        Command::SetServer { server } => {
-            let store = Store::open(&args.data_dir).context("stop the agent first")?;
-            let mut identity = store.identity()?;
-            let trust = identity.trust.get_or_insert_default();
-            trust.endpoints.retain(|e| *e != server);
-            trust.endpoints.insert(0, server);
-            store.put_identity(&identity)?;
-            Ok(())
+        Command::SetServer { server, registry } => {
+            local::set_server(&args.data_dir, &server, registry.as_deref())
         }
         Command::Leave { remove_containers, yes } => {
-            let identity = Store::peek(&args.data_dir).identity()?;
             if !yes {
+                let identity = Store::peek(&args.data_dir).identity()?;
                 bail!("this forgets cluster {}; say --yes to do so", identity.cluster);
             }
-            let cluster = identity.cluster.parse()?;
-            if remove_containers {
-                for container in engine.observe(&cluster).await? {
-                    engine.remove(&container.id, true).await?;
-                    println!("removed {}", container.name);
-                }
-                engine.remove_network(&crate::reconciler::bridge(&cluster)).await.ok();
-            }
-            for name in ["identity", "set"] {
-                std::fs::remove_file(args.data_dir.join(name)).ok();
-            }
-            println!("left cluster {}", identity.cluster);
-            Ok(())
+            local::leave(&args.data_dir, &engine, remove_containers, &mut std::io::stdout()).await
         }
-        Command::Status => {
-            let store = Store::peek(&args.data_dir);
-            let identity = store.identity()?;
-            let set = store.set()?;
-            println!("host:     {} ({})", identity.name, identity.host_uid);
-            println!("cluster:  {}", identity.cluster);
-            let trust = identity.trust.unwrap_or_default();
-            println!("servers:  {}", trust.endpoints.join(", "));
-            match set.id {
-                Some(id) => println!(
-                    "set:      {}.{}, {} replicas",
-                    id.epoch,
-                    id.generation,
-                    set.entries.len()
-                ),
-                None => println!("set:      none was ever received"),
-            }
-            let answer = match engine.info().await {
-                Ok(info) => format!("{} {}", info.name, info.version),
-                Err(error) => format!("does not answer: {error}"),
-            };
-            println!("engine:   {answer}");
-            Ok(())
-        }
-        Command::Ps => {
-            let identity = Store::peek(&args.data_dir).identity()?;
-            let mut out = std::io::stdout().lock();
-            writeln!(out, "{:<38} {:>7}  {:<12} CONTAINER", "REPLICA", "ATTEMPT", "STATE")?;
-            for c in engine.observe(&identity.cluster.parse()?).await? {
-                let label = |key: &str| c.labels.get(key).map_or("", String::as_str);
-                let state = match &c.state {
-                    ContainerState::Created => "created".to_owned(),
-                    ContainerState::Running { .. } => "running".to_owned(),
-                    ContainerState::Exited { code, .. } => format!("exited ({code})"),
-                    ContainerState::Removing => "removing".to_owned(),
-                };
-                let (replica, attempt) = (label(LABEL_REPLICA), label(LABEL_ATTEMPT));
-                writeln!(out, "{replica:<38} {attempt:>7}  {state:<12} {}", c.name)?;
-            }
-            Ok(())
-        }
+        Command::Status => local::status(&args.data_dir, &engine, &mut std::io::stdout()).await,
+        Command::Ps => local::ps(&args.data_dir, &engine, &mut std::io::stdout()).await,
         Command::Logs { replica, tail } => {
-            let identity = Store::peek(&args.data_dir).identity()?;
-            let mut all = engine.observe(&identity.cluster.parse()?).await?;
-            all.retain(|c| c.labels.get(LABEL_REPLICA).is_some_and(|r| r.starts_with(&replica)));
-            all.sort_by_key(|c| c.labels.get(LABEL_ATTEMPT).and_then(|a| a.parse::<u32>().ok()));
-            let Some(newest) = all.last() else {
-                bail!("no container of a replica \"{replica}\" is here; see berth-agent ps");
-            };
-            let mut lines = engine.logs(&newest.id, LogQuery { tail, ..LogQuery::default() });
-            while let Some(chunk) = lines.next().await {
-                let chunk = chunk?;
-                match chunk.source {
-                    Source::Stdout => std::io::stdout().write_all(&chunk.bytes)?,
-                    Source::Stderr => std::io::stderr().write_all(&chunk.bytes)?,
-                }
-            }
-            Ok(())
+            let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
+            local::logs(&args.data_dir, &engine, &replica, tail, (&mut out, &mut err)).await
         }
     }
 }

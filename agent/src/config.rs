@@ -2,6 +2,7 @@
 
 use berth_proto::values::{HostPolicy, Resources};
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 /// What may be set in the agent's TOML file.
@@ -14,7 +15,38 @@ pub struct Config {
     pub reserve: Reserve,
     /// What containers may ask of the host.
     pub policy: Policy,
+    /// How bytes are brought and kept.
+    pub transfer: Transfer,
 }
+
+/// How bytes are brought and kept.
+#[derive(Debug, Clone, Default, serde::Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Transfer {
+    /// At most so many bytes a second for all transfers together, e.g. `2MiB`. Default: no cap.
+    pub bandwidth: Option<String>,
+    /// Nothing is brought that would leave less than this free. Default: `256MiB`.
+    pub keep_free: Option<String>,
+    /// Models and images that nobody needs go after so long, e.g. `30d`; sooner when the disk is
+    /// short. Default: `7d`.
+    pub keep_unused: Option<String>,
+}
+
+/// [`Transfer`], read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes a second for all transfers together; `None`: no cap.
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Bytes that stay free.
+    pub keep_free_bytes: u64,
+    /// How long what nobody needs is kept.
+    pub keep_unused_ms: u64,
+}
+
+/// Enough for logs and for the engine to go on. A guess; it is a setting.
+const KEEP_FREE_BYTES: u64 = 256 << 20;
+/// A week: long enough to go back after a weekend. A guess; it is a setting.
+const KEEP_UNUSED_MS: u64 = 7 * 24 * 3_600 * 1_000;
 
 /// What is kept back for the machine itself.
 #[derive(Debug, Clone, Default, serde::Deserialize)]
@@ -44,6 +76,8 @@ pub struct Policy {
     pub forbid_exec: bool,
     /// Addresses that ports may be published on; empty: any.
     pub publish_addresses: BTreeSet<std::net::IpAddr>,
+    /// Containers may talk to each other. An engine that cannot keep them apart (podman) needs it.
+    pub allow_container_traffic: bool,
 }
 
 /// Why a configuration cannot be used.
@@ -56,7 +90,7 @@ pub enum ConfigError {
     #[error("{} is not right", .0.display())]
     Parse(PathBuf, #[source] Box<toml::de::Error>),
     /// A quantity.
-    #[error("reserve is not right")]
+    #[error("a quantity is not right")]
     Quantity(#[from] berth_proto::quantity::InvalidQuantity),
 }
 
@@ -77,7 +111,25 @@ impl Config {
         let config: Self =
             toml::from_str(&text).map_err(|e| ConfigError::Parse(path.to_owned(), Box::new(e)))?;
         config.reserved()?;
+        config.limits()?;
         Ok(config)
+    }
+
+    /// How bytes are brought and kept.
+    ///
+    /// # Errors
+    /// When a quantity is none.
+    pub fn limits(&self) -> Result<Limits, ConfigError> {
+        let bytes = |text: &Option<String>| {
+            text.as_deref().map(berth_proto::quantity::parse_bytes).transpose()
+        };
+        let unused = self.transfer.keep_unused.as_deref();
+        let unused = unused.map(berth_proto::quantity::parse_duration_ms).transpose()?;
+        Ok(Limits {
+            bytes_per_second: bytes(&self.transfer.bandwidth)?.and_then(NonZeroU64::new),
+            keep_free_bytes: bytes(&self.transfer.keep_free)?.unwrap_or(KEEP_FREE_BYTES),
+            keep_unused_ms: unused.unwrap_or(KEEP_UNUSED_MS),
+        })
     }
 
     /// What is kept back.
@@ -106,6 +158,7 @@ impl Config {
             allow_devices: p.allow_devices,
             forbid_exec: p.forbid_exec,
             publish_addresses: p.publish_addresses,
+            allow_container_traffic: p.allow_container_traffic,
         }
     }
 }

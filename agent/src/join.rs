@@ -1,13 +1,14 @@
 //! Joining a cluster, and renewing the certificate, also past its end.
 
+use crate::clock::Clock;
 use crate::fetch::client::Client;
-use crate::session::tls_config;
-use crate::state::{Shared, wall_now};
+use crate::session::{self, tls_config};
+use crate::state::Shared;
 use crate::store::{Store, StoreError};
 use berth_proto::agent::join_service_client::JoinServiceClient;
-use berth_proto::agent::{BeginRenewalRequest, JoinRequest, RenewRequest, Trust};
+use berth_proto::agent::{BeginRenewalRequest, JoinRequest, Removed, RenewRequest, RenewResponse};
 use berth_proto::api::HostFacts;
-use berth_proto::record::AgentIdentityFile;
+use berth_proto::record::{AgentIdentityFile, AgentJoinFile};
 use berth_proto::tls::{self, ALPN_H2, Trusted};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +25,12 @@ pub enum JoinError {
     /// The host has joined already.
     #[error("this host has joined already as \"{0}\"; `berth-agent leave` frees it")]
     Joined(String),
+    /// No address with a port.
+    #[error("\"{0}\" is no HOST:PORT, for example 10.0.0.5:7443")]
+    Address(String),
+    /// Another door, or another program.
+    #[error("what answers at {0} is not the server's control door, which is port 7443 by default")]
+    Door(String),
     /// TLS.
     #[error("cannot reach the server {0}")]
     Reach(String, #[source] tls::TlsError),
@@ -54,25 +61,34 @@ pub async fn join(
         Ok(held) => return Err(JoinError::Joined(held.name)),
         Err(error) => return Err(error.into()),
     }
+    if !is_address(server) {
+        return Err(JoinError::Address(server.to_owned()));
+    }
     let pin = token.trim().rsplit('.').next().filter(|p| p.len() == 64).ok_or(JoinError::Token)?;
-    let config = tls::client_config(Trusted::Pin(pin.to_owned()), None, &[ALPN_H2], None)
+    let clock = Some(Arc::new(Clock::new(0)) as Arc<_>);
+    let config = tls::client_config(Trusted::Pin(pin.to_owned()), None, &[ALPN_H2], clock)
         .map_err(JoinError::Key)?;
     let channel = tls::channel(server, config, CONNECT, |e| e)
         .await
         .map_err(|e| JoinError::Reach(server.to_owned(), e))?;
-    let (key_pem, csr_pem) = tls::key_and_request().map_err(JoinError::Key)?;
+    let joining = joining(store, token.trim(), name)?;
     let request = JoinRequest {
         token: token.trim().to_owned(),
         name: name.to_owned(),
-        csr_pem,
+        csr_pem: joining.csr_pem,
         facts: Some(facts),
-        request_id: uuid::Uuid::new_v4().to_string(),
+        request_id: joining.request_id,
     };
     let mut service = JoinServiceClient::new(channel);
     let answer = tokio::time::timeout(CONNECT, service.join(request))
         .await
         .map_err(|_| JoinError::Refused("no answer in time".to_owned()))?
-        .map_err(|status| JoinError::Refused(status.message().to_owned()))?
+        .map_err(|status| match status.message() {
+            words if words.contains("grpc-status header missing") => {
+                JoinError::Door(server.to_owned())
+            }
+            words => JoinError::Refused(words.to_owned()),
+        })?
         .into_inner();
     let mut trust = answer.trust.unwrap_or_default();
     // The address that worked is tried too, whatever the server calls itself.
@@ -84,35 +100,118 @@ pub async fn join(
         name: answer.name,
         instance: answer.instance,
         cluster: answer.cluster,
-        key_pem,
+        key_pem: joining.key_pem,
         certificate_pem: answer.certificate_pem,
         next_key_pem: String::new(),
         trust: Some(trust),
         registry: answer.registry,
         removed: false,
+        wipe: false,
     };
+    // Whatever an earlier life left: nothing of it is this cluster's.
+    store.forget_set()?;
     store.put_identity(&identity)?;
+    store.forget_joining()?;
     Ok(identity)
+}
+
+/// Whether a text is a host's name or address with a port.
+#[must_use]
+pub fn is_address(text: &str) -> bool {
+    text.rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+    })
+}
+
+/// What is asked for: the same again while no answer has come, else something new. It is durable, as
+/// the answer is of no use without its key.
+fn joining(store: &Store, token: &str, name: &str) -> Result<AgentJoinFile, JoinError> {
+    use sha2::Digest as _;
+    let token_sha256 = sha2::Sha256::digest(token).to_vec();
+    // One that cannot be read is none.
+    if let Ok(Some(held)) = store.joining()
+        && held.token_sha256 == token_sha256
+        && held.name == name
+    {
+        return Ok(held);
+    }
+    let (key_pem, csr_pem) = tls::key_and_request().map_err(JoinError::Key)?;
+    let request_id = uuid::Uuid::new_v4().to_string();
+    let fresh = AgentJoinFile { token_sha256, name: name.to_owned(), key_pem, csr_pem, request_id };
+    store.put_joining(&fresh)?;
+    Ok(fresh)
 }
 
 type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Renews the certificate at half its life, also when its end is past.
+/// Renews the certificate once it is due, and ends then; looks every `look`, by the wall clock, which
+/// may be set meanwhile.
+///
+/// A session may stand for longer than a certificate lives, and nobody dials meanwhile. Cancel-safe:
+/// a renewal that was dropped is begun anew, the server takes the old key until the new one is used.
+pub async fn renewed(shared: &Arc<Shared>, client: &Client, look: Duration) {
+    loop {
+        tokio::time::sleep(look).await;
+        match renew_if_due(shared, client).await {
+            Ok(true) => return,
+            Ok(false) => {}
+            Err(error) => tracing::warn!(
+                error = crate::chain(&*error),
+                "the certificate could not be renewed yet"
+            ),
+        }
+    }
+}
+
+/// Renews the certificate at half its life, also when its end is past; `true`: it was renewed, or the
+/// host was removed and that is remembered. All known addresses of the server are tried in turn.
 ///
 /// # Errors
 /// When it could not be done now; it will be tried again.
-pub async fn renew_if_due(shared: &Arc<Shared>, client: &Client) -> Result<(), AnyError> {
+pub async fn renew_if_due(shared: &Arc<Shared>, client: &Client) -> Result<bool, AnyError> {
     let identity = shared.identity.lock().clone();
     let (from, until) = tls::validity(&identity.certificate_pem)?;
-    if wall_now().0 / 1000 < from + (until - from) / 2 {
-        return Ok(());
+    if shared.clock.now().0 / 1000 < from + (until - from) / 2 {
+        return Ok(false);
     }
-    let trust = identity.trust.clone().unwrap_or_default();
+    let mut last: AnyError = "no server is known".into();
+    for endpoint in identity.trust.clone().unwrap_or_default().endpoints {
+        match renewal(shared, &identity, &endpoint).await {
+            Ok((_, RenewResponse { removed: Some(Removed { wipe }), .. })) => {
+                tracing::warn!(wipe, "this host was removed from its cluster");
+                let shared = Arc::clone(shared);
+                tokio::task::spawn_blocking(move || shared.removed(wipe)).await??;
+                return Ok(true);
+            }
+            Ok((key_pem, answer)) => {
+                let (shared, client) = (Arc::clone(shared), client.clone());
+                // The disk is waited for off the runtime's only thread.
+                tokio::task::spawn_blocking(move || take(&shared, &client, key_pem, answer))
+                    .await??;
+                tracing::info!(server = endpoint, "the certificate was renewed");
+                return Ok(true);
+            }
+            Err(error) => {
+                tracing::debug!(server = endpoint, error = crate::chain(&*error), "not renewed");
+                last = error;
+            }
+        }
+    }
+    Err(last)
+}
+
+/// Asks one address of the server for a certificate with a new key.
+async fn renewal(
+    shared: &Shared,
+    identity: &AgentIdentityFile,
+    endpoint: &str,
+) -> Result<(String, RenewResponse), AnyError> {
     let cluster = identity.cluster.parse()?;
-    let trusted = Trusted::Roots { pem: trust.roots_pem.clone(), cluster };
-    let config = tls::client_config(trusted, None, &[ALPN_H2], None)?;
-    let endpoint = trust.endpoints.first().cloned().unwrap_or_default();
-    let channel = tls::channel(&endpoint, config, CONNECT, |e| e).await?;
+    let pem = identity.trust.clone().unwrap_or_default().roots_pem;
+    let clock = Arc::clone(&shared.clock);
+    let trusted = Trusted::Roots { pem, cluster };
+    let config = tls::client_config(trusted, None, &[ALPN_H2], Some(clock))?;
+    let channel = tls::channel(endpoint, config, CONNECT, |e| e).await?;
     let mut service = JoinServiceClient::new(channel);
     let host_uid = identity.host_uid.clone();
     let challenge = tokio::time::timeout(
@@ -132,18 +231,28 @@ pub async fn renew_if_due(shared: &Arc<Shared>, client: &Client) -> Result<(), A
         public_key: tls::public_key_of(&identity.key_pem)?,
     };
     let answer = tokio::time::timeout(CONNECT, service.renew(request)).await??.into_inner();
-    let mut next = identity;
-    next.certificate_pem = answer.certificate_pem;
-    next.key_pem = key_pem;
-    if let Some(newer) = answer
-        .trust
-        .filter(|t: &Trust| t.version > next.trust.as_ref().map_or(0, |held| held.version))
-    {
-        next.trust = Some(newer);
-    }
-    shared.store.put_identity(&next)?;
-    client.retarget(next.registry.clone(), tls_config(&next, 0, &[b"http/1.1"])?);
-    *shared.identity.lock() = next;
-    tracing::info!("the certificate was renewed");
+    Ok((key_pem, answer))
+}
+
+/// Makes a renewed certificate durable, then uses it.
+fn take(
+    shared: &Shared,
+    client: &Client,
+    key_pem: String,
+    answer: RenewResponse,
+) -> Result<(), AnyError> {
+    let next = shared.change_identity(|identity| {
+        identity.certificate_pem = answer.certificate_pem;
+        identity.key_pem = key_pem;
+        if let Some(trust) = answer.trust {
+            session::take_over(identity, trust);
+        }
+    })?;
+    let config = tls_config(&next, Arc::clone(&shared.clock), &[b"http/1.1"])?;
+    client.retarget(next.registry, config);
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "join_tests.rs"]
+mod tests;

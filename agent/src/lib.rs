@@ -5,14 +5,21 @@
 #![cfg_attr(test, allow(clippy::wildcard_enum_match_arm, reason = "tests pick one variant out"))]
 
 pub mod args;
+pub mod busy;
+pub mod clock;
 pub mod config;
+pub mod containers;
 pub mod engine;
 pub mod facts;
 pub mod fetch;
 pub mod host_service;
 pub mod join;
+pub mod local;
 pub mod probes;
+pub mod reach;
 pub mod reconciler;
+pub mod refusal;
+pub mod retire;
 pub mod run;
 pub mod session;
 pub mod state;

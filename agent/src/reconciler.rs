@@ -1,707 +1,557 @@
-//! Compares what is wanted with what the engine shows, and carries out the steps.
+//! Pumps the reconciling machine: asks the engine, the disk and the programs what it wants to know,
+//! and tells it what they said.
 //!
-//! Woken by a new set, by the engine's events and by time, whether or not a server is there. Nothing
-//! is remembered of a step that failed: it comes up again. Steps of different replicas run at the
-//! same time, within a bound; a replica has at most one under way.
+//! Decides nothing: when something is done, tried again or given up is the machine's business
+//! (`berth_agent_core::reconcile`). Every step, look and check is a task of its own, so that none
+//! waits for another, and answers exactly once; each ends by its own deadline, which the engine's
+//! adapter and the checks keep.
 
-use crate::engine::{
-    BindMount, ContainerSpec, ContainerState, Engine, EngineError, NETWORK, NetworkMode,
-    ObservedContainer, PortSpec,
+use crate::containers::{self, Attempt};
+use crate::engine::{Engine, EngineError, EventKind, ObservedContainer, Traffic};
+use crate::fetch::bring::{BringError, Fetcher, Told};
+use crate::probes::{self, Unended};
+use crate::state::{Running, Shared};
+use async_trait::async_trait;
+use berth_agent_core::ledger::Wanted;
+use berth_agent_core::policy::{self, Forbidden, Real};
+use berth_agent_core::reconcile::{
+    Cause, Done, Effect, Input, Look, Outcome, Reconcile, StepId, Token,
 };
-use crate::fetch::artifact;
-use crate::fetch::client::Client;
-use crate::fetch::door::Door;
-use crate::state::{Running, Shared, moment, set_phase, wall_now};
-use berth_agent_core::diff::{Container, Memory, State, Step, diff};
-use berth_agent_core::policy;
-use berth_agent_core::probe::Probing;
-use berth_proto::api::{self, ReplicaPhase};
-use berth_proto::ids::{ClusterUid, Mono, ReplicaUid};
-use berth_proto::values::{AssignmentBody, PlatformImage};
-use parking_lot::Mutex;
+use berth_proto::ids::ReplicaUid;
+use berth_proto::values::{AssignmentBody, HealthCheck, PlatformImage, ResolvedArtifact};
+use futures_util::{FutureExt as _, StreamExt as _};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::net::IpAddr;
+use std::os::unix::fs::FileTypeExt as _;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::Semaphore;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
-/// Looks at the engine at least so often, as a check on its events.
-const PERIOD: Duration = Duration::from_secs(10);
-/// Engine calls at once: the engine starts no more in parallel than this on two cores.
-const STEPS: usize = 16;
-/// Pulls and transfers at once, so that one big one does not block the others.
-const FETCHES: usize = 3;
-/// The pause before a step that failed is tried again, doubled up to the bound while it fails.
-const RETRY_MS: u64 = 1_000;
-const MAX_RETRY_MS: u64 = 60_000;
-/// Between two progress reports of a transfer.
-const PROGRESS_MS: u64 = 500;
+/// Answers on their way to the machine. It takes each in microseconds; a task that finds no room
+/// waits.
+const ANSWERS: usize = 1024;
+/// Resolving the links of a few paths; a network file system that hangs must not hold up a step.
+const RESOLVE: Duration = Duration::from_secs(10);
 
-/// Labels of our containers.
-pub const LABEL_REPLICA: &str = "io.berth.replica";
-/// The attempt's label.
-pub const LABEL_ATTEMPT: &str = "io.berth.attempt";
+/// Who brings image and artifact.
+#[async_trait]
+pub trait Bring: Send + Sync {
+    /// The set has changed: what may be asked for from now on.
+    fn wanted(&self, wanted: &Wanted);
+    /// Makes sure that image and model are here and verified.
+    ///
+    /// # Errors
+    /// When they do not come.
+    async fn bring(
+        &self,
+        body: &AssignmentBody,
+        platform: &PlatformImage,
+        tell: Box<dyn Fn(Told) + Send + Sync>,
+    ) -> Result<(), BringError>;
+    /// The engine's id of the image, when it is here.
+    ///
+    /// # Errors
+    /// When the engine does not answer.
+    async fn image_id(
+        &self,
+        body: &AssignmentBody,
+        platform: &PlatformImage,
+    ) -> Result<Option<String>, EngineError>;
+    /// The folder of a model's files.
+    fn tree(&self, artifact: &ResolvedArtifact) -> String;
+}
+
+#[async_trait]
+impl Bring for Fetcher {
+    fn wanted(&self, wanted: &Wanted) {
+        if let Some(set) = wanted.set() {
+            Self::wanted(self, set.bodies.values().map(|b| &*b.value));
+        }
+    }
+
+    async fn bring(
+        &self,
+        body: &AssignmentBody,
+        platform: &PlatformImage,
+        tell: Box<dyn Fn(Told) + Send + Sync>,
+    ) -> Result<(), BringError> {
+        Box::pin(Self::bring(self, body, platform, tell)).await
+    }
+
+    async fn image_id(
+        &self,
+        body: &AssignmentBody,
+        platform: &PlatformImage,
+    ) -> Result<Option<String>, EngineError> {
+        Self::image_id(self, body, platform).await
+    }
+
+    fn tree(&self, artifact: &ResolvedArtifact) -> String {
+        Self::tree(self, artifact).to_string_lossy().into_owned()
+    }
+}
 
 /// Everything the reconciler needs.
 pub struct Reconciler {
     shared: Arc<Shared>,
     engine: Arc<dyn Engine>,
-    client: Client,
-    door: Door,
-    steps: Semaphore,
-    fetches: Semaphore,
-    busy: Mutex<BTreeSet<ReplicaUid>>,
-    fetching: Mutex<BTreeMap<String, Weak<tokio::sync::Mutex<()>>>>,
-    retries: Mutex<BTreeMap<ReplicaUid, (u32, Mono)>>,
-    probes: Mutex<BTreeMap<ReplicaUid, (u32, Probing)>>,
+    bring: Arc<dyn Bring>,
+    unended: Unended,
 }
 
-/// The name of a cluster's own bridge: engines let two networks have one name, and two clusters may
-/// share an engine.
-#[must_use]
-pub fn bridge(cluster: &ClusterUid) -> String {
-    let text = cluster.as_str();
-    format!("{NETWORK}-{}", &text[text.len().saturating_sub(12)..])
-}
-
-fn container(observed: &ObservedContainer) -> Option<Container> {
-    let state = match &observed.state {
-        ContainerState::Created => State::Created,
-        ContainerState::Running { .. } => State::Running,
-        ContainerState::Exited { code, out_of_memory, finished_at, .. } => State::Exited {
-            code: *code,
-            out_of_memory: *out_of_memory,
-            time: finished_at.unwrap_or_else(wall_now),
-        },
-        ContainerState::Removing => return None,
-    };
-    Some(Container {
-        id: observed.id.clone(),
-        replica: observed.labels.get(LABEL_REPLICA)?.parse().ok()?,
-        attempt: observed.labels.get(LABEL_ATTEMPT)?.parse().ok()?,
-        state,
-    })
+/// What a task says: containers as the engine shows them, and all else.
+enum Said {
+    Observed { look: Look, containers: Vec<ObservedContainer> },
+    Seen { step: StepId, container: ObservedContainer },
+    Input(Input),
 }
 
 impl Reconciler {
     /// A reconciler.
     #[must_use]
-    pub fn new(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client, door: Door) -> Self {
-        Self {
-            shared,
-            engine,
-            client,
-            door,
-            steps: Semaphore::new(STEPS),
-            fetches: Semaphore::new(FETCHES),
-            busy: Mutex::default(),
-            fetching: Mutex::default(),
-            retries: Mutex::default(),
-            probes: Mutex::default(),
-        }
+    pub fn new(shared: Arc<Shared>, engine: Arc<dyn Engine>, bring: Arc<dyn Bring>) -> Self {
+        Self { shared, engine, bring, unended: Unended::default() }
     }
 
     /// Runs for ever.
     pub async fn run(self: Arc<Self>) {
-        tokio::spawn(Arc::clone(&self).follow_events());
-        let mut network = false;
+        let (tx, mut rx) = mpsc::channel(ANSWERS);
+        let mut wanted = self.shared.inner.lock().board.wanted.clone();
+        self.bring.wanted(&wanted);
+        let now = self.shared.now();
+        let mut machine = Reconcile::new(&wanted, self.shared.remembered(), now.mono);
+        let mut hands =
+            Hands { this: self, tx, fetches: BTreeMap::new(), addresses: BTreeMap::new() };
+        hands.carry_out(machine.step(now, Input::Tick));
         loop {
-            if !network {
-                network = match self
-                    .engine
-                    .ensure_network(&self.shared.cluster, &bridge(&self.shared.cluster))
-                    .await
-                {
-                    Ok(()) => true,
-                    Err(error) => {
-                        tracing::debug!(%error, "the bridge cannot be made yet");
-                        false
-                    }
-                };
-            }
-            let wait = self.pass(network).await;
-            tokio::select! {
-                // Cancel-safe: a permit that was not taken stays.
-                () = self.shared.wake.notified() => {}
-                () = tokio::time::sleep(wait) => {}
-            }
-        }
-    }
-
-    async fn follow_events(self: Arc<Self>) {
-        use futures_util::StreamExt as _;
-        let mut failures = 0_u32;
-        loop {
-            if let Ok(mut events) = self.engine.events(&self.shared.cluster).await {
-                failures = 0;
-                self.shared.wake.notify_one();
-                while let Some(Ok(_)) = events.next().await {
-                    self.shared.wake.notify_one();
-                }
-            }
-            failures = failures.saturating_add(1).min(6);
-            // The engine is away: a pause before it is asked again.
-            tokio::time::sleep(Duration::from_millis(250 << failures)).await;
-            self.shared.wake.notify_one();
-        }
-    }
-
-    fn engine_is(&self, available: bool) {
-        let news = {
-            let mut inner = self.shared.inner.lock();
-            let changed = inner.facts.engine_available != available;
-            inner.facts.engine_available = available;
-            changed.then(|| inner.facts.clone())
-        };
-        if let Some(facts) = news {
-            if available {
-                tracing::info!("the engine answers");
-            } else {
-                tracing::warn!(
-                    "the engine does not answer; what runs is left alone, it is asked again"
-                );
-            }
-            let _ = self.shared.news.send(crate::state::News::Facts(Box::new(facts)));
-        }
-    }
-
-    async fn pass(self: &Arc<Self>, network: bool) -> Duration {
-        let observed = match self.engine.observe(&self.shared.cluster).await {
-            Ok(observed) => observed,
-            Err(error) => {
-                tracing::debug!(%error, "the engine cannot be asked");
-                self.engine_is(false);
-                return Duration::from_secs(2);
-            }
-        };
-        self.engine_is(true);
-        let containers: Vec<Container> = observed.iter().filter_map(container).collect();
-        self.take_in(&observed, &containers);
-        let now = self.shared.now().mono;
-        let (wanted, memory) = {
-            let inner = self.shared.inner.lock();
-            (inner.wanted.clone(), inner.memory.clone())
-        };
-        if let Some(set) = wanted.set() {
-            let bodies = set.bodies.values();
-            self.door.allow(bodies.map(|b| b.value.source.image.repository.clone()).collect());
-        }
-        let plan = diff(&wanted, &containers, &memory, now);
-        let mut wake = plan.wake;
-        let mut sooner = |at: Mono| wake = Some(wake.map_or(at, |held: Mono| held.min(at)));
-        for step in plan.steps {
-            let replica = step_replica(&step).clone();
-            if let Some((_, at)) = self.retries.lock().get(&replica).filter(|(_, at)| now < *at) {
-                sooner(*at);
-                continue;
-            }
-            if !network && matches!(step, Step::Create { .. }) {
-                continue;
-            }
-            if !self.busy.lock().insert(replica.clone()) {
-                continue;
-            }
-            let this = Arc::clone(self);
-            tokio::spawn(async move {
-                let result = this.carry_out(&step).await;
-                this.after(&replica, &step, result);
-                this.busy.lock().remove(&replica);
-                this.shared.wake.notify_one();
-            });
-        }
-        self.probe(now, &mut sooner);
-        let until = wake.map_or(PERIOD, |at| Duration::from_millis(at.since_ms(now).max(1)));
-        until.min(PERIOD)
-    }
-
-    /// What the engine shows, as what others need of it.
-    fn take_in(&self, observed: &[ObservedContainer], containers: &[Container]) {
-        let mut running = BTreeMap::new();
-        let mut all: BTreeMap<ReplicaUid, Vec<(String, u32)>> = BTreeMap::new();
-        for (seen, c) in observed.iter().filter_map(|o| Some((o, container(o)?))) {
-            all.entry(c.replica.clone()).or_default().push((c.id.clone(), c.attempt));
-            if let ContainerState::Running { ip, .. } = &seen.state
-                && let Some(body) = self.shared.body(&c.replica)
+            let shared = &hands.this.shared;
+            let wait_ms = machine.deadline().map_or(u64::MAX, |at| at.since_ms(shared.now().mono));
+            let said = tokio::select! {
+                // Cancel-safe, all of them: a permit that was not taken stays.
+                Some(said) = rx.recv() => said,
+                () = shared.wake.notified() => Said::Input(Input::Tick),
+                () = tokio::time::sleep(Duration::from_millis(wait_ms)) => Said::Input(Input::Tick),
+            };
+            // What is wanted is a level: whatever woke us, the newest is looked at.
+            let newest = shared.inner.lock().board.wanted.clone();
+            if let Some(set) = newest.set()
+                && wanted.set().is_none_or(|held| !Arc::ptr_eq(held, set))
             {
-                let one = Running { id: c.id.clone(), ip: *ip, body, attempt: c.attempt };
-                running.insert(c.replica.clone(), one);
+                hands.this.bring.wanted(&newest);
+                let input = Input::SetTaken(Arc::clone(set));
+                let effects = machine.step(hands.this.shared.now(), input);
+                wanted = newest;
+                hands.carry_out(effects);
             }
-        }
-        for list in all.values_mut() {
-            list.sort_by_key(|(_, attempt)| std::cmp::Reverse(*attempt));
-        }
-        {
-            let mut inner = self.shared.inner.lock();
-            inner.engine_observed = true;
-            inner.running = running;
-            inner.containers = all;
-            // Whoever is wanted has a memory, so that its end is noticed.
-            let wanted: Vec<ReplicaUid> =
-                inner.wanted.set().map(|s| s.entries.keys().cloned().collect()).unwrap_or_default();
-            for uid in wanted {
-                inner.memory.entry(uid).or_default();
-            }
-            for c in containers {
-                inner.memory.entry(c.replica.clone()).or_default();
-            }
-        }
-        for (seen, c) in observed.iter().filter_map(|o| Some((o, container(o)?))) {
-            if let ContainerState::Running { started_at, .. } = &seen.state {
-                let now = self.shared.now().mono;
-                let body = self.shared.body(&c.replica);
-                let ready = {
-                    let mut inner = self.shared.inner.lock();
-                    let memory = inner.memory.entry(c.replica.clone()).or_default();
-                    memory.attempt = memory.attempt.max(c.attempt);
-                    memory.first_started.get_or_insert(now);
-                    // An adopted container's bytes are here: it runs.
-                    memory.bytes_here = true;
-                    let unchecked = body.as_ref().is_some_and(|b| b.spec.health.is_none());
-                    if unchecked && !memory.ready {
-                        memory.ready = true;
-                        memory.ready_since = Some(now);
-                    }
-                    memory.ready
-                };
-                let started = started_at.and_then(moment);
-                self.shared.edit_report(&c.replica, |s| {
-                    set_phase(s, c.attempt, ReplicaPhase::Running);
-                    s.container_id.clone_from(&c.id);
-                    s.start_time = started;
-                    s.ready = ready;
-                    s.progress = None;
-                    if ready {
-                        s.reason.clear();
-                        s.message.clear();
-                    }
-                });
+            let looked = matches!(said, Said::Observed { .. });
+            let input = hands.take_in(said);
+            let effects = machine.step(hands.this.shared.now(), input);
+            hands.publish(&machine);
+            hands.carry_out(effects);
+            if looked {
+                hands.this.shared.looked();
             }
         }
     }
 
-    /// Starts the checks that are due.
-    fn probe(self: &Arc<Self>, now: Mono, sooner: &mut impl FnMut(Mono)) {
-        let running = self.shared.inner.lock().running.clone();
-        let mut probes = self.probes.lock();
-        probes.retain(|uid, (attempt, _)| running.get(uid).is_some_and(|r| r.attempt == *attempt));
-        for (uid, one) in running {
-            let Some(check) = one.body.spec.health.clone() else { continue };
-            let (_, probing) =
-                probes.entry(uid.clone()).or_insert_with(|| (one.attempt, Probing::new(now)));
-            if probing.due() > now {
-                sooner(probing.due());
-                continue;
-            }
-            // Not before this one's result.
-            let mut waiting = probing.clone();
-            let at = now.plus_ms(check.timeout_ms + check.interval_ms);
-            std::mem::swap(&mut waiting, probing);
-            *probing = waiting.clone();
-            let this = Arc::clone(self);
-            if !this.busy_probe(&uid) {
-                continue;
-            }
-            sooner(at);
-            tokio::spawn(async move {
-                let outcome = crate::probes::check(&*this.engine, &one, &check).await;
-                let now = this.shared.now().mono;
-                let (ready, changed, why) = {
-                    let mut probes = this.probes.lock();
-                    let Some((_, probing)) =
-                        probes.get_mut(&uid).filter(|(attempt, _)| *attempt == one.attempt)
-                    else {
-                        this.done_probe(&uid);
-                        return;
-                    };
-                    let before = probing.is_ready();
-                    probing.result(&check, outcome, now);
-                    let must = probing.must_restart(&check, now);
-                    let mut inner = this.shared.inner.lock();
-                    let memory = inner.memory.entry(uid.clone()).or_default();
-                    memory.ready = probing.is_ready();
-                    memory.must_restart = must;
-                    memory.ready_since =
-                        if probing.is_ready() { memory.ready_since.or(Some(now)) } else { None };
-                    (
-                        probing.is_ready(),
-                        before != probing.is_ready() || must,
-                        probing.last_failure.clone(),
-                    )
-                };
-                this.shared.edit_report(&uid, |s| {
-                    s.ready = ready;
-                    if ready {
-                        s.reason.clear();
-                        s.message.clear();
-                    } else {
-                        "NOT_READY".clone_into(&mut s.reason);
-                        s.message = format!("its health check fails: {why}");
-                    }
-                });
-                this.done_probe(&uid);
-                let _ = changed;
-                this.shared.wake.notify_one();
-            });
+    fn engine_is(&self, available: bool, why: &str) {
+        if available {
+            tracing::info!("the engine answers");
+        } else {
+            tracing::warn!(
+                why,
+                "the engine does not answer; what runs is left alone, it is asked again"
+            );
+        }
+        let news = self.shared.inner.lock().board.engine_is(available);
+        if let Some(news) = news {
+            // No session listening is no error: the next one says all of it.
+            let _ = self.shared.news.send(news);
         }
     }
 
-    fn busy_probe(&self, uid: &ReplicaUid) -> bool {
-        let key = probe_key(uid);
-        key.is_some_and(|key| self.busy.lock().insert(key))
-    }
-
-    fn done_probe(&self, uid: &ReplicaUid) {
-        if let Some(key) = probe_key(uid) {
-            self.busy.lock().remove(&key);
-        }
-    }
-
-    fn after(&self, replica: &ReplicaUid, step: &Step, result: Result<(), Failed>) {
-        let failed = match result {
-            Ok(()) => {
-                self.retries.lock().remove(replica);
-                return;
-            }
-            Err(failed) => failed,
-        };
-        let wait_ms = {
-            let mut retries = self.retries.lock();
-            let (count, at) = retries.entry(replica.clone()).or_insert((0, Mono(0)));
-            *count = count.saturating_add(1);
-            let wait = (RETRY_MS << count.saturating_sub(1).min(16)).min(MAX_RETRY_MS);
-            *at = self.shared.now().mono.plus_ms(wait);
-            wait
-        };
-        let words = crate::chain(&failed);
-        tracing::warn!(%replica, ?step, error = words, retry_ms = wait_ms, "a step failed");
-        self.shared.edit_report(replica, |s| {
-            failed.reason().clone_into(&mut s.reason);
-            s.message.clone_from(&words);
-            s.progress = None;
-        });
-    }
-
-    async fn carry_out(&self, step: &Step) -> Result<(), Failed> {
-        match step {
-            Step::Fetch(uid) => self.fetch(uid).await,
-            Step::Create { replica, attempt } => {
-                let _place = self.steps.acquire().await.map_err(|_| Failed::Stopping)?;
-                self.create(replica, *attempt).await
-            }
-            Step::Start { replica, id } => {
-                let _place = self.steps.acquire().await.map_err(|_| Failed::Stopping)?;
-                Ok(self.start(replica, id).await?)
-            }
-            Step::Stop { replica, id } => {
-                let _place = self.steps.acquire().await.map_err(|_| Failed::Stopping)?;
-                let grace = self.shared.body(replica).map_or(10_000, |b| b.spec.stop_grace_ms);
-                self.shared.edit_report(replica, |s| s.ready = false);
-                Ok(self.engine.stop(id, Duration::from_millis(grace)).await?)
-            }
-            Step::Remove { id, .. } => {
-                let _place = self.steps.acquire().await.map_err(|_| Failed::Stopping)?;
-                Ok(self.engine.remove(id, false).await?)
-            }
-            Step::TakeExit { replica, attempt, state, memory } => {
-                self.put_memory(replica, memory)?;
-                if let State::Exited { code, out_of_memory, time } = state {
-                    let next = memory.not_before.map(|at| {
-                        let wait = at.since_ms(self.shared.now().mono);
-                        berth_proto::ids::Wall(wall_now().0 + i64::try_from(wait).unwrap_or(0))
-                    });
-                    self.shared.edit_report(replica, |s| {
-                        set_phase(s, *attempt, ReplicaPhase::Exited);
-                        s.ready = false;
-                        s.last_exit = Some(api::Exit {
-                            attempt: *attempt,
-                            code: *code,
-                            out_of_memory: *out_of_memory,
-                            time: moment(*time),
-                        });
-                        s.next_attempt_time = next.and_then(moment);
-                        let (reason, words) = if memory.finished {
-                            (
-                                "FINISHED",
-                                "its program has ended and its policy is not to start it again",
-                            )
-                        } else {
-                            ("BACKOFF", "its program has ended and will be started again")
-                        };
-                        reason.clone_into(&mut s.reason);
-                        s.message = format!("{words} (exit code {code})");
-                    });
-                }
-                Ok(())
-            }
-            Step::Remember { replica, memory } => {
-                self.put_memory(replica, memory)?;
-                if memory.rolled_back {
-                    self.shared.edit_report(replica, |s| {
-                        s.ready = false;
-                        "REPLACEMENT_FAILED".clone_into(&mut s.reason);
-                        s.message = format!(
-                            "it was not ready in time, its predecessor was brought back; last: {}",
-                            s.message
-                        );
-                    });
-                }
-                Ok(())
-            }
-            Step::Absent(uid) => {
-                self.shared.absent(uid);
-                self.shared.remember().map_err(Failed::Disk)
-            }
-        }
-    }
-
-    fn put_memory(&self, uid: &ReplicaUid, memory: &Memory) -> Result<(), Failed> {
-        self.shared.inner.lock().memory.insert(uid.clone(), memory.clone());
-        self.shared.remember().map_err(Failed::Disk)
-    }
-
-    fn platform(&self, body: &AssignmentBody) -> Option<PlatformImage> {
+    fn body(&self, uid: &ReplicaUid) -> Result<(Arc<AssignmentBody>, PlatformImage), Failed> {
+        let body = self.shared.body(uid).ok_or(Failed::NotWanted)?;
         let inner = self.shared.inner.lock();
-        let (os, arch) = (&inner.facts.os, &inner.facts.arch);
-        body.source.image.platforms.iter().find(|p| p.os == *os && p.arch == *arch).cloned()
+        let (os, arch) = (&inner.board.facts.os, &inner.board.facts.arch);
+        let fits = |p: &&PlatformImage| p.os == *os && p.arch == *arch;
+        let found = body.source.image.platforms.iter().find(fits).cloned();
+        let platform =
+            found.ok_or_else(|| Failed::Forbidden(Forbidden::Platform(format!("{os}/{arch}"))))?;
+        drop(inner);
+        Ok((body, platform))
     }
 
-    fn forbid(&self, uid: &ReplicaUid, why: &str) {
-        self.shared.inner.lock().memory.entry(uid.clone()).or_default().forbidden = true;
-        self.shared.edit_report(uid, |s| {
-            "FORBIDDEN".clone_into(&mut s.reason);
-            why.clone_into(&mut s.message);
-        });
-    }
-
-    async fn fetch(&self, uid: &ReplicaUid) -> Result<(), Failed> {
-        let Some(body) = self.shared.body(uid) else { return Ok(()) };
+    /// Asks the host's own policy; answers with what the sources of mounts really are.
+    async fn judge(&self, body: &AssignmentBody) -> Result<BTreeMap<String, String>, Failed> {
+        let mut paths: BTreeSet<String> =
+            body.spec.mounts.iter().map(|m| m.source.clone()).collect();
+        if !paths.is_empty() {
+            paths.extend(self.shared.policy.mount_folders.iter().cloned());
+        }
+        let resolved = resolve_all(paths).await?;
         let features: BTreeSet<String> = crate::facts::FEATURES.map(str::to_owned).into();
         let (os, arch) = {
             let inner = self.shared.inner.lock();
-            (inner.facts.os.clone(), inner.facts.arch.clone())
+            (inner.board.facts.os.clone(), inner.board.facts.arch.clone())
         };
-        let resolved =
-            |path: &str| std::fs::canonicalize(path).ok().map(|p| p.to_string_lossy().into_owned());
-        let judged = policy::judge(&body, &self.shared.policy, &features, (&os, &arch), resolved);
-        if let Err(why) = judged {
-            self.forbid(uid, &why.to_string());
+        let of = |path: &str| resolved.get(path).cloned().flatten();
+        policy::judge(body, &self.shared.policy, &features, (&os, &arch), of)
+            .map_err(Failed::Forbidden)?;
+        Ok(resolved.into_iter().filter_map(|(path, real)| Some((path, real?.path))).collect())
+    }
+
+    async fn fetch(&self, uid: &ReplicaUid, tx: mpsc::Sender<Said>) -> Result<Done, Failed> {
+        let (body, platform) = self.body(uid)?;
+        self.judge(&body).await?;
+        let replica = uid.clone();
+        let tell = move |told: Told| {
+            let replica = replica.clone();
+            let input = match told {
+                Told::Progress(progress) => Input::Progress { replica, progress },
+                Told::Waiting { why, retry_ms } => {
+                    let words = format!("{why}; tried again in {} s", retry_ms.div_ceil(1000));
+                    Input::FetchWaits { replica, words }
+                }
+            };
+            // With no room the next one tells more.
+            let _ = tx.try_send(Said::Input(input));
+        };
+        self.bring.bring(&body, &platform, Box::new(tell)).await?;
+        Ok(Done::Fetched)
+    }
+
+    async fn create(&self, uid: &ReplicaUid, number: u32) -> Result<Done, Failed> {
+        let (body, platform) = self.body(uid)?;
+        // Asked again for each attempt: a link may lead elsewhere by now.
+        let real = self.judge(&body).await?;
+        let image = self.bring.image_id(&body, &platform).await?.ok_or(Failed::ImageGone)?;
+        let body_digest = {
+            let inner = self.shared.inner.lock();
+            let entry = inner.board.wanted.set().and_then(|s| s.entries.get(uid));
+            entry.map(|e| e.body_digest.clone()).ok_or(Failed::NotWanted)?
+        };
+        let attempt = Attempt {
+            cluster: &self.shared.cluster,
+            replica: uid,
+            number,
+            body: &body,
+            body_digest: &body_digest,
+            image: &image,
+            tree: body.source.artifact.as_ref().map(|a| self.bring.tree(a)),
+            real: &real,
+        };
+        match self.engine.create(&attempt.spec()).await {
+            Ok(id) => Ok(Done::Created { id }),
+            // Left by a call whose answer was lost: a look shows whether it is ours.
+            Err(EngineError::NameTaken(_)) => Ok(Done::Unseen),
+            Err(EngineError::NoSuchImage(_)) => Err(Failed::ImageGone),
+            Err(error) => Err(Failed::Engine(error)),
+        }
+    }
+
+    /// Starts a container, which the policy allows now as well: it may have been made long ago, under
+    /// another configuration, or a link may lead elsewhere since. One that it does not allow is
+    /// removed, so that the next attempt is made anew, of what there is then.
+    async fn start(&self, uid: &ReplicaUid, id: &str) -> Result<(), Failed> {
+        match self.judge_made(uid, id).await {
+            Ok(()) => Ok(self.engine.start(id).await?),
+            Err(refused @ Failed::Forbidden(_)) => {
+                self.engine.remove(id, false).await?;
+                Err(refused)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn judge_made(&self, uid: &ReplicaUid, id: &str) -> Result<(), Failed> {
+        let (body, _) = self.body(uid)?;
+        self.judge(&body).await?;
+        if body.spec.mounts.is_empty() {
             return Ok(());
         }
-        let Some(platform) = self.platform(&body) else { return Ok(()) };
-        self.shared.edit_report(uid, |s| {
-            set_phase(s, s.attempt, ReplicaPhase::Fetching);
-            s.reason.clear();
-        });
-        // One transfer of the same bytes at a time; whoever waits finds them here and takes no place
-        // among the transfers meanwhile.
-        let mut same = vec![self.one_at_a_time(platform.config_digest.as_str())];
-        same.extend(body.source.artifact.iter().map(|a| self.one_at_a_time(a.digest.as_str())));
-        let mut turns = Vec::new();
-        for one in &same {
-            turns.push(one.lock().await);
+        // The model's own folder is the agent's, and may be named by a link.
+        let tree = body.source.artifact.as_ref().map(|a| self.bring.tree(a));
+        let made = self.engine.inspect(&self.shared.cluster, id).await?.mount_sources;
+        let sources: BTreeSet<String> =
+            made.into_iter().filter(|source| Some(source) != tree.as_ref()).collect();
+        let resolved = resolve_all(sources.clone()).await?;
+        let of = |path: &str| resolved.get(path).cloned().flatten();
+        policy::judge_made(sources.iter().map(String::as_str), of).map_err(Failed::Forbidden)
+    }
+
+    /// How a container is after a step; a look tells when it cannot be asked for alone.
+    async fn after(&self, step: StepId, id: &str) -> Said {
+        match self.engine.inspect(&self.shared.cluster, id).await {
+            Ok(container) => Said::Seen { step, container },
+            Err(_) => Said::Input(Input::StepDone { step, done: Done::Unseen }),
         }
-        let _place = self.fetches.acquire().await.map_err(|_| Failed::Stopping)?;
-        let last = Mutex::new((Mono(0), 0_u64));
-        let progress = |what: &'static str| {
-            let (shared, last) = (&self.shared, &last);
-            move |done: u64, total: u64| {
-                let now = shared.now().mono;
-                let mut held = last.lock();
-                let since = now.since_ms(held.0);
-                if since < PROGRESS_MS && done < total {
-                    return;
+    }
+}
+
+/// What a path leads to.
+fn resolve(path: &str) -> Option<Real> {
+    let real = std::fs::canonicalize(path).ok()?;
+    let is_socket = std::fs::metadata(&real).ok()?.file_type().is_socket();
+    Some(Real { path: real.to_str()?.to_owned(), is_socket })
+}
+
+/// What each path leads to.
+async fn resolve_all(paths: BTreeSet<String>) -> Result<BTreeMap<String, Option<Real>>, Failed> {
+    let resolving = tokio::task::spawn_blocking(move || {
+        paths.into_iter().map(|path| (resolve(&path), path)).collect::<Vec<_>>()
+    });
+    let resolved = tokio::time::timeout(RESOLVE, resolving).await;
+    let resolved = resolved.map_err(|_| Failed::Paths)?.map_err(|_| Failed::Paths)?;
+    Ok(resolved.into_iter().map(|(real, path)| (path, real)).collect())
+}
+
+/// Carries effects out.
+struct Hands {
+    this: Arc<Reconciler>,
+    tx: mpsc::Sender<Said>,
+    fetches: BTreeMap<StepId, AbortHandle>,
+    /// Addresses of running containers by the engine's id.
+    addresses: BTreeMap<String, Option<IpAddr>>,
+}
+
+impl Hands {
+    fn take_in(&mut self, said: Said) -> Input {
+        match said {
+            Said::Input(input) => input,
+            Said::Observed { look, containers } => {
+                self.addresses.clear();
+                for container in &containers {
+                    self.note(container);
                 }
-                let rate = done.saturating_sub(held.1).saturating_mul(1000) / since.max(1);
-                *held = (now, done);
-                shared.edit_report(uid, |s| {
-                    s.progress = Some(api::Progress {
-                        done_bytes: done,
-                        total_bytes: total,
-                        rate_bytes_per_second: rate,
-                        what: what.to_owned(),
-                    });
+                self.this.unended.retain(|id| self.addresses.contains_key(id));
+                let containers = containers.iter().filter_map(containers::read).collect();
+                Input::Observed { look, containers }
+            }
+            Said::Seen { step, container } => {
+                self.note(&container);
+                let done = containers::read(&container).map_or(Done::Unseen, Done::Seen);
+                Input::StepDone { step, done }
+            }
+        }
+    }
+
+    fn note(&mut self, container: &ObservedContainer) {
+        if let crate::engine::ContainerState::Running { ip, .. } = &container.state {
+            self.addresses.insert(container.id.clone(), *ip);
+        }
+    }
+
+    /// What the engine shows, as others need it.
+    fn publish(&self, machine: &Reconcile) {
+        let mut inner = self.this.shared.inner.lock();
+        let set = inner.board.wanted.set().cloned();
+        inner.running.clear();
+        inner.containers.clear();
+        for (uid, list) in machine.seen() {
+            inner
+                .containers
+                .insert(uid.clone(), list.iter().map(|c| (c.id.clone(), c.attempt)).collect());
+            let body = set.as_ref().and_then(|s| s.body(s.entries.get(uid)?));
+            let running = list.iter().find(|c| self.addresses.contains_key(&c.id));
+            if let (Some(c), Some(body)) =
+                (running.filter(|c| c.state == berth_agent_core::diff::State::Running), body)
+            {
+                let ip = self.addresses.get(&c.id).copied().flatten();
+                let body = Arc::clone(&body.value);
+                let one = Running { id: c.id.clone(), ip, body, attempt: c.attempt };
+                inner.running.insert(uid.clone(), one);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, effects: Vec<Effect>) {
+        self.fetches.retain(|_, task| !task.is_finished());
+        for effect in effects {
+            self.one(effect);
+        }
+    }
+
+    fn one(&mut self, effect: Effect) {
+        match effect {
+            Effect::Persist { token, memory } => {
+                let shared = Arc::clone(&self.this.shared);
+                let (tx, write) = (self.tx.clone(), move || shared.remember(memory));
+                tokio::spawn(async move {
+                    let written = tokio::task::spawn_blocking(write).await;
+                    let result = match written {
+                        Ok(result) => result.map_err(|e| crate::chain(&e)),
+                        Err(error) => Err(error.to_string()),
+                    };
+                    say(&tx, persisted(token, result)).await;
                 });
             }
-        };
-        let name = body.deployment.as_str();
-        self.door
-            .ensure(&*self.engine, name, &body.source.image, &platform, progress("image"))
-            .await
-            .map_err(Failed::Image)?;
-        if let Some(artifact) = &body.source.artifact {
-            let root = self.models();
-            tokio::fs::create_dir_all(root.join("trees")).await.map_err(Failed::File)?;
-            artifact::fetch(
-                &self.client,
-                &root,
-                &artifact.repository,
-                &artifact.digest,
-                progress("artifact"),
-            )
-            .await
-            .map_err(Failed::Artifact)?;
+            Effect::Observe(look) => self.observe(look),
+            Effect::Follow => self.follow(),
+            Effect::EnsureNetwork => {
+                let (this, tx) = (Arc::clone(&self.this), self.tx.clone());
+                tokio::spawn(async move {
+                    let cluster = &this.shared.cluster;
+                    let name = containers::bridge(cluster);
+                    let traffic = Traffic::by(&this.shared.policy);
+                    let made = this.engine.ensure_network(cluster, &name, traffic).await;
+                    if let Err(error) = &made {
+                        tracing::warn!(%error, "the bridge cannot be made yet");
+                    }
+                    say(&tx, Input::Network(made.map_err(|e| e.to_string()))).await;
+                });
+            }
+            Effect::Fetch { step, replica } => {
+                let (this, tx) = (Arc::clone(&self.this), self.tx.clone());
+                let work = async move { this.fetch(&replica, tx).await };
+                let task =
+                    self.step(step, async move { work.await.map(|d| done(step, d)) }.boxed());
+                self.fetches.insert(step, task);
+            }
+            Effect::StopFetch(step) => {
+                if let Some(task) = self.fetches.remove(&step) {
+                    task.abort();
+                }
+            }
+            Effect::Create { step, replica, attempt } => {
+                let this = Arc::clone(&self.this);
+                let work = async move {
+                    let made = this.create(&replica, attempt).await?;
+                    Ok(done(step, made))
+                };
+                self.step(step, work.boxed());
+            }
+            Effect::Start { step, replica, id } => {
+                let this = Arc::clone(&self.this);
+                let work = async move {
+                    this.start(&replica, &id).await?;
+                    Ok(this.after(step, &id).await)
+                };
+                self.step(step, work.boxed());
+            }
+            Effect::Stop { step, id, grace_ms, .. } => {
+                let this = Arc::clone(&self.this);
+                let work = async move {
+                    match this.engine.stop(&id, Duration::from_millis(grace_ms)).await {
+                        Ok(()) | Err(EngineError::NotFound(_)) => Ok(this.after(step, &id).await),
+                        Err(error) => Err(error.into()),
+                    }
+                };
+                self.step(step, work.boxed());
+            }
+            Effect::Remove { step, id, .. } => {
+                let this = Arc::clone(&self.this);
+                let work = async move {
+                    this.engine.remove(&id, false).await?;
+                    Ok(done(step, Done::Removed))
+                };
+                self.step(step, work.boxed());
+            }
+            Effect::Probe { replica, attempt, check } => self.probe(replica, attempt, check),
+            Effect::Report(report) => self.this.shared.report(*report),
+            Effect::Absent(uid) => self.this.shared.absent(&uid),
+            Effect::EngineIs { available, why } => self.this.engine_is(available, &why),
         }
-        self.shared.inner.lock().memory.entry(uid.clone()).or_default().bytes_here = true;
-        self.shared.edit_report(uid, |s| s.progress = None);
-        Ok(())
     }
 
-    /// The lock of what is fetched under a digest.
-    fn one_at_a_time(&self, digest: &str) -> Arc<tokio::sync::Mutex<()>> {
-        let mut all = self.fetching.lock();
-        all.retain(|_, lock| lock.strong_count() > 0);
-        if let Some(lock) = all.get(digest).and_then(Weak::upgrade) {
-            return lock;
-        }
-        let lock = Arc::new(tokio::sync::Mutex::new(()));
-        all.insert(digest.to_owned(), Arc::downgrade(&lock));
-        lock
-    }
-
-    fn models(&self) -> PathBuf {
-        self.shared.store.folder().join("models")
-    }
-
-    async fn create(&self, uid: &ReplicaUid, attempt: u32) -> Result<(), Failed> {
-        let Some(body) = self.shared.body(uid) else { return Ok(()) };
-        let Some(platform) = self.platform(&body) else { return Ok(()) };
-        let Some(image) =
-            self.engine.image(platform.config_digest.as_str()).await.map_err(Failed::Engine)?
-        else {
-            // Somebody removed it: bring it again.
-            self.shared.inner.lock().memory.entry(uid.clone()).or_default().bytes_here = false;
-            return Ok(());
-        };
-        let spec_digest = {
-            let inner = self.shared.inner.lock();
-            let entry = inner.wanted.set().and_then(|s| s.entries.get(uid).cloned());
-            entry.map(|e| e.body_digest).unwrap_or_default()
-        };
-        // Durable before the container: an attempt's number is never used twice.
-        {
-            let mut inner = self.shared.inner.lock();
-            let memory = inner.memory.entry(uid.clone()).or_default();
-            memory.attempt = memory.attempt.max(attempt);
-            memory.ready = false;
-            memory.ready_since = None;
-            memory.not_before = None;
-        }
-        self.shared.remember().map_err(Failed::Disk)?;
-        self.shared.edit_report(uid, |s| {
-            set_phase(s, attempt, ReplicaPhase::Creating);
-            s.next_attempt_time = None;
-            s.reason.clear();
-            s.message.clear();
-        });
-        let spec = self.container_spec(uid, attempt, &body, &image.id, &spec_digest);
-        let id = match self.engine.create(&spec).await {
-            Ok(id) => id,
-            // Left by a crash between making and noticing: it is ours, by its name.
-            Err(EngineError::NameTaken(_)) => return Ok(()),
-            Err(error) => return Err(Failed::Engine(error)),
-        };
-        Ok(self.start(uid, &id).await?)
-    }
-
-    async fn start(&self, uid: &ReplicaUid, id: &str) -> Result<(), EngineError> {
-        self.shared.edit_report(uid, |s| {
-            let attempt = s.attempt;
-            set_phase(s, attempt, ReplicaPhase::Starting);
-        });
-        self.engine.start(id).await
-    }
-
-    fn container_spec(
+    /// A step as a task that answers, whatever happens to it.
+    fn step(
         &self,
-        uid: &ReplicaUid,
-        attempt: u32,
-        body: &AssignmentBody,
-        image: &str,
-        spec_digest: &str,
-    ) -> ContainerSpec {
-        let want = &body.spec;
-        let name = format!("berth-{}-{uid}-{attempt}", body.deployment);
-        let mut spec = ContainerSpec::new(&self.shared.cluster, &name, image);
-        for (key, value) in [
-            ("namespace", body.namespace.to_string()),
-            ("deployment", body.deployment_uid.to_string()),
-            ("release", body.release.to_string()),
-            ("replica", uid.to_string()),
-            ("attempt", attempt.to_string()),
-            ("spec", spec_digest.to_owned()),
-        ] {
-            spec.labels.insert(format!("io.berth.{key}"), value);
-        }
-        spec.env = want.env.clone();
-        // What the server adds is not the operator's to override.
-        spec.env.extend(body.system_env.clone());
-        spec.entrypoint.clone_from(&want.command);
-        spec.command.clone_from(&want.args);
-        spec.user.clone_from(&want.user);
-        spec.mounts = want
-            .mounts
-            .iter()
-            .map(|m| BindMount {
-                source: m.source.clone(),
-                target: m.target.clone(),
-                writable: m.writable,
-            })
-            .collect();
-        if let (Some(artifact), Some(target)) = (&body.source.artifact, &body.artifact_target) {
-            let tree = absolute(&self.models().join("trees").join(artifact.digest.hex()));
-            spec.mounts.push(BindMount {
-                source: tree.to_string_lossy().into_owned(),
-                target: target.clone(),
-                writable: false,
-            });
-        }
-        spec.ports = want
-            .ports
-            .iter()
-            .map(|p| PortSpec {
-                container: p.container,
-                publish: p.publish.as_ref().map(|at| SocketAddr::new(at.bind, at.port)),
-            })
-            .collect();
-        let some = |n: u64| (n > 0).then_some(n);
-        spec.memory_bytes = some(want.resources.memory_bytes);
-        spec.cpu_millis = some(want.resources.cpu_millis);
-        spec.log.max_size_bytes = want.log.max_size_bytes;
-        spec.log.max_files = want.log.max_files;
-        spec.read_only_root = want.read_only_root;
-        spec.cap_add = want.privileges.add_capabilities.clone();
-        spec.devices = want.privileges.devices.clone();
-        spec.privileged = want.privileges.privileged;
-        spec.network = if want.privileges.host_network {
-            NetworkMode::Host
-        } else {
-            NetworkMode::Bridge(bridge(&self.shared.cluster))
-        };
-        spec.stop_grace_s = u32::try_from(want.stop_grace_ms.div_ceil(1000)).unwrap_or(10);
-        spec
+        step: StepId,
+        work: futures_util::future::BoxFuture<'static, Result<Said, Failed>>,
+    ) -> AbortHandle {
+        let tx = self.tx.clone();
+        let task = tokio::spawn(async move {
+            let ended = AssertUnwindSafe(work).catch_unwind().await;
+            let said = match ended.unwrap_or(Err(Failed::Fault)) {
+                Ok(said) => said,
+                Err(failed) => {
+                    let (cause, words) = (failed.cause(), crate::chain(&failed));
+                    tracing::warn!(?step, ?cause, error = words, "a step failed");
+                    Said::Input(Input::StepFailed { step, cause, words })
+                }
+            };
+            // Nobody listens: the agent stops.
+            let _ = tx.send(said).await;
+        });
+        task.abort_handle()
+    }
+
+    fn observe(&self, look: Look) {
+        let (this, tx) = (Arc::clone(&self.this), self.tx.clone());
+        tokio::spawn(async move {
+            let looked = async {
+                // A list may take long under load; an engine that hangs shows it here, in seconds.
+                this.engine.ping().await?;
+                this.engine.observe(&this.shared.cluster).await
+            };
+            let said = match looked.await {
+                Ok(containers) => Said::Observed { look, containers },
+                Err(error) => Said::Input(Input::EngineAway { look, why: error.to_string() }),
+            };
+            let _ = tx.send(said).await;
+        });
+    }
+
+    fn follow(&self) {
+        let (this, tx) = (Arc::clone(&self.this), self.tx.clone());
+        tokio::spawn(async move {
+            if let Ok(mut events) = this.engine.events(&this.shared.cluster).await {
+                say(&tx, Input::Followed).await;
+                loop {
+                    let next = tokio::select! {
+                        // Cancel-safe: an event that was not taken stays.
+                        next = events.next() => next,
+                        // Nobody listens: the agent stops.
+                        () = tx.closed() => return,
+                    };
+                    let Some(Ok(event)) = next else { break };
+                    let urgent = match event.kind {
+                        // Mostly our own doing, the outcome of which is known already.
+                        EventKind::Create | EventKind::Start => false,
+                        EventKind::Die { .. }
+                        | EventKind::OutOfMemory
+                        | EventKind::Destroy
+                        | EventKind::Other => true,
+                    };
+                    say(&tx, Input::Happened { urgent }).await;
+                }
+            }
+            say(&tx, Input::FollowEnded).await;
+        });
+    }
+
+    fn probe(&self, replica: ReplicaUid, attempt: u32, check: HealthCheck) {
+        let (this, tx) = (Arc::clone(&self.this), self.tx.clone());
+        let running = this.shared.inner.lock().running.get(&replica).cloned();
+        tokio::spawn(async move {
+            let outcome = match running.filter(|r| r.attempt == attempt) {
+                Some(running) => {
+                    Box::pin(probes::check(&*this.engine, &this.unended, &running, &check)).await
+                }
+                None => Outcome::NotAsked,
+            };
+            say(&tx, Input::ProbeResult { replica, attempt, outcome }).await;
+        });
     }
 }
 
-fn absolute(path: &Path) -> PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+fn done(step: StepId, done: Done) -> Said {
+    Said::Input(Input::StepDone { step, done })
 }
 
-fn probe_key(uid: &ReplicaUid) -> Option<ReplicaUid> {
-    format!("{uid}-probe").parse().ok()
-}
-
-fn step_replica(step: &Step) -> &ReplicaUid {
-    match step {
-        Step::Fetch(replica)
-        | Step::Absent(replica)
-        | Step::Create { replica, .. }
-        | Step::Start { replica, .. }
-        | Step::Stop { replica, .. }
-        | Step::Remove { replica, .. }
-        | Step::TakeExit { replica, .. }
-        | Step::Remember { replica, .. } => replica,
+fn persisted(token: Token, result: Result<(), String>) -> Input {
+    if let Err(why) = &result {
+        tracing::error!(why, "what must be remembered could not be made durable");
     }
+    Input::Persisted { token, result }
+}
+
+async fn say(tx: &mpsc::Sender<Said>, input: Input) {
+    // Nobody listens: the agent stops.
+    let _ = tx.send(Said::Input(input)).await;
 }
 
 /// Why a step was not carried out.
@@ -709,28 +559,37 @@ fn step_replica(step: &Step) -> &ReplicaUid {
 enum Failed {
     #[error(transparent)]
     Engine(#[from] EngineError),
-    #[error("the image cannot be brought")]
-    Image(#[source] crate::fetch::door::ImageError),
-    #[error("the model cannot be brought")]
-    Artifact(#[source] crate::fetch::client::FetchError),
-    #[error("the agent's disk does not take it")]
-    Disk(#[source] crate::store::StoreError),
-    #[error("a folder cannot be made")]
-    File(#[source] std::io::Error),
-    #[error("the agent stops")]
-    Stopping,
+    #[error(transparent)]
+    Bring(#[from] BringError),
+    #[error("this host's policy refuses it")]
+    Forbidden(#[source] Forbidden),
+    #[error("the folders it mounts cannot be looked at")]
+    Paths,
+    #[error("its image is not here any more")]
+    ImageGone,
+    #[error("it is not wanted any more")]
+    NotWanted,
+    #[error("the agent itself failed; its log says how")]
+    Fault,
 }
 
 impl Failed {
-    fn reason(&self) -> &'static str {
+    fn cause(&self) -> Cause {
         match self {
-            Self::Engine(EngineError::PortInUse(_)) => "PORT_IN_USE",
-            Self::Engine(error) if error.is_engine_away() => "ENGINE_AWAY",
-            Self::Engine(_) => "START_FAILED",
-            Self::Image(_) => "PULL_FAILED",
-            Self::Artifact(_) => "FETCH_FAILED",
-            Self::Disk(_) | Self::File(_) => "DISK_FAILED",
-            Self::Stopping => "STOPPING",
+            Self::Engine(EngineError::PortInUse(_)) => Cause::PortInUse,
+            Self::Engine(error) if error.is_engine_away() => Cause::EngineAway,
+            Self::Engine(_) | Self::NotWanted | Self::Fault => Cause::Engine,
+            Self::Bring(error) => match error.reason() {
+                "ENGINE_AWAY" => Cause::EngineAway,
+                reason => Cause::Bytes(reason),
+            },
+            Self::Forbidden(_) => Cause::Forbidden,
+            Self::Paths => Cause::Disk,
+            Self::ImageGone => Cause::BytesGone,
         }
     }
 }
+
+#[cfg(test)]
+#[path = "reconciler_tests.rs"]
+mod tests;

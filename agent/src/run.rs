@@ -1,11 +1,13 @@
 //! The agent as a whole.
 
 use crate::config::Config;
-use crate::engine::Engine;
+use crate::containers;
 use crate::engine::docker::DockerEngine;
+use crate::engine::{Engine, Traffic};
 use crate::facts;
+use crate::fetch::bring::Fetcher;
 use crate::fetch::client::Client;
-use crate::fetch::door::Door;
+use crate::reach;
 use crate::reconciler::Reconciler;
 use crate::session::{self, tls_config};
 use crate::state::{News, Shared};
@@ -33,27 +35,55 @@ pub async fn run(folder: &Path, socket: &Path, config: Config) -> anyhow::Result
         start = shared.agent_start,
         "the agent starts"
     );
-    let seen = shared.store.set().map(|s| s.last_seen_unix_ms).unwrap_or(0);
-    let tls = tls_config(&identity, seen, &[b"http/1.1"]).context("the identity is not right")?;
+    let tls = tls_config(&identity, Arc::clone(&shared.clock), &[b"http/1.1"])
+        .context("the identity is not right")?;
     let client = Client::new(identity.registry.clone(), tls);
-    let door =
-        Door::open(client.clone()).await.context("cannot open the engine's registry door")?;
-    shared.inner.lock().facts = facts::gather(&config, folder, &*engine).await;
+    let limits = config.limits()?;
+    let fetcher = Fetcher::open(Arc::clone(&shared), Arc::clone(&engine), client.clone(), limits)
+        .await
+        .context("cannot open the engine's registry door")?;
+    let fetcher = Arc::new(fetcher);
+    let reached = look(&shared, &*engine, true).await;
+    shared.inner.lock().board.facts =
+        facts::gather(&config, folder, &*engine, reached, Some(&shared.cluster)).await;
 
     let reconciler =
-        Arc::new(Reconciler::new(Arc::clone(&shared), Arc::clone(&engine), client.clone(), door));
+        Arc::new(Reconciler::new(Arc::clone(&shared), Arc::clone(&engine), fetcher.clone()));
     tokio::spawn(reconciler.run());
     tokio::spawn(session::run(Arc::clone(&shared), Arc::clone(&engine), client));
     tokio::spawn(watch_facts(Arc::clone(&shared), Arc::clone(&engine), config));
 
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::select! {
-        // Cancel-safe, both.
+        // Cancel-safe, the first two; the third goes on where it was at the next start.
         _ = terminate.recv() => {}
         _ = tokio::signal::ctrl_c() => {}
+        () = crate::retire::emptied(&shared, &*engine, &fetcher) => {
+            tracing::warn!("nothing of its cluster is left on this host; the agent ends");
+            return Ok(());
+        }
     }
     tracing::info!("the agent stops; containers go on");
     Ok(())
+}
+
+/// Whether container addresses are reached: what is found now, else what was known before. Says so
+/// when it is found that they are not.
+async fn look(shared: &Shared, engine: &dyn Engine, before: bool) -> bool {
+    let bridge = containers::bridge(&shared.cluster);
+    // So that it can be told before anything runs. Why it cannot be made the reconciler says, which
+    // tries again.
+    let _ = engine.ensure_network(&shared.cluster, &bridge, Traffic::by(&shared.policy)).await;
+    let now = reach::look(engine, &shared.cluster, &bridge).await.unwrap_or(before);
+    if before && !now {
+        tracing::warn!(
+            bridge,
+            "the agent does not reach container addresses: health checks by network and the gateway \
+             fail on this host; run the agent on the host itself, in the network of the engine's \
+             bridges, or check health by exec"
+        );
+    }
+    now
 }
 
 async fn watch_facts(shared: Arc<Shared>, engine: Arc<dyn Engine>, config: Config) {
@@ -63,36 +93,18 @@ async fn watch_facts(shared: Arc<Shared>, engine: Arc<dyn Engine>, config: Confi
     tick.tick().await;
     loop {
         tick.tick().await;
-        let facts = facts::gather(&config, shared.store.folder(), &*engine).await;
+        let before = shared.inner.lock().board.facts.container_network_reachable;
+        let reached = look(&shared, &*engine, before).await;
+        let cluster = Some(&shared.cluster);
+        let facts = facts::gather(&config, shared.store.folder(), &*engine, reached, cluster).await;
         let changed = {
             let mut inner = shared.inner.lock();
-            // Ports come and go with our own containers; they are told with the next real change.
-            let calm = |f: &berth_proto::api::HostFacts| berth_proto::api::HostFacts {
-                disk_free_bytes: 0,
-                used_ports: Vec::new(),
-                ..f.clone()
-            };
-            let changed = calm(&inner.facts) != calm(&facts);
-            inner.facts = facts.clone();
+            let changed = facts::is_news(&inner.board.facts, &facts);
+            inner.board.facts = facts.clone();
             changed
         };
         if changed {
             let _ = shared.news.send(News::Facts(Box::new(facts)));
         }
-    }
-}
-
-/// Removes all containers of the cluster, and the agent's models and identity.
-pub async fn wipe(shared: &Shared, engine: &dyn Engine) {
-    if let Ok(all) = engine.observe(&shared.cluster).await {
-        for container in all {
-            if let Err(error) = engine.remove(&container.id, true).await {
-                tracing::warn!(%error, "a container could not be removed");
-            }
-        }
-    }
-    for name in ["models", "set", "identity"] {
-        let path = shared.store.folder().join(name);
-        let _ = std::fs::remove_dir_all(&path).or_else(|_| std::fs::remove_file(&path));
     }
 }

@@ -1,11 +1,14 @@
 //! Dials the server, pumps the session's machine, and opens reverse connections when told.
 
+use crate::busy::{Busy, Counted};
+use crate::clock::Clock;
 use crate::engine::Engine;
 use crate::fetch::client::Client;
 use crate::host_service::Served;
 use crate::state::{News, Shared, wall_now};
-use berth_agent_core::ledger::{Wanted, set_id};
-use berth_agent_core::session::{Dialling, Effect, Input, Session};
+use berth_agent_core::board::Who;
+use berth_agent_core::ledger::Wanted;
+use berth_agent_core::session::{self, Dialling, Effect, Input, Session};
 use berth_proto::agent::agent_service_client::AgentServiceClient;
 use berth_proto::agent::host_service_server::HostServiceServer;
 use berth_proto::agent::{Hello, OpenReverse, ReverseHello, Trust};
@@ -24,10 +27,18 @@ use tonic::Code;
 
 /// Connecting and shaking hands.
 const CONNECT: Duration = Duration::from_secs(15);
+/// How long the first session waits for the first look at the engine, which takes tens of
+/// milliseconds unless the engine is away.
+const FIRST_LOOK: Duration = Duration::from_secs(3);
 /// Messages ahead of the wire.
 const QUEUE: usize = 16;
 /// A reverse connection that nobody uses closes after so long.
 const IDLE: Duration = Duration::from_secs(60);
+/// Looks whether it is used: an idle connection says nothing to the network more often.
+const ALIVE: Duration = Duration::from_secs(30);
+/// How often a session that stands looks whether the certificate is to be renewed, which is due for
+/// months before it ends.
+const RENEWAL_LOOK: Duration = Duration::from_secs(3600);
 /// Windows of the control connection: sets come in pages of 256 KiB.
 const WINDOW: u32 = 256 * 1024;
 
@@ -37,7 +48,7 @@ const WINDOW: u32 = 256 * 1024;
 /// When what is stored is no identity.
 pub fn tls_config(
     identity: &AgentIdentityFile,
-    last_seen_unix_ms: i64,
+    clock: Arc<Clock>,
     alpn: &[&[u8]],
 ) -> Result<Arc<ClientConfig>, tls::TlsError> {
     let cluster = identity.cluster.parse().map_err(|_| tls::TlsError::NoIdentity)?;
@@ -46,24 +57,8 @@ pub fn tls_config(
         certificate_pem: identity.certificate_pem.clone(),
         key_pem: identity.key_pem.clone(),
     };
-    let clock = Arc::new(Clock { at_least_unix_ms: last_seen_unix_ms });
     let trusted = Trusted::Roots { pem: trust.roots_pem, cluster };
     tls::client_config(trusted, Some(&credentials), alpn, Some(clock))
-}
-
-/// The greater of the system's clock and what was seen last: a clock without a battery begins in
-/// 1970, before every certificate.
-#[derive(Debug)]
-struct Clock {
-    at_least_unix_ms: i64,
-}
-
-impl rustls::time_provider::TimeProvider for Clock {
-    fn current_time(&self) -> Option<rustls::pki_types::UnixTime> {
-        let ms = wall_now().0.max(self.at_least_unix_ms);
-        let since = Duration::from_millis(u64::try_from(ms).ok()?);
-        Some(rustls::pki_types::UnixTime::since_unix_epoch(since))
-    }
 }
 
 /// Keeps a session for ever.
@@ -71,7 +66,9 @@ pub async fn run(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client) {
     let mut dialling = Dialling::default();
     let mut sequence = 0;
     let nonce = uuid::Uuid::new_v4().simple().to_string();
-    let mut turn = 0_usize;
+    // A session begins with all that is on the host: better a moment later than twice.
+    let mut observed = shared.observed.subscribe();
+    let _ = tokio::time::timeout(FIRST_LOOK, observed.wait_for(|seen| *seen)).await;
     loop {
         if shared.identity.lock().removed {
             tracing::warn!("this host was removed from its cluster; nothing is dialled any more");
@@ -83,33 +80,38 @@ pub async fn run(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client) {
                 "the certificate could not be renewed yet"
             );
         }
+        if shared.identity.lock().removed {
+            // Learnt just now: whoever's certificate has ended gets no session that tells it.
+            continue;
+        }
         let endpoints = shared.identity.lock().trust.clone().unwrap_or_default().endpoints;
-        let Some(endpoint) = endpoints.get(turn % endpoints.len().max(1)).cloned() else {
+        let Some(endpoint) = dialling.endpoint(&endpoints).cloned() else {
             tracing::error!("no server is known; `berth-agent set-server HOST:PORT` names one");
             return;
         };
         let ended =
-            one(&shared, &engine, &client, &endpoint, &nonce, &mut sequence, &mut dialling).await;
-        let stay_away = match &ended {
+            attempt(&shared, &engine, &client, &endpoint, &nonce, &mut sequence, &mut dialling)
+                .await;
+        let how = match &ended {
             Ended::Refused(status) => {
                 tracing::warn!(
                     server = endpoint, code = ?status.code(), message = status.message(),
                     "the session was refused"
                 );
-                turn += 1;
-                matches!(status.code(), Code::PermissionDenied | Code::InvalidArgument)
+                let stay_away =
+                    matches!(status.code(), Code::PermissionDenied | Code::InvalidArgument);
+                session::Ended::Refused { stay_away }
             }
             Ended::Lost(why) => {
                 tracing::info!(server = endpoint, why, "the session ended; what runs goes on");
-                turn += 1;
-                false
+                session::Ended::Lost
             }
-            Ended::Again => false,
+            Ended::Again => session::Ended::Again,
+            Ended::AtOnce => session::Ended::AtOnce,
         };
         let draw = u64::from(uuid::Uuid::new_v4().as_bytes()[0]) * 4;
-        let wait = dialling.wait_ms(stay_away, draw);
         // Paced by the server's window or by backoff.
-        tokio::time::sleep(Duration::from_millis(wait)).await;
+        tokio::time::sleep(Duration::from_millis(dialling.ended(how, draw))).await;
     }
 }
 
@@ -117,35 +119,28 @@ enum Ended {
     Refused(tonic::Status),
     Lost(String),
     Again,
+    /// The engine was looked at for the first time: say hello with what it shows.
+    AtOnce,
 }
 
 fn hello(shared: &Shared, nonce: &str) -> (Hello, Wanted) {
     let identity = shared.identity.lock().clone();
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let inner = shared.inner.lock();
-    let set = inner.wanted.set();
-    let hello = Hello {
+    let who = Who {
         host_uid: identity.host_uid,
         instance: identity.instance,
         boot_id: boot_id.trim().to_owned(),
+        boot_nonce: nonce.to_owned(),
         agent_start: shared.agent_start,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         features: crate::facts::FEATURES.map(str::to_owned).to_vec(),
-        held: set.map(|s| set_id(s.number)),
-        held_digest: set.map(|s| s.digest.clone()).unwrap_or_default(),
-        bodies: set.map(|s| s.bodies.keys().map(ToString::to_string).collect()).unwrap_or_default(),
-        observed: inner.reports.values().cloned().collect(),
-        observed_pages: 0,
-        facts: Some(inner.facts.clone()),
-        time: crate::state::moment(wall_now()),
-        boot_nonce: nonce.to_owned(),
         trust_version: identity.trust.map(|t| t.version).unwrap_or_default(),
-        engine_observed: inner.engine_observed,
     };
-    (hello, inner.wanted.clone())
+    let inner = shared.inner.lock();
+    (inner.board.hello(&who, wall_now()), inner.board.wanted.clone())
 }
 
-async fn one(
+async fn attempt(
     shared: &Arc<Shared>,
     engine: &Arc<dyn Engine>,
     client: &Client,
@@ -155,9 +150,8 @@ async fn one(
     dialling: &mut Dialling,
 ) -> Ended {
     let lost = |error: &dyn std::error::Error| Ended::Lost(crate::chain(error));
-    let seen = shared.store.set().map(|s| s.last_seen_unix_ms).unwrap_or(0);
     let identity = shared.identity.lock().clone();
-    let config = match tls_config(&identity, seen, &[ALPN_H2]) {
+    let config = match tls_config(&identity, Arc::clone(&shared.clock), &[ALPN_H2]) {
         Ok(config) => config,
         Err(error) => return lost(&error),
     };
@@ -171,6 +165,8 @@ async fn one(
     // Subscribed before the hello, so that nothing falls between the two.
     let mut news = shared.news.subscribe();
     let (hello, wanted) = hello(shared, nonce);
+    let complete = hello.engine_observed;
+    let mut observed = shared.observed.subscribe();
     let (mut machine, first) = Session::begin(hello, wanted, *sequence, shared.now().mono);
     let (tx, rx) = mpsc::channel(QUEUE);
     let mut queue: std::collections::VecDeque<_> = first.into();
@@ -191,6 +187,7 @@ async fn one(
         Err(_) => return Ended::Lost("the server did not answer in time".to_owned()),
     };
     let mut queue = std::collections::VecDeque::new();
+    let mut renewed = std::pin::pin!(crate::join::renewed(shared, client, RENEWAL_LOOK));
     loop {
         let due = machine.deadline().since_ms(shared.now().mono);
         let input = tokio::select! {
@@ -219,6 +216,9 @@ async fn one(
                 Err(broadcast::error::RecvError::Lagged(_)) => return Ended::Again,
                 Err(broadcast::error::RecvError::Closed) => return Ended::Again,
             },
+            _ = observed.wait_for(|seen| *seen), if !complete => return Ended::AtOnce,
+            // What this session shook hands with ends some day; the next one shows the new one.
+            () = &mut renewed => return Ended::Again,
             () = tokio::time::sleep(Duration::from_millis(due)) => Input::Tick,
         };
         let mut inputs = vec![input];
@@ -237,19 +237,22 @@ async fn one(
                         );
                     }
                     Effect::Persist(set) => {
-                        let wanted = Wanted::Set(Arc::new(*set));
-                        let result = shared.persist(&wanted).map_err(|e| crate::chain(&e));
+                        let (shared, wanted) = (Arc::clone(shared), Wanted::Set(Arc::new(*set)));
+                        // The session waits, as what the server says next may build on this set.
+                        let result =
+                            blocking(move || shared.persist(&wanted).map_err(|e| crate::chain(&e)))
+                                .await
+                                .unwrap_or_else(|error| Err(error.to_string()));
                         if let Err(why) = &result {
                             tracing::error!(why, "a set could not be made durable");
                         }
                         inputs.push(Input::Persisted(result));
                     }
                     Effect::Act(set) => {
-                        shared.inner.lock().wanted = Wanted::Set(Arc::new(*set));
-                        shared.wake.notify_one();
+                        shared.act_on(Wanted::Set(Arc::new(*set)));
                     }
                     Effect::Trust(trust) => {
-                        if let Some(version) = take_trust(shared, *trust) {
+                        if let Some(version) = take_trust(shared, client, *trust).await {
                             inputs.push(Input::Trusted(version));
                         }
                     }
@@ -268,14 +271,9 @@ async fn one(
                     }
                     Effect::Removed { wipe } => {
                         tracing::warn!(wipe, "this host was removed from its cluster");
-                        let mut identity = shared.identity.lock().clone();
-                        identity.removed = true;
-                        if let Err(error) = shared.store.put_identity(&identity) {
+                        let shared = Arc::clone(shared);
+                        if let Ok(Err(error)) = blocking(move || shared.removed(wipe)).await {
                             tracing::error!(error = crate::chain(&error), "cannot be remembered");
-                        }
-                        *shared.identity.lock() = identity;
-                        if wipe {
-                            crate::run::wipe(shared, engine.as_ref()).await;
                         }
                     }
                     Effect::Kept(_) => *sequence = machine.sequence(),
@@ -284,29 +282,52 @@ async fn one(
             }
         }
         *sequence = machine.sequence();
-        let _ = client;
     }
 }
 
+/// Work that waits for the disk, off the runtime's only thread.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, tokio::task::JoinError> {
+    tokio::task::spawn_blocking(work).await
+}
+
+/// Takes newer roots and addresses over; the server's that were held before stay behind the new ones.
+pub(crate) fn take_over(identity: &mut AgentIdentityFile, newer: Trust) {
+    let held = identity.trust.take().unwrap_or_default();
+    identity.trust = Some(if newer.version > held.version {
+        if !newer.registry.is_empty() {
+            identity.registry.clone_from(&newer.registry);
+        }
+        Trust { endpoints: session::endpoints(&newer.endpoints, &held.endpoints), ..newer }
+    } else {
+        held
+    });
+}
+
 /// Makes newer roots and endpoints durable.
-fn take_trust(shared: &Shared, trust: Trust) -> Option<u64> {
-    let mut identity = shared.identity.lock().clone();
-    let held = identity.trust.as_ref().map_or(0, |t| t.version);
+async fn take_trust(shared: &Arc<Shared>, client: &Client, trust: Trust) -> Option<u64> {
+    let held = shared.identity.lock().trust.as_ref().map_or(0, |t| t.version);
     if trust.version <= held {
         return None;
     }
     let version = trust.version;
-    identity.trust = Some(trust);
-    match shared.store.put_identity(&identity) {
-        Ok(()) => {
-            *shared.identity.lock() = identity;
-            Some(version)
+    let changing = Arc::clone(shared);
+    let changed =
+        blocking(move || changing.change_identity(|identity| take_over(identity, trust))).await;
+    let error = match changed {
+        Ok(Ok(identity)) => {
+            match tls_config(&identity, Arc::clone(&shared.clock), &[b"http/1.1"]) {
+                Ok(config) => client.retarget(identity.registry, config),
+                Err(error) => tracing::error!(error = crate::chain(&error), "roots are not right"),
+            }
+            return Some(version);
         }
-        Err(error) => {
-            tracing::error!(error = crate::chain(&error), "roots could not be made durable");
-            None
-        }
-    }
+        Ok(Err(error)) => crate::chain(&error),
+        Err(error) => error.to_string(),
+    };
+    tracing::error!(error, "roots could not be made durable");
+    None
 }
 
 /// Dials a second connection and serves on it until it is idle.
@@ -316,21 +337,55 @@ async fn reverse(
     open: OpenReverse,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let identity = served.shared.identity.lock().clone();
-    let config = tls_config(&identity, 0, &[ALPN_REVERSE])?;
+    let config = tls_config(&identity, Arc::clone(&served.shared.clock), &[ALPN_REVERSE])?;
     let mut stream = tls::connect(endpoint, config, CONNECT).await?;
     let hello = ReverseHello { ticket: open.ticket, host_uid: identity.host_uid }.encode_to_vec();
     stream.write_u32(u32::try_from(hello.len())?).await?;
     stream.write_all(&hello).await?;
     stream.flush().await?;
-    let service = HostServiceServer::new(served);
+    let busy = Busy::default();
+    let service = Counted { service: HostServiceServer::new(served), busy: busy.clone() };
     let service = hyper_util::service::TowerToHyperService::new(service);
     let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
     builder
         .timer(hyper_util::rt::TokioTimer::new())
-        .keep_alive_interval(IDLE / 2)
-        .keep_alive_timeout(IDLE / 2)
+        .keep_alive_interval(ALIVE)
+        .keep_alive_timeout(ALIVE)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(4 * WINDOW);
-    builder.serve_connection(TokioIo::new(stream), service).await?;
+    let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
+    tokio::select! {
+        // Cancel-safe: the connection is polled on below.
+        ended = connection.as_mut() => return Ok(ended?),
+        () = busy.idle(IDLE) => {}
+    }
+    tracing::debug!("a reverse connection is idle and closes");
+    connection.as_mut().graceful_shutdown();
+    // A call that came at that moment is still served; a peer that does not close is left.
+    let _ = tokio::time::timeout(IDLE, connection).await;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn newer_addresses_come_before_the_old_ones_and_older_ones_change_nothing() {
+        let trust = |version, endpoint: &str, registry: &str| Trust {
+            version,
+            endpoints: vec![endpoint.to_owned()],
+            registry: registry.to_owned(),
+            ..Trust::default()
+        };
+        let mut identity = AgentIdentityFile::default();
+        take_over(&mut identity, trust(3, "a:1", "r:1"));
+        take_over(&mut identity, trust(2, "never:1", "never:1"));
+        take_over(&mut identity, trust(3, "never:1", "never:1"));
+        assert_eq!(identity.registry, "r:1");
+        take_over(&mut identity, trust(9, "b:2", "r:2"));
+        take_over(&mut identity, trust(10, "c:3", ""));
+        assert_eq!(identity.trust.unwrap().endpoints, ["c:3", "b:2", "a:1"]);
+        assert_eq!(identity.registry, "r:2", "an older server does not tell it");
+    }
 }

@@ -7,8 +7,8 @@
 use berth_agent_core::diff::Memory;
 use berth_agent_core::ledger::{self, HeldSet, Wanted};
 use berth_proto::agent::SetEntry;
-use berth_proto::ids::{Digest, ReplicaUid};
-use berth_proto::record::{AgentIdentityFile, AgentReplicaMemory, AgentSetFile};
+use berth_proto::ids::{ClusterUid, Digest, Mono, ReplicaUid};
+use berth_proto::record::{AgentIdentityFile, AgentJoinFile, AgentReplicaMemory, AgentSetFile};
 use prost::Message;
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -77,8 +77,7 @@ fn write_whole(path: &Path, message: &impl Message) -> Result<(), StoreError> {
         return Err(io("write", &partial)(error));
     }
     fs::rename(&partial, path).map_err(io("rename", path))?;
-    let folder = path.parent().unwrap_or(Path::new("."));
-    File::open(folder).and_then(|f| f.sync_all()).map_err(io("sync", folder))
+    sync(path.parent().unwrap_or(Path::new(".")))
 }
 
 fn read_whole<M: Message + Default>(path: &Path) -> Result<Option<M>, StoreError> {
@@ -148,12 +147,54 @@ impl Store {
         write_whole(&self.folder.join("identity"), identity)
     }
 
+    /// The join whose answer has not come yet.
+    ///
+    /// # Errors
+    /// When the file is damaged.
+    pub fn joining(&self) -> Result<Option<AgentJoinFile>, StoreError> {
+        read_whole(&self.folder.join("joining"))
+    }
+
+    /// Makes a join durable that is about to be asked for.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn put_joining(&self, joining: &AgentJoinFile) -> Result<(), StoreError> {
+        write_whole(&self.folder.join("joining"), joining)
+    }
+
+    /// Its answer is durable, or will never come.
+    ///
+    /// # Errors
+    /// When the disk does not take it.
+    pub fn forget_joining(&self) -> Result<(), StoreError> {
+        self.forget("joining")
+    }
+
     /// What was made durable last.
     ///
     /// # Errors
     /// When the file is damaged.
     pub fn set(&self) -> Result<AgentSetFile, StoreError> {
         Ok(read_whole(&self.folder.join("set"))?.unwrap_or_default())
+    }
+
+    /// What was made durable last for `cluster`. Of another cluster's, left by whatever, only what
+    /// says nothing of a cluster counts.
+    ///
+    /// # Errors
+    /// When the file is damaged.
+    pub fn set_of(&self, cluster: &str) -> Result<AgentSetFile, StoreError> {
+        let file = self.set()?;
+        if file.cluster.is_empty() || file.cluster == cluster {
+            return Ok(file);
+        }
+        tracing::warn!(of = file.cluster, "a set of another cluster is on the disk; it is ignored");
+        Ok(AgentSetFile {
+            agent_start: file.agent_start,
+            last_seen_unix_ms: file.last_seen_unix_ms,
+            ..AgentSetFile::default()
+        })
     }
 
     /// Makes what is wanted and remembered durable.
@@ -163,11 +204,45 @@ impl Store {
     pub fn put_set(&self, file: &AgentSetFile) -> Result<(), StoreError> {
         write_whole(&self.folder.join("set"), file)
     }
+
+    /// Forgets what is wanted and remembered, durably.
+    ///
+    /// # Errors
+    /// When the disk does not take it.
+    pub fn forget_set(&self) -> Result<(), StoreError> {
+        self.forget("set")
+    }
+
+    /// Forgets the cluster, durably. What it wanted goes first: a set that is left alone would be taken
+    /// for the next cluster's, while an identity alone knows of nothing and removes nothing.
+    ///
+    /// # Errors
+    /// When the disk does not take it.
+    pub fn forget_cluster(&self) -> Result<(), StoreError> {
+        self.forget_set()?;
+        self.forget("identity")
+    }
+
+    fn forget(&self, name: &str) -> Result<(), StoreError> {
+        let path = self.folder.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(io("remove", &path)(error));
+            }
+            Ok(()) | Err(_) => {}
+        }
+        sync(&self.folder)
+    }
 }
 
-/// What is wanted and remembered, as a file.
+fn sync(folder: &Path) -> Result<(), StoreError> {
+    File::open(folder).and_then(|f| f.sync_all()).map_err(io("sync", folder))
+}
+
+/// What a cluster wants and what is remembered, as a file.
 #[must_use]
 pub fn to_file(
+    cluster: &ClusterUid,
     wanted: &Wanted,
     memory: &BTreeMap<ReplicaUid, Memory>,
     agent_start: u64,
@@ -194,10 +269,15 @@ pub fn to_file(
                 rolled_back: m.rolled_back,
                 replacement_done: m.replacement_done,
                 finished: m.finished,
+                replacement_begun: m.replacement_begun,
+                // Time left, as the machine gives it: a stored deadline means nothing to another boot.
+                replacement_left_ms: m.replace_until.map(|left| left.0),
+                backoff_left_ms: m.not_before.map(|left| left.0),
             })
             .collect(),
         agent_start,
         last_seen_unix_ms,
+        cluster: cluster.to_string(),
     }
 }
 
@@ -235,6 +315,9 @@ pub fn from_file(
                 rolled_back: m.rolled_back,
                 replacement_done: m.replacement_done,
                 finished: m.finished,
+                replacement_begun: m.replacement_begun,
+                replace_until: m.replacement_left_ms.map(Mono),
+                not_before: m.backoff_left_ms.map(Mono),
                 ..Memory::default()
             };
             Some((m.replica_uid.parse().ok()?, memory))
@@ -246,6 +329,29 @@ pub fn from_file(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn cluster() -> ClusterUid {
+        "c".parse().unwrap()
+    }
+
+    #[test]
+    fn a_set_of_another_cluster_is_no_set_and_one_of_no_cluster_is_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let empty = Wanted::Set(std::sync::Arc::new(HeldSet::default()));
+        let file = to_file(&cluster(), &empty, &BTreeMap::new(), 3, 5);
+        store.put_set(&file).unwrap();
+        assert_eq!(store.set_of("c").unwrap(), file);
+        let none = store.set_of("other").unwrap();
+        assert_eq!((none.id, none.agent_start, none.last_seen_unix_ms), (None, 3, 5));
+        let old = AgentSetFile { cluster: String::new(), ..file };
+        store.put_set(&old).unwrap();
+        assert_eq!(store.set_of("other").unwrap(), old);
+        store.put_identity(&AgentIdentityFile::default()).unwrap();
+        store.forget_cluster().unwrap();
+        assert_eq!(store.set().unwrap(), AgentSetFile::default());
+        assert!(matches!(store.identity(), Err(StoreError::NotJoined)));
+    }
 
     #[test]
     fn a_damaged_file_is_named_and_not_taken_for_an_empty_one() {
@@ -264,11 +370,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_remembered_of_a_replica_survives_the_disk_with_times_as_the_time_left() {
+        let memory = Memory {
+            attempt: 7,
+            failures: 3,
+            exit_taken: 6,
+            replacement_begun: true,
+            rolled_back: true,
+            replacement_done: true,
+            finished: true,
+            not_before: Some(Mono(1_500)),
+            replace_until: Some(Mono(2_500)),
+            ..Memory::default()
+        };
+        let all = BTreeMap::from([("r".parse().unwrap(), memory)]);
+        let file = to_file(&cluster(), &Wanted::NotYetKnown, &all, 1, 0);
+        assert_eq!(from_file(&file).unwrap().1, all);
+    }
+
+    #[test]
     fn no_news_and_the_empty_set_stay_different_on_disk() {
-        let none = to_file(&Wanted::NotYetKnown, &BTreeMap::new(), 1, 0);
+        let none = to_file(&cluster(), &Wanted::NotYetKnown, &BTreeMap::new(), 1, 0);
         assert!(from_file(&none).unwrap().0.set().is_none());
         let empty = Wanted::Set(std::sync::Arc::new(HeldSet::default()));
-        let empty = to_file(&empty, &BTreeMap::new(), 1, 0);
+        let empty = to_file(&cluster(), &empty, &BTreeMap::new(), 1, 0);
         assert!(from_file(&empty).unwrap().0.set().is_some());
     }
 }

@@ -1,25 +1,14 @@
 //! The command line. The doc comments are the help.
 
+use crate::help;
+use berth_proto::values::Requirement;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// Put machine-learning models on fleets of edge hosts.
 #[derive(Debug, Parser)]
-#[command(
-    name = "berth",
-    version,
-    propagate_version = true,
-    after_help = "Examples:
-  berth model push iris:1 ./model.onnx --alias champion
-  berth plan  -f iris.yaml         what would happen, and where
-  berth apply -f iris.yaml         make it so, and wait until it is
-  berth ps                         what runs, and why something does not
-  berth infer iris --input sample.json
-  berth logs -f iris               all replicas in one stream
-
-Exit codes: 0 done, 1 the request cannot be, 2 command line, 3 server not reached,
-4 not permitted, 5 rollout failed, 6 rollout done but hosts deferred (with --wait-all)."
-)]
+#[command(name = "berth", version, propagate_version = true, after_help = help::TOP)]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
@@ -36,15 +25,40 @@ pub struct Global {
     /// Namespace; by default `default`, and for lists all that you may see.
     #[arg(short, long, global = true)]
     pub namespace: Option<String>,
+    /// Only what has these labels, for lists: `team=vision,zone in (eu, us),!old`.
+    #[arg(short = 'l', long = "selector", global = true, value_name = "SELECTOR")]
+    pub selector: Option<Selector>,
+    /// Only what matches, as the server's lists understand it: `name=edge* AND labels.zone!=eu`.
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub filter: Option<String>,
     /// Context to use instead of the current one.
     #[arg(long, global = true, env = "BERTH_CONTEXT")]
     pub context: Option<String>,
     /// How long one request may take, e.g. 30s.
     #[arg(long, global = true, default_value = "60s", value_parser = duration)]
     pub request_timeout: std::time::Duration,
-    /// Do not ask before something is removed.
-    #[arg(long, global = true)]
+    /// Do not ask before something is removed or moved away.
+    #[arg(short = 'y', long, global = true)]
     pub yes: bool,
+}
+
+/// Requirements on labels, all of which must hold.
+#[derive(Debug, Clone)]
+pub struct Selector(pub Vec<Requirement>);
+
+impl std::str::FromStr for Selector {
+    type Err = berth_proto::selector::InvalidSelector;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        berth_proto::selector::parse_all(text).map(Self)
+    }
+}
+
+impl Global {
+    /// Whether these labels meet the selector; without one all do.
+    pub fn selects(&self, labels: &BTreeMap<String, String>) -> bool {
+        self.selector.as_ref().is_none_or(|s| s.0.iter().all(|r| r.matches(labels)))
+    }
 }
 
 /// Form of the answer.
@@ -70,17 +84,25 @@ fn duration(text: &str) -> Result<std::time::Duration, String> {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Make deployments as manifests say, and wait until they are.
+    #[command(after_help = help::APPLY)]
     Apply(Apply),
     /// Show what apply would do, with the hosts that would be chosen.
+    #[command(after_help = help::PLAN)]
     Plan(Files),
     /// List replicas: where they are, how they are, and why not.
+    #[command(after_help = help::PS)]
     Ps {
         /// Only of this deployment.
         deployment: Option<String>,
+        /// Only on this host.
+        #[arg(long)]
+        host: Option<String>,
     },
     /// Show the output of all replicas of a deployment.
+    #[command(after_help = help::LOGS)]
     Logs(Logs),
     /// Set the number of replicas.
+    #[command(after_help = help::SCALE)]
     Scale {
         /// The deployment.
         deployment: String,
@@ -88,66 +110,64 @@ pub enum Command {
         replicas: u32,
     },
     /// Remove a deployment.
+    #[command(after_help = help::RM)]
     Rm {
         /// The deployment.
         deployment: String,
     },
     /// Ask a deployment for a prediction, through the gateway.
+    #[command(after_help = help::INFER)]
     Infer(Infer),
     /// Build a folder's Dockerfile on the local engine, push the image, register it as a version.
-    Build {
-        /// NAME:VERSION.
-        #[arg(short, long)]
-        tag: String,
-        /// Folder with the Dockerfile.
-        folder: PathBuf,
-    },
+    #[command(after_help = help::BUILD)]
+    Build(Build),
     /// Show what happened.
-    Events {
-        /// Go on with what happens.
-        #[arg(short, long)]
-        follow: bool,
-        /// Only of this deployment.
-        #[arg(long)]
-        deployment: Option<String>,
-        /// Only of this host.
-        #[arg(long)]
-        host: Option<String>,
-    },
+    #[command(after_help = help::EVENTS)]
+    Events(Events),
     /// Run a command in a replica of a deployment.
-    Exec {
-        /// The deployment.
-        deployment: String,
-        /// Only this replica (its uid or the beginning of it).
-        #[arg(long)]
-        replica: Option<String>,
-        /// Program and arguments.
-        #[arg(last = true, required = true)]
-        command: Vec<String>,
+    #[command(after_help = help::EXEC)]
+    Exec(Exec),
+    /// Show what is reserved and what is used.
+    #[command(after_help = help::TOP_COMMAND)]
+    Top {
+        /// Of what.
+        #[arg(value_enum, default_value_t = TopOf::Hosts)]
+        of: TopOf,
+        /// Only replicas of this deployment.
+        deployment: Option<String>,
     },
+    /// Back up the server's ledger and keys, encrypted, into a file here.
+    #[command(after_help = help::BACKUP)]
+    Backup(Backup),
     /// Deployments.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = help::DEPLOYMENT)]
     Deployment(Deployment),
     /// Releases of a deployment.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = help::RELEASE)]
     Release(Release),
     /// Hosts and the tokens they join with.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = help::HOST)]
     Host(Host),
     /// Replicas found after a restore, which wait for a decision.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = help::ORPHAN)]
     Orphan(Orphan),
-    /// Models, versions and aliases.
+    /// What happened.
     #[command(subcommand)]
+    Event(Event),
+    /// Who changed what.
+    #[command(subcommand, after_help = help::AUDIT)]
+    Audit(Audit),
+    /// Models, versions and aliases.
+    #[command(subcommand, after_help = help::MODEL)]
     Model(Model),
     /// Images.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = help::IMAGE)]
     Image(Image),
     /// People and services.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = help::USER)]
     User(User),
     /// Servers this command line knows.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = help::CONTEXT)]
     Context(ContextCommand),
     /// The server itself.
     #[command(subcommand)]
@@ -156,6 +176,7 @@ pub enum Command {
     #[command(subcommand)]
     Registry(Registry),
     /// Print the completion script of a shell.
+    #[command(after_help = help::COMPLETION)]
     Completion {
         /// bash, zsh, fish...
         shell: clap_complete::Shell,
@@ -176,7 +197,7 @@ pub struct Apply {
     #[command(flatten)]
     pub files: Files,
     /// Return when it is written, without waiting for the rollout.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "wait_all")]
     pub no_wait: bool,
     /// Wait for hosts that are away, too.
     #[arg(long)]
@@ -184,6 +205,93 @@ pub struct Apply {
     /// Wait at most so long.
     #[arg(long, default_value = "15m", value_parser = duration)]
     pub timeout: std::time::Duration,
+}
+
+/// What to build.
+#[derive(Debug, Args)]
+pub struct Build {
+    /// NAME:VERSION.
+    #[arg(short, long)]
+    pub tag: String,
+    /// Folder to build from.
+    pub folder: PathBuf,
+    /// The Dockerfile, a path in the folder.
+    #[arg(long, default_value = "Dockerfile")]
+    pub file: String,
+    /// A build argument, KEY=VALUE.
+    #[arg(long = "build-arg")]
+    pub build_args: Vec<String>,
+    /// Alias to move to it; may be given several times.
+    #[arg(long = "alias")]
+    pub aliases: Vec<String>,
+    /// Do not use what earlier builds left.
+    #[arg(long)]
+    pub no_cache: bool,
+}
+
+/// Which events.
+#[derive(Debug, Clone, Args)]
+pub struct Events {
+    /// Go on with what happens.
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only of this deployment.
+    #[arg(long)]
+    pub deployment: Option<String>,
+    /// Only of this host.
+    #[arg(long)]
+    pub host: Option<String>,
+    /// Only since so long ago (10m) or a time (RFC 3339).
+    #[arg(long)]
+    pub since: Option<String>,
+    /// The newest so many of the past.
+    #[arg(long, default_value_t = 1000)]
+    pub limit: u32,
+}
+
+/// Events.
+#[derive(Debug, Subcommand)]
+pub enum Event {
+    /// List them; the same as `berth events`.
+    #[command(after_help = help::EVENTS)]
+    List(Events),
+}
+
+/// The audit log.
+#[derive(Debug, Subcommand)]
+pub enum Audit {
+    /// List it, the newest first.
+    #[command(after_help = help::AUDIT)]
+    List {
+        /// The newest so many.
+        #[arg(long, default_value_t = 100)]
+        limit: usize,
+    },
+}
+
+/// What to run.
+#[derive(Debug, Args)]
+pub struct Exec {
+    /// The deployment.
+    pub deployment: String,
+    /// Only this replica (its uid or the beginning of it).
+    #[arg(long)]
+    pub replica: Option<String>,
+    /// With a terminal.
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Program and arguments, after `--`.
+    #[arg(last = true, required = true)]
+    pub command: Vec<String>,
+}
+
+/// Of what `top` tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TopOf {
+    /// Hosts: what is reserved of what there is.
+    Hosts,
+    /// Replicas: what they use now.
+    Replicas,
 }
 
 /// Which output.
@@ -340,6 +448,7 @@ pub enum Host {
         name: String,
     },
     /// Remove it from the cluster.
+    #[command(visible_alias = "remove")]
     Rm {
         /// The host.
         name: String,
@@ -361,7 +470,7 @@ pub enum Host {
         name: String,
     },
     /// Join tokens.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = help::TOKEN)]
     Token(Token),
 }
 
@@ -400,24 +509,29 @@ pub enum Token {
 pub enum Orphan {
     /// List them.
     List,
-    /// Take them into their deployments.
-    Adopt {
-        /// All of this host's.
-        #[arg(long)]
-        host: String,
-    },
+    /// Take them into their deployments; those that cannot be taken in stay orphans.
+    Adopt(Orphans),
     /// Let them go: they are stopped.
-    Release {
-        /// All of this host's.
-        #[arg(long)]
-        host: String,
-    },
+    Release(Orphans),
+}
+
+/// Which orphans.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct Orphans {
+    /// Replicas, as listed.
+    #[arg(value_name = "REPLICA")]
+    pub replicas: Vec<String>,
+    /// All of this host's.
+    #[arg(long)]
+    pub host: Option<String>,
 }
 
 /// Models.
 #[derive(Debug, Subcommand)]
 pub enum Model {
     /// Package a file or folder, push it, and register it as a version.
+    #[command(after_help = help::MODEL_PUSH)]
     Push(ModelPush),
     /// List models.
     List,
@@ -436,10 +550,26 @@ pub enum Model {
         #[arg(long, default_value = "")]
         why: String,
     },
+    /// Let an alias name nothing any more; its history is kept.
+    Unalias {
+        /// The model.
+        name: String,
+        /// The alias.
+        alias: String,
+        /// Why, for the history.
+        #[arg(long, default_value = "")]
+        why: String,
+    },
     /// Show how aliases were moved.
     History {
         /// The model.
         name: String,
+        /// Only this alias.
+        #[arg(long)]
+        alias: Option<String>,
+        /// What it named at this time: moves up to then, the newest first (RFC 3339, or 10m ago).
+        #[arg(long)]
+        at: Option<String>,
     },
     /// Remove a version that nothing uses.
     Rm {
@@ -470,6 +600,9 @@ pub struct ModelPush {
     /// NAME:VERSION it was made from.
     #[arg(long, default_value = "")]
     pub parent: String,
+    /// A data set it was made with; may be given several times.
+    #[arg(long = "dataset")]
+    pub datasets: Vec<String>,
     /// Licence, e.g. Apache-2.0.
     #[arg(long, default_value = "")]
     pub license: String,
@@ -494,9 +627,9 @@ pub enum User {
     Create {
         /// Its name.
         name: String,
-        /// admin, operator or viewer.
-        #[arg(long, default_value = "viewer")]
-        role: String,
+        /// What it may do.
+        #[arg(long, value_enum, default_value_t = UserRole::Viewer)]
+        role: UserRole,
         /// When it ends, in so long.
         #[arg(long, default_value = "365d", value_parser = duration)]
         expires: std::time::Duration,
@@ -513,14 +646,31 @@ pub enum User {
         /// Only for this deployment's gateway.
         #[arg(long, default_value = "")]
         deployment: String,
+        /// When it ends, in so long. Default: with the user.
+        #[arg(long, value_parser = duration)]
+        expires: Option<std::time::Duration>,
     },
-    /// End a user.
+    /// End a user, or one of its tokens.
     Revoke {
         /// The user.
         name: String,
+        /// Only this token, by its public part; `berth user list -o wide` shows them.
+        #[arg(long, value_name = "ID")]
+        token: Option<String>,
     },
     /// Who am I, and what may I do?
     Whoami,
+}
+
+/// What a user may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum UserRole {
+    /// Everything.
+    Admin,
+    /// Deploy, push, look.
+    Operator,
+    /// Look.
+    Viewer,
 }
 
 /// Contexts.
@@ -530,6 +680,17 @@ pub enum ContextCommand {
     List,
     /// Show the current one, without its key.
     Show,
+    /// Take over a context that a server or `berth user create` wrote.
+    Create {
+        /// Its name here.
+        name: String,
+        /// The file; `-` is standard input.
+        #[arg(long)]
+        from: PathBuf,
+        /// Though there is one of that name.
+        #[arg(long)]
+        force: bool,
+    },
     /// Use another one.
     Use {
         /// Its name.
@@ -551,6 +712,21 @@ pub enum Server {
         #[arg(long, value_parser = duration)]
         wait: Option<std::time::Duration>,
     },
+    /// Print a link that opens the web page once, as you, within 5 minutes.
+    Page,
+    /// Back up its ledger and keys, encrypted, into a file here.
+    #[command(after_help = help::BACKUP)]
+    Backup(Backup),
+}
+
+/// A backup.
+#[derive(Debug, Args)]
+pub struct Backup {
+    /// File to write; must not exist.
+    pub file: PathBuf,
+    /// Make a new recovery key, for this backup and those that follow.
+    #[arg(long)]
+    pub new_recovery_key: bool,
 }
 
 /// The registry.

@@ -21,6 +21,8 @@ use tonic::transport::Channel;
 
 /// Reaching one of the server's addresses.
 const CONNECT: Duration = Duration::from_secs(5);
+/// Between two looks whether the server is there, and how long its answer may take.
+const ALIVE: Duration = Duration::from_secs(20);
 /// Largest answer: a list of a thousand replicas is under 1 MiB.
 const MAX_MESSAGE: usize = 16 * 1024 * 1024;
 
@@ -71,7 +73,10 @@ pub fn config() -> Result<Config> {
             "there is no context: {} does not exist",
             path.display()
         ))
-        .hint("copy admin.toml from the server's data folder there, or set BERTH_CONFIG to it")),
+        .hint(
+            "`berth context create NAME --from FILE` takes over the server's admin.toml or what \
+             `berth user create` printed; or set BERTH_CONFIG to it",
+        )),
         Err(error) => Err(Error::user(format!("cannot read {}: {error}", path.display()))),
     }
 }
@@ -119,11 +124,23 @@ fn tls(context: &Context, alpn: &[&[u8]]) -> Result<Arc<rustls::ClientConfig>> {
 pub fn context(global: &Global) -> Result<Context> {
     let config = config()?;
     let name = global.context.clone().unwrap_or(config.current.clone());
-    config.contexts.get(&name).cloned().ok_or_else(|| {
-        let known: Vec<&str> = config.contexts.keys().map(String::as_str).collect();
-        Error::user(format!("there is no context \"{name}\""))
-            .hint(format!("contexts are: {}", known.join(", ")))
-    })
+    config.contexts.get(&name).cloned().ok_or_else(|| no_context(&config, &name))
+}
+
+/// There is no such context, and the nearest one that there is.
+pub fn no_context(config: &Config, name: &str) -> Error {
+    let known: Vec<&str> = config.contexts.keys().map(String::as_str).collect();
+    let hint = match crate::hints::nearest(name, known.iter().copied()) {
+        Some(near) => format!("did you mean \"{near}\"?"),
+        None => format!("contexts are: {}", known.join(", ")),
+    };
+    Error::user(format!("there is no context \"{name}\"")).hint(hint)
+}
+
+/// Looks whether the server is still there, also while nothing is said: a stream that is followed over
+/// a link that has gone would wait for ever.
+fn alive(endpoint: tonic::transport::Endpoint) -> tonic::transport::Endpoint {
+    endpoint.http2_keep_alive_interval(ALIVE).keep_alive_timeout(ALIVE).keep_alive_while_idle(true)
 }
 
 impl Client {
@@ -133,7 +150,7 @@ impl Client {
         let config = tls(&context, &[tls::ALPN_H2])?;
         let mut last = None;
         for endpoint in &context.endpoints {
-            match tls::channel(endpoint, Arc::clone(&config), CONNECT, |e| e).await {
+            match tls::channel(endpoint, Arc::clone(&config), CONNECT, alive).await {
                 Ok(channel) => {
                     let namespace = global.namespace.clone().unwrap_or_default();
                     return Ok(Self { context, channel, namespace });

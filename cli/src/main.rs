@@ -3,10 +3,17 @@
 mod args;
 mod client;
 mod commands;
+mod dockerignore;
+mod engine;
 mod error;
+mod help;
+mod hints;
+mod onnx;
 mod output;
 mod package;
+mod progress;
 mod push;
+mod style;
 
 fn main() -> std::process::ExitCode {
     commands::run(std::env::args_os())

@@ -4,11 +4,14 @@
 //! Files are shipped raw, one layer each: a raw blob equals the file, so that ranges and what has not
 //! changed can be told from any registry. The same files give the same digests.
 
-use crate::client::Context;
+use crate::client::Client;
 use crate::error::{Error, Result};
+use crate::progress::Board;
 use crate::push;
 use berth_proto::api::{Lineage, ModelFile, TensorSpec};
+use berth_proto::quantity::human_bytes;
 use serde_json::{Value, json};
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -22,6 +25,8 @@ pub struct Pushed {
     pub sent: u64,
     pub files: Vec<ModelFile>,
     pub format: String,
+    /// Who made it, where the files tell.
+    pub framework: String,
     pub inputs: Vec<TensorSpec>,
     pub outputs: Vec<TensorSpec>,
 }
@@ -50,23 +55,48 @@ fn collect(folder: &Path, below: &Path, out: &mut Vec<(String, PathBuf)>) -> Res
     Ok(())
 }
 
+/// The first bytes of a file, for formats that say what they are.
+fn magic(path: &Path) -> [u8; 4] {
+    use std::io::Read as _;
+    let mut bytes = [0; 4];
+    let read = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut bytes));
+    if read.is_ok() { bytes } else { [0; 4] }
+}
+
 fn format_of(files: &[(String, PathBuf)]) -> &'static str {
-    let ends =
-        |ending: &str| files.iter().any(|(name, _)| name.to_ascii_lowercase().ends_with(ending));
-    if ends(".onnx") {
+    let ends = |list: &[&str]| {
+        files.iter().any(|(name, _)| {
+            let name = name.to_ascii_lowercase();
+            list.iter().any(|ending| name.ends_with(ending))
+        })
+    };
+    if ends(&[".onnx"]) {
         "onnx"
-    } else if ends("saved_model.pb") {
+    } else if ends(&["saved_model.pb", "saved_model.pbtxt"]) {
         "tensorflow-savedmodel"
-    } else if ends(".joblib") || ends(".pkl") {
-        "sklearn-joblib"
-    } else if ends(".pt") || ends(".pth") {
-        "pytorch"
-    } else if ends(".gguf") {
-        "gguf"
-    } else if ends(".safetensors") {
+    } else if ends(&["-symbol.json"]) && ends(&[".params"]) {
+        "mxnet"
+    } else if ends(&[".safetensors"]) {
         "safetensors"
+    } else if ends(&[".gguf"]) || files.iter().any(|(_, path)| magic(path) == *b"GGUF") {
+        "gguf"
+    } else if ends(&[".joblib", ".pkl", ".pickle"]) {
+        "sklearn-joblib"
+    } else if ends(&[".pt", ".pth", ".torchscript"]) {
+        "pytorch"
     } else {
         "other"
+    }
+}
+
+/// What a model's own name for its framework tells.
+fn framework_of(format: &str, producer: &str) -> String {
+    match (producer, format) {
+        ("", "tensorflow-savedmodel") => "tensorflow".to_owned(),
+        ("", "sklearn-joblib") => "scikit-learn".to_owned(),
+        ("", "pytorch") => "pytorch".to_owned(),
+        ("", "mxnet") => "mxnet".to_owned(),
+        (producer, _) => producer.to_owned(),
     }
 }
 
@@ -84,15 +114,8 @@ fn kind_of(name: &str) -> &'static str {
     }
 }
 
-/// Packages a file or folder and pushes it to `models/<name>` under the version's tag.
-pub async fn push_model(
-    context: &Context,
-    name: &str,
-    version: &str,
-    path: &Path,
-    format: Option<&str>,
-    say: impl Fn(&str),
-) -> Result<Pushed> {
+/// The files of a model, in order.
+fn files_of(path: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut files = Vec::new();
     if path.is_dir() {
         collect(path, path, &mut files)?;
@@ -105,47 +128,86 @@ pub async fn push_model(
     if files.is_empty() {
         return Err(Error::user(format!("{} holds no files", path.display())));
     }
-    let format = format.map_or_else(|| format_of(&files).to_owned(), str::to_owned);
-    let repository = format!("models/{name}");
+    Ok(files)
+}
+
+/// The layer of one file.
+fn layer(file: &str, digest: &str, bytes: u64) -> Value {
+    // 48 is tar's '0', a regular file; owner and times are left out of it, so that the same files
+    // give the same artifact.
+    let metadata = json!({
+        "name": file, "mode": 420, "uid": 0, "gid": 0, "size": bytes,
+        "mtime": "1970-01-01T00:00:00Z", "typeflag": 48,
+    });
+    json!({
+        "mediaType": format!("application/vnd.cncf.model.{}.v1.raw", kind_of(file)),
+        "digest": digest,
+        "size": bytes,
+        "annotations": {
+            "org.cncf.model.filepath": file,
+            "org.cncf.model.file.metadata+json": metadata.to_string(),
+        },
+    })
+}
+
+/// The artifact's configuration. Its schema allows no fields of our own, at any level.
+fn config_of(name: &str, version: &str, format: &str, license: &str, diff_ids: &[Value]) -> Value {
+    let mut descriptor = json!({ "name": name, "version": version });
+    if !license.is_empty() {
+        descriptor["licenses"] = json!([license]);
+    }
+    json!({
+        "descriptor": descriptor,
+        "config": { "format": format },
+        "modelfs": { "type": "layers", "diffIds": diff_ids },
+    })
+}
+
+/// Where a model's versions are in the registry. Other namespaces than `default` have theirs below
+/// their own name, which is also what a role in one of them opens.
+pub fn repository(namespace: &str, model: &str) -> String {
+    match namespace {
+        "" | "default" => format!("models/{model}"),
+        other => format!("{other}/models/{model}"),
+    }
+}
+
+/// Packages a file or folder and pushes it to the model's repository under the version's tag.
+pub async fn push_model(
+    client: &Client,
+    name: &str,
+    version: &str,
+    args: &crate::args::ModelPush,
+) -> Result<Pushed> {
+    let files = files_of(&args.path)?;
+    let format = args.format.clone().unwrap_or_else(|| format_of(&files).to_owned());
+    let repository = repository(&client.namespace, name);
+    let context = &client.context;
     let (mut layers, mut listed, mut diff_ids) = (Vec::new(), Vec::new(), Vec::new());
     let (mut size, mut sent) = (0, 0);
+    let board = RefCell::new(Board::new());
     for (i, (file, path)) in files.iter().enumerate() {
+        let label = format!("[{}/{}] {file}", i + 1, files.len());
         let (digest, bytes) = push::digest_of(path)?;
-        let human = berth_proto::quantity::human_bytes(bytes);
-        say(&format!("[{}/{}] {file} ({human})", i + 1, files.len()));
-        if bytes > 0 && push::blob(context, &repository, path, &digest, bytes).await? {
+        let report = |done, all| board.borrow_mut().show(0, vec![push::moving(&label, done, all)]);
+        let new = push::blob(context, &repository, path, &digest, bytes, &report).await?;
+        let what = if new { "pushed" } else { "there already" };
+        let label = berth_proto::escape::for_terminal(&label);
+        board.borrow_mut().end(0, &format!("{label}: {}, {what}", human_bytes(bytes)));
+        if new {
             sent += bytes;
         }
-        if bytes == 0 {
-            return Err(Error::user(format!("{file} is empty; registries take no empty files")));
-        }
-        let metadata = json!({
-            "name": file, "mode": 420, "uid": 0, "gid": 0, "size": bytes,
-            "mtime": "1970-01-01T00:00:00Z", "typeflag": 48,
-        });
-        layers.push(json!({
-            "mediaType": format!("application/vnd.cncf.model.{}.v1.raw", kind_of(file)),
-            "digest": digest,
-            "size": bytes,
-            "annotations": {
-                "org.cncf.model.filepath": file,
-                "org.cncf.model.file.metadata+json": metadata.to_string(),
-            },
-        }));
+        layers.push(layer(file, &digest, bytes));
         diff_ids.push(Value::String(digest.clone()));
         listed.push(ModelFile { path: file.clone(), size_bytes: bytes, digest });
         size += bytes;
     }
-    let config = json!({
-        "descriptor": { "name": name, "version": version },
-        "config": { "format": format },
-        "modelfs": { "type": "layers", "diffIds": diff_ids },
-    });
+    let config = config_of(name, version, &format, &args.license, &diff_ids);
     let folder = push::TempFolder::new()?;
     let config_path = folder.path().join("config.json");
     std::fs::write(&config_path, serde_json::to_vec(&config)?)?;
     let (config_digest, config_size) = push::digest_of(&config_path)?;
-    push::blob(context, &repository, &config_path, &config_digest, config_size).await?;
+    push::blob(context, &repository, &config_path, &config_digest, config_size, &|_, _| {}).await?;
     let media = "application/vnd.oci.image.manifest.v1+json";
     let manifest = json!({
         "schemaVersion": 2,
@@ -160,16 +222,15 @@ pub async fn push_model(
     });
     let bytes = serde_json::to_vec(&manifest)?;
     let digest = push::manifest(context, &repository, version, media, bytes).await?;
-    let onnx = files.iter().find(|(name, _)| name.ends_with(".onnx"));
-    let (inputs, outputs) = match onnx {
-        Some((_, path)) => signature(&std::fs::read(path)?).unwrap_or_default(),
-        None => Default::default(),
-    };
-    Ok(Pushed { digest, size, sent, files: listed, format, inputs, outputs })
+    let onnx = files.iter().find(|(name, _)| name.to_ascii_lowercase().ends_with(".onnx"));
+    let about = onnx.and_then(|(_, path)| crate::onnx::about(path)).unwrap_or_default();
+    let framework = framework_of(&format, &about.producer);
+    let (inputs, outputs) = (about.inputs, about.outputs);
+    Ok(Pushed { digest, size, sent, files: listed, format, framework, inputs, outputs })
 }
 
 /// Where a folder comes from, when it is in a git work tree.
-pub fn lineage(path: &Path, parent: &str) -> Lineage {
+pub fn lineage(path: &Path, parent: &str, datasets: Vec<String>) -> Lineage {
     let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let git = |args: &[&str]| -> Option<String> {
@@ -191,103 +252,11 @@ pub fn lineage(path: &Path, parent: &str) -> Lineage {
         git_dirty: git(&["status", "--porcelain"]).is_some_and(|text| !text.is_empty()),
         git_remote: remote,
         parent: parent.to_owned(),
+        datasets,
+        packaged_on: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         packaged_with: format!("berth {}", env!("CARGO_PKG_VERSION")),
         ..Lineage::default()
     }
-}
-
-type Signature = (Vec<TensorSpec>, Vec<TensorSpec>);
-
-/// Inputs and outputs of an ONNX file (onnx.proto: ModelProto.graph = 7; GraphProto.initializer = 5,
-/// input = 11, output = 12; ValueInfoProto.name = 1, type = 2).
-fn signature(model: &[u8]) -> Option<Signature> {
-    let graph = fields(model)?.into_iter().find(|(tag, _)| *tag == 7)?.1;
-    let graph = fields(graph)?;
-    let named = |bytes: &[u8], tag: u32| -> Option<String> {
-        let found = fields(bytes)?.into_iter().find(|(t, _)| *t == tag)?.1;
-        String::from_utf8(found.to_vec()).ok()
-    };
-    // Weights may be listed as inputs, too; TensorProto.name is 8.
-    let weights: Vec<String> =
-        graph.iter().filter(|(tag, _)| *tag == 5).filter_map(|(_, b)| named(b, 8)).collect();
-    let all = |tag: u32| -> Vec<TensorSpec> {
-        graph
-            .iter()
-            .filter(|(t, _)| *t == tag)
-            .filter_map(|(_, bytes)| tensor(bytes))
-            .filter(|t| !weights.contains(&t.name))
-            .collect()
-    };
-    Some((all(11), all(12)))
-}
-
-fn tensor(bytes: &[u8]) -> Option<TensorSpec> {
-    let info = fields(bytes)?;
-    let name = String::from_utf8(info.iter().find(|(t, _)| *t == 1)?.1.to_vec()).ok()?;
-    let kind = fields(info.iter().find(|(t, _)| *t == 2)?.1)?;
-    let tensor = fields(kind.iter().find(|(t, _)| *t == 1)?.1)?;
-    let datatype = match varint_field(info_of(&tensor, 1)?)? {
-        1 => "FP32",
-        2 => "UINT8",
-        3 => "INT8",
-        4 => "UINT16",
-        5 => "INT16",
-        6 => "INT32",
-        7 => "INT64",
-        8 => "BYTES",
-        9 => "BOOL",
-        10 => "FP16",
-        11 => "FP64",
-        12 => "UINT32",
-        13 => "UINT64",
-        16 => "BF16",
-        _ => "OTHER",
-    };
-    let shape = tensor
-        .iter()
-        .find(|(t, _)| *t == 2)
-        .and_then(|(_, bytes)| fields(bytes))
-        .unwrap_or_default()
-        .iter()
-        .map(|(_, dimension)| {
-            let value = fields(dimension).and_then(|f| varint_field(info_of(&f, 1)?));
-            value.and_then(|v| i64::try_from(v).ok()).unwrap_or(-1)
-        })
-        .collect();
-    Some(TensorSpec { name, datatype: datatype.to_owned(), shape })
-}
-
-fn info_of<'a>(fields: &[(u32, &'a [u8])], tag: u32) -> Option<&'a [u8]> {
-    fields.iter().find(|(t, _)| *t == tag).map(|(_, bytes)| *bytes)
-}
-
-fn varint_field(mut bytes: &[u8]) -> Option<u64> {
-    prost::encoding::decode_varint(&mut bytes).ok()
-}
-
-/// The fields of a protobuf message: tag and bytes (for numbers, their encoding).
-fn fields(mut bytes: &[u8]) -> Option<Vec<(u32, &[u8])>> {
-    use prost::encoding::{WireType, decode_key, decode_varint};
-    let mut out = Vec::new();
-    while !bytes.is_empty() {
-        let (tag, wire) = decode_key(&mut bytes).ok()?;
-        let length = match wire {
-            WireType::Varint => {
-                let before = bytes;
-                decode_varint(&mut bytes).ok()?;
-                out.push((tag, &before[..before.len() - bytes.len()]));
-                continue;
-            }
-            WireType::LengthDelimited => usize::try_from(decode_varint(&mut bytes).ok()?).ok()?,
-            WireType::ThirtyTwoBit => 4,
-            WireType::SixtyFourBit => 8,
-            WireType::StartGroup | WireType::EndGroup => return None,
-        };
-        let (value, rest) = bytes.split_at_checked(length)?;
-        out.push((tag, value));
-        bytes = rest;
-    }
-    Some(out)
 }
 
 #[cfg(test)]
@@ -295,21 +264,85 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_sample_models_tell_their_inputs_and_outputs() {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/models");
-        let read = |name: &str| signature(&std::fs::read(root.join(name)).unwrap()).unwrap();
-        let (inputs, outputs) = read("iris/model.onnx");
-        assert_eq!(
-            (inputs[0].datatype.as_str(), inputs[0].shape.as_slice()),
-            ("FP32", &[-1, 4][..])
-        );
-        assert!(!outputs.is_empty());
-        assert_eq!(read("digits/model.onnx").0[0].shape, [-1, 1, 8, 8]);
+    fn a_format_is_told_from_the_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |names: &[&str]| {
+            let files: Vec<(String, PathBuf)> = names
+                .iter()
+                .map(|name| ((*name).to_owned(), dir.path().join(name.replace('/', "-"))))
+                .collect();
+            format_of(&files)
+        };
+        std::fs::write(dir.path().join("weights.bin"), b"GGUF\0\0").unwrap();
+        for (names, format) in [
+            (&["model.ONNX", "labels.txt"][..], "onnx"),
+            (&["1/saved_model.pb", "1/variables/x"], "tensorflow-savedmodel"),
+            (&["net-symbol.json", "net-0000.params"], "mxnet"),
+            (&["a.safetensors", "config.json"], "safetensors"),
+            (&["weights.bin"], "gguf"),
+            (&["clf.joblib"], "sklearn-joblib"),
+            (&["net.pt"], "pytorch"),
+            (&["what.ever"], "other"),
+        ] {
+            assert_eq!(of(names), format, "{names:?}");
+        }
+    }
+
+    /// ModelPack v1, config-schema.json: the fields there are, and no others, at every level.
+    #[test]
+    fn the_artifacts_configuration_is_a_modelpacks() {
+        let config = config_of("iris", "1", "onnx", "MIT", &[json!("sha256:00")]);
+        let keys = |v: &Value| -> Vec<String> { v.as_object().unwrap().keys().cloned().collect() };
+        assert_eq!(keys(&config), ["config", "descriptor", "modelfs"]);
+        let allowed = [
+            "createdAt",
+            "authors",
+            "family",
+            "name",
+            "docURL",
+            "sourceURL",
+            "datasetsURL",
+            "version",
+            "revision",
+            "vendor",
+            "licenses",
+            "title",
+            "description",
+        ];
+        assert!(keys(&config["descriptor"]).iter().all(|k| allowed.contains(&k.as_str())));
+        assert!(config["descriptor"]["licenses"].is_array());
+        assert_eq!(keys(&config["config"]), ["format"]);
+        assert_eq!(config["modelfs"], json!({"type": "layers", "diffIds": ["sha256:00"]}));
+        let layer = layer("a/model.onnx", "sha256:00", 7);
+        assert_eq!(layer["mediaType"], "application/vnd.cncf.model.weight.v1.raw");
+        assert_eq!(layer["annotations"]["org.cncf.model.filepath"], "a/model.onnx");
+        let metadata = layer["annotations"]["org.cncf.model.file.metadata+json"].as_str().unwrap();
+        let metadata: Value = serde_json::from_str(metadata).unwrap();
+        assert_eq!(keys(&metadata), ["gid", "mode", "mtime", "name", "size", "typeflag", "uid"]);
     }
 
     #[test]
-    fn nonsense_is_no_model() {
-        assert!(signature(b"nonsense").is_none());
+    fn a_work_tree_tells_its_commit_and_whether_it_is_clean() {
+        let dir = tempfile::tempdir().unwrap();
+        let git = |args: &[&str]| {
+            let mut command = Command::new("git");
+            command.arg("-C").arg(dir.path()).args(["-c", "user.name=t", "-c", "user.email=t@t"]);
+            assert!(command.args(args).output().unwrap().status.success(), "{args:?}");
+        };
+        let none = lineage(dir.path(), "", Vec::new());
+        assert_eq!((none.git_commit.as_str(), none.git_dirty), ("", false));
+        git(&["init", "-q", "-b", "trunk"]);
+        std::fs::write(dir.path().join("m.onnx"), "x").unwrap();
+        git(&["add", "."]);
+        git(&["commit", "-q", "-m", "x"]);
+        git(&["remote", "add", "origin", "https://me:secret@example.com/a/b"]);
+        let clean = lineage(&dir.path().join("m.onnx"), "iris:1", vec!["s3://d".into()]);
+        assert_eq!((clean.git_commit.len(), clean.git_dirty), (40, false));
+        assert_eq!(clean.git_branch, "trunk");
+        assert_eq!(clean.git_remote, "https://example.com/a/b");
+        assert_eq!((clean.parent.as_str(), clean.datasets.len()), ("iris:1", 1));
+        std::fs::write(dir.path().join("m.onnx"), "y").unwrap();
+        assert!(lineage(dir.path(), "", Vec::new()).git_dirty);
     }
 
     #[test]

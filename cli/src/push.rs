@@ -2,20 +2,38 @@
 
 use crate::client::{Context, https};
 use crate::error::{Error, Kind, Result};
+use crate::progress::{Board, Line};
+use crate::style::Ink;
+use berth_proto::quantity::human_bytes;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use http::{Method, Request, StatusCode, header};
 use http_body_util::{Empty, Full, StreamBody};
 use hyper::body::Frame;
 use sha2::Digest as _;
+use std::cell::RefCell;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::io::AsyncSeekExt as _;
 use tokio_util::io::ReaderStream;
 
 /// Small requests.
 const SHORT: Duration = Duration::from_secs(60);
-/// A blob: a day, which carries 8 GB over 1 Mbit/s.
+/// The end of an upload: the registry may have to read gigabytes once more to verify them.
+const FINISH: Duration = Duration::from_secs(600);
+/// A blob in all: a day, which carries 8 GB over 1 Mbit/s; [`STALL`] ends it long before.
 const LONG: Duration = Duration::from_secs(86_400);
+/// Without one byte taken for so long a transfer is broken and begun again from where it was.
+const STALL: Duration = Duration::from_secs(60);
+/// Between two looks at how far it is.
+const LOOK: Duration = Duration::from_millis(200);
+/// Between two tries of a transfer that broke off.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Tries of one blob end after this without one byte more; the same command goes on later.
+const GIVE_UP: Duration = Duration::from_secs(300);
 /// Pieces that a file is read in.
 const PIECE: usize = 256 * 1024;
 
@@ -45,55 +63,249 @@ fn refused(what: &str, response: &http::Response<Bytes>) -> Error {
     )
 }
 
-/// Pushes a file as a blob unless it is there; answers whether it was sent.
+/// What is told while bytes move: how many are there, and of how many.
+pub type Report<'a> = &'a dyn Fn(u64, u64);
+
+/// Pushes a file as a blob unless it is there; answers whether it was sent. What breaks off goes on
+/// where the registry says it was, also by another call later.
 pub async fn blob(
     context: &Context,
     repository: &str,
     path: &Path,
     digest: &str,
     size: u64,
+    report: Report<'_>,
 ) -> Result<bool> {
     let door = &context.registry;
-    let head = Request::builder()
-        .method(Method::HEAD)
-        .uri(format!("/v2/{repository}/blobs/{digest}"))
-        .header(header::HOST, door)
+    let head = request(door, Method::HEAD, &format!("/v2/{repository}/blobs/{digest}"))
         .body(Empty::<Bytes>::new())?;
     if https(context, door, head, SHORT).await?.status() == StatusCode::OK {
         return Ok(false);
     }
-    let begin = Request::builder()
-        .method(Method::POST)
-        .uri(format!("/v2/{repository}/blobs/uploads/"))
-        .header(header::HOST, door)
+    let kept = Kept::of(context, repository, digest);
+    let upload = Upload { context, repository, path, size, report };
+    // Where an earlier try left off, if the registry still knows it.
+    let mut place = match kept.read() {
+        Some(location) => upload.offset(&location).await?.map(|offset| (location, offset)),
+        None => None,
+    };
+    let mut patience = Patience::new(tokio::time::Instant::now());
+    let mut tries = 0_u32;
+    let location = loop {
+        let (location, offset) = match place.take() {
+            Some(place) => place,
+            None => (upload.begin().await?, 0),
+        };
+        kept.write(&location);
+        let error = match upload.send(&location, offset).await {
+            Ok(location) => break location,
+            Err(error) => error,
+        };
+        tries += 1;
+        let later = "the same command goes on where it was, while the registry keeps the part";
+        if error.kind != Kind::Unavailable {
+            return Err(error.hint(later));
+        }
+        if tries == 1 {
+            eprintln!("{}; going on where it was", error.message);
+        }
+        tokio::time::sleep(AGAIN).await;
+        // Not answered is not gone: the part may still be there when the registry is back.
+        place = match upload.offset(&location).await {
+            Ok(found) => found.map(|offset| (location, offset)),
+            Err(error) if error.kind == Kind::Unavailable => Some((location, offset)),
+            Err(error) => return Err(error),
+        };
+        let there = place.as_ref().map_or(0, |(_, offset)| *offset);
+        if !patience.goes_on(there, tokio::time::Instant::now()) {
+            return Err(error.hint(later));
+        }
+    };
+    // The answer may have named another place.
+    kept.write(&location);
+    let joiner = if location.contains('?') { '&' } else { '?' };
+    let put = request(door, Method::PUT, &format!("{location}{joiner}digest={digest}"))
         .header(header::CONTENT_LENGTH, 0)
         .body(Empty::<Bytes>::new())?;
-    let begun = https(context, door, begin, SHORT).await?;
-    let location =
-        begun.headers().get(header::LOCATION).and_then(|v| v.to_str().ok()).map(str::to_owned);
-    let Some(location) = location.filter(|_| begun.status() == StatusCode::ACCEPTED) else {
-        return Err(refused("the upload", &begun));
-    };
-    // Only the path: we stay with the door we trust.
-    let place = match location.split_once("://") {
-        Some((_, rest)) => rest.find('/').map_or("/", |at| &rest[at..]).to_owned(),
-        None => location,
-    };
-    let joiner = if place.contains('?') { '&' } else { '?' };
-    let file = tokio::fs::File::open(path).await?;
-    let stream = ReaderStream::with_capacity(file, PIECE).map(|piece| piece.map(Frame::data));
-    let put = Request::builder()
-        .method(Method::PUT)
-        .uri(format!("{place}{joiner}digest={digest}"))
-        .header(header::HOST, door)
-        .header(header::CONTENT_TYPE, "application/octet-stream")
-        .header(header::CONTENT_LENGTH, size)
-        .body(StreamBody::new(stream))?;
-    let done = https(context, door, put, LONG).await?;
+    let done = https(context, door, put, FINISH).await?;
+    // A registry in trouble still has the part; only an answer says that it is of no use any more.
+    if done.status() == StatusCode::CREATED || done.status().is_client_error() {
+        kept.forget();
+    }
     if done.status() != StatusCode::CREATED {
         return Err(refused("the blob", &done));
     }
     Ok(true)
+}
+
+fn request(door: &str, method: Method, uri: &str) -> http::request::Builder {
+    Request::builder().method(method).uri(uri).header(header::HOST, door)
+}
+
+/// Only the path of a location: we stay with the door we trust.
+fn path_of(response: &http::Response<Bytes>) -> Option<String> {
+    let location = response.headers().get(header::LOCATION)?.to_str().ok()?;
+    Some(match location.split_once("://") {
+        Some((_, rest)) => rest.find('/').map_or("/", |at| &rest[at..]).to_owned(),
+        None => location.to_owned(),
+    })
+}
+
+/// How many bytes a `Range: 0-N` header says are there. Of `0-0`, which is said of none and of one,
+/// none is taken: the registry refuses a wrong offset, and the upload begins anew.
+fn range_end(response: &http::Response<Bytes>) -> u64 {
+    response
+        .headers()
+        .get(header::RANGE)
+        .and_then(|v| v.to_str().ok())
+        .and_then(|v| v.trim_start_matches("bytes=").strip_prefix("0-")?.parse::<u64>().ok())
+        .map_or(0, |last| if last == 0 { 0 } else { last + 1 })
+}
+
+/// For how long an upload that breaks off again and again is gone on with: as long as it gets further.
+struct Patience {
+    end: tokio::time::Instant,
+    most: u64,
+}
+
+impl Patience {
+    fn new(now: tokio::time::Instant) -> Self {
+        Self { end: now + GIVE_UP, most: 0 }
+    }
+
+    /// So many bytes are there now.
+    fn goes_on(&mut self, there: u64, now: tokio::time::Instant) -> bool {
+        if there > self.most {
+            *self = Self { end: now + GIVE_UP, most: there };
+        }
+        now < self.end
+    }
+}
+
+/// One blob on its way.
+struct Upload<'a> {
+    context: &'a Context,
+    repository: &'a str,
+    path: &'a Path,
+    size: u64,
+    report: Report<'a>,
+}
+
+impl Upload<'_> {
+    async fn begin(&self) -> Result<String> {
+        let door = &self.context.registry;
+        let begin = request(door, Method::POST, &format!("/v2/{}/blobs/uploads/", self.repository))
+            .header(header::CONTENT_LENGTH, 0)
+            .body(Empty::<Bytes>::new())?;
+        let begun = https(self.context, door, begin, SHORT).await?;
+        path_of(&begun)
+            .filter(|_| begun.status() == StatusCode::ACCEPTED)
+            .ok_or_else(|| refused("the upload", &begun))
+    }
+
+    /// How many bytes of an upload are there; `None`: the registry does not know it.
+    async fn offset(&self, location: &str) -> Result<Option<u64>> {
+        let door = &self.context.registry;
+        let ask = request(door, Method::GET, location).body(Empty::<Bytes>::new())?;
+        let answer = https(self.context, door, ask, SHORT).await?;
+        if answer.status() == StatusCode::NO_CONTENT {
+            return Ok(Some(range_end(&answer)).filter(|offset| *offset <= self.size));
+        }
+        if answer.status().is_server_error() {
+            return Err(refused("the upload", &answer));
+        }
+        Ok(None)
+    }
+
+    /// The bytes from an offset on, in one streamed request; fails when none moves for a while.
+    async fn send(&self, location: &str, offset: u64) -> Result<String> {
+        (self.report)(offset, self.size);
+        if offset >= self.size {
+            return Ok(location.to_owned());
+        }
+        let mut file = tokio::fs::File::open(self.path).await?;
+        file.seek(std::io::SeekFrom::Start(offset)).await?;
+        let moved = Arc::new(AtomicU64::new(offset));
+        let counter = Arc::clone(&moved);
+        let stream = ReaderStream::with_capacity(file, PIECE).map(move |piece| {
+            piece.map(|bytes| {
+                counter.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                Frame::data(bytes)
+            })
+        });
+        let door = &self.context.registry;
+        let patch = request(door, Method::PATCH, location)
+            .header(header::CONTENT_TYPE, "application/octet-stream")
+            .header(header::CONTENT_RANGE, format!("{offset}-{}", self.size - 1))
+            .header(header::CONTENT_LENGTH, self.size - offset)
+            .body(StreamBody::new(stream))?;
+        let mut sending = std::pin::pin!(https(self.context, door, patch, LONG));
+        let mut seen = (offset, tokio::time::Instant::now());
+        let answer = loop {
+            tokio::select! {
+                // Polled on, never dropped half-way but on a stall.
+                answer = &mut sending => break answer?,
+                () = tokio::time::sleep(LOOK) => {
+                    let now = moved.load(Ordering::Relaxed);
+                    (self.report)(now, self.size);
+                    if now != seen.0 {
+                        seen = (now, tokio::time::Instant::now());
+                    } else if seen.1.elapsed() > STALL {
+                        return Err(Error::new(
+                            Kind::Unavailable,
+                            "the registry has taken nothing for a minute",
+                        ));
+                    }
+                }
+            }
+        };
+        match answer.status() {
+            StatusCode::ACCEPTED => {
+                (self.report)(self.size, self.size);
+                Ok(path_of(&answer).unwrap_or_else(|| location.to_owned()))
+            }
+            // Another offset, or gone: look again.
+            StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::NOT_FOUND => {
+                Err(Error::new(Kind::Unavailable, "the registry has another part of the upload"))
+            }
+            _ => Err(refused("the blob", &answer)),
+        }
+    }
+}
+
+/// Where an upload is kept between two runs of this program: a file of its own, named by what is
+/// uploaded where. Losing it costs bytes and nothing else, so failures to keep it are no errors.
+struct Kept(Option<std::path::PathBuf>);
+
+impl Kept {
+    fn of(context: &Context, repository: &str, digest: &str) -> Self {
+        let what = format!("{}\n{}\n{repository}\n{digest}", context.cluster, context.registry);
+        let name = hex::encode(sha2::Sha256::digest(what.as_bytes()));
+        let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
+        let base = std::env::var_os("XDG_CACHE_HOME").map(Into::into).or(home);
+        Self(base.map(|base: std::path::PathBuf| base.join("berth").join("uploads").join(name)))
+    }
+
+    fn read(&self) -> Option<String> {
+        let text = std::fs::read_to_string(self.0.as_ref()?).ok()?;
+        let text = text.trim();
+        text.starts_with("/v2/").then(|| text.to_owned())
+    }
+
+    fn write(&self, location: &str) {
+        if let Some(path) = &self.0
+            && let Some(folder) = path.parent()
+            && std::fs::create_dir_all(folder).is_ok()
+        {
+            let _ = std::fs::write(path, location);
+        }
+    }
+
+    fn forget(&self) {
+        if let Some(path) = &self.0 {
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 /// Puts a manifest under a tag; answers with its digest.
@@ -119,26 +331,26 @@ pub async fn manifest(
     Ok(digest)
 }
 
-/// Pushes an image of the local engine; answers with the manifest's digest and the bytes sent.
-pub async fn image(
-    context: &Context,
-    local: &str,
-    repository: &str,
-    tag: &str,
-) -> Result<(String, u64)> {
-    let engine = bollard::Docker::connect_with_unix(
-        "/var/run/docker.sock",
-        600,
-        bollard::API_DEFAULT_VERSION,
-    )?
-    .negotiate_version()
-    .await?;
+/// An image as it was pushed.
+pub struct Pushed {
+    /// The manifest's digest.
+    pub digest: String,
+    /// Bytes of configuration and layers.
+    pub size: u64,
+    /// Of those, bytes that were not there yet.
+    pub sent: u64,
+}
+
+/// Pushes an image of the local engine.
+pub async fn image(context: &Context, local: &str, repository: &str, tag: &str) -> Result<Pushed> {
+    let engine = crate::engine::connect().await?;
     let folder = TempFolder::new()?;
     let archive = folder.path().join("image.tar");
     let mut file = tokio::fs::File::create(&archive).await?;
     let mut stream = engine.export_image(local);
     while let Some(piece) = stream.next().await {
-        tokio::io::AsyncWriteExt::write_all(&mut file, &piece?).await?;
+        tokio::io::AsyncWriteExt::write_all(&mut file, &piece.map_err(crate::engine::explain)?)
+            .await?;
     }
     tokio::io::AsyncWriteExt::flush(&mut file).await?;
     drop(file);
@@ -161,8 +373,9 @@ pub async fn image(
     };
     let config = inside(list[0]["Config"].as_str().unwrap_or_default())?;
     let (config_digest, config_size) = digest_of(&config)?;
-    let mut sent = 0;
+    let (mut size, mut sent) = (config_size, 0);
     let mut layers = Vec::new();
+    let board = RefCell::new(Board::new());
     for (i, layer) in list[0]["Layers"].as_array().into_iter().flatten().enumerate() {
         let plain = inside(layer.as_str().unwrap_or_default())?;
         let packed = folder.path().join(format!("layer-{i}.gz"));
@@ -175,17 +388,23 @@ pub async fn image(
         })
         .await
         .map_err(|e| Error::user(e.to_string()))??;
-        let (digest, size) = digest_of(&packed)?;
-        if blob(context, repository, &packed, &digest, size).await? {
-            sent += size;
+        let (digest, bytes) = digest_of(&packed)?;
+        let name = format!("layer {}", i + 1);
+        let report = |done, all| board.borrow_mut().show(0, vec![moving(&name, done, all)]);
+        let new = blob(context, repository, &packed, &digest, bytes, &report).await?;
+        let what = if new { "pushed" } else { "there already" };
+        board.borrow_mut().end(0, &format!("{name}: {}, {what}", human_bytes(bytes)));
+        size += bytes;
+        if new {
+            sent += bytes;
         }
         layers.push(serde_json::json!({
             "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
             "digest": digest,
-            "size": size,
+            "size": bytes,
         }));
     }
-    if blob(context, repository, &config, &config_digest, config_size).await? {
+    if blob(context, repository, &config, &config_digest, config_size, &|_, _| {}).await? {
         sent += config_size;
     }
     let media = "application/vnd.oci.image.manifest.v1+json";
@@ -200,7 +419,20 @@ pub async fn image(
         "layers": layers,
     });
     let digest = manifest(context, repository, tag, media, serde_json::to_vec(&body)?).await?;
-    Ok((digest, sent))
+    Ok(Pushed { digest, size, sent })
+}
+
+/// How far a transfer is, in a line.
+pub fn moving(name: &str, done: u64, all: u64) -> Line {
+    let percent = done.saturating_mul(100).checked_div(all).unwrap_or(100);
+    let name = berth_proto::escape::for_terminal(name);
+    Line {
+        key: name.clone(),
+        text: format!("{name}: {} of {}, {percent} %", human_bytes(done), human_bytes(all)),
+        // A line each quarter is enough for a file.
+        coarse: format!("{}", percent / 25),
+        ink: Ink::Busy,
+    }
 }
 
 /// A folder that is gone when it is dropped.
@@ -209,7 +441,8 @@ pub struct TempFolder(std::path::PathBuf);
 impl TempFolder {
     pub fn new() -> Result<Self> {
         let path = std::env::temp_dir().join(format!("berth-{}", uuid::Uuid::new_v4().simple()));
-        std::fs::create_dir_all(&path)?;
+        // An image's layers are its owner's to read.
+        std::fs::DirBuilder::new().mode(0o700).create(&path)?;
         Ok(Self(path))
     }
     pub fn path(&self) -> &Path {
@@ -220,5 +453,51 @@ impl TempFolder {
 impl Drop for TempFolder {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(name: header::HeaderName, value: &str) -> http::Response<Bytes> {
+        http::Response::builder().header(name, value).body(Bytes::new()).unwrap()
+    }
+
+    #[test]
+    fn where_an_upload_is_is_read_from_its_range() {
+        assert_eq!(range_end(&answer(header::RANGE, "0-9")), 10);
+        assert_eq!(range_end(&answer(header::RANGE, "bytes=0-9")), 10);
+        // Said of nothing and of one byte alike.
+        assert_eq!(range_end(&answer(header::RANGE, "0-0")), 0);
+        assert_eq!(range_end(&answer(header::RANGE, "nonsense")), 0);
+    }
+
+    #[test]
+    fn an_upload_that_gets_further_is_never_given_up() {
+        let mut now = tokio::time::Instant::now();
+        let mut patience = Patience::new(now);
+        for there in 1..100 {
+            now += GIVE_UP * 2;
+            assert!(patience.goes_on(there, now));
+        }
+        assert!(patience.goes_on(50, now + GIVE_UP / 2));
+        assert!(!patience.goes_on(99, now + GIVE_UP));
+    }
+
+    #[test]
+    fn what_is_packed_for_a_push_is_its_owners_alone() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = TempFolder::new().unwrap();
+        let mode = std::fs::metadata(folder.path()).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+    }
+
+    #[test]
+    fn an_upload_stays_with_the_door_that_is_trusted() {
+        let at = |value| path_of(&answer(header::LOCATION, value));
+        assert_eq!(at("/v2/a/blobs/uploads/1?x=y").as_deref(), Some("/v2/a/blobs/uploads/1?x=y"));
+        assert_eq!(at("https://elsewhere/v2/a").as_deref(), Some("/v2/a"));
+        assert_eq!(at("https://elsewhere").as_deref(), Some("/"));
     }
 }

@@ -44,7 +44,9 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "
 
 pub mod convert;
 pub mod escape;
+pub mod filter;
 pub mod ids;
+pub mod lines;
 pub mod manifest;
 pub mod quantity;
 pub mod selector;

@@ -254,15 +254,17 @@ fn deployment(value: &Value, origin: &str, p: &mut Problems) -> Option<Written> 
     }
     let namespace = meta.text("namespace", p);
     let labels = meta.map("labels", p);
+    crate::selector::check_labels(&labels, "metadata.labels", p);
     let Some(spec) = top.get("spec") else {
         p.add("spec", "is missing");
         return None;
     };
     let spec = read_spec(spec, p)?;
-    if p.0.is_empty()
-        && let Err(problems) = crate::convert::deployment_spec_from_api(&spec)
-    {
-        p.0.extend(problems.0);
+    if let Err(problems) = crate::convert::deployment_spec_to_write(&spec) {
+        // What could not be read is not told a second time as missing or out of bounds.
+        let told: std::collections::BTreeSet<String> =
+            p.0.iter().map(|problem| problem.path.clone()).collect();
+        p.0.extend(problems.0.into_iter().filter(|problem| !told.contains(&problem.path)));
     }
     Some(Written { name, namespace, labels, spec, origin: origin.to_owned() })
 }
@@ -330,7 +332,7 @@ fn read_spec(value: &Value, p: &mut Problems) -> Option<api::DeploymentSpec> {
             });
         }
     }
-    Some(api::DeploymentSpec {
+    let mut spec = api::DeploymentSpec {
         source,
         runtime: s.text("runtime", p),
         replicas: s.number("replicas", p),
@@ -385,7 +387,22 @@ fn read_spec(value: &Value, p: &mut Problems) -> Option<api::DeploymentSpec> {
                 add_capabilities: o.words("addCapabilities", p),
                 devices: o.words("devices", p),
             }),
-    })
+    };
+    // An empty mapping says what its absence says; so that what is shown and applied again is the same.
+    drop_empty(&mut spec.placement);
+    drop_empty(&mut spec.resources);
+    drop_empty(&mut spec.restart);
+    drop_empty(&mut spec.rollout);
+    drop_empty(&mut spec.on_host_loss);
+    drop_empty(&mut spec.log);
+    drop_empty(&mut spec.privileges);
+    Some(spec)
+}
+
+fn drop_empty<T: Default + PartialEq>(value: &mut Option<T>) {
+    if value.as_ref().is_some_and(|v| *v == T::default()) {
+        *value = None;
+    }
 }
 
 fn health(s: &Object<'_>, p: &mut Problems) -> Option<api::HealthCheck> {
@@ -642,86 +659,5 @@ fn scalar(value: &Value) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const GOOD: &str = "
-apiVersion: berth/v1
-kind: Deployment
-metadata: {name: iris, labels: {team: vision}}
-spec:
-  model: iris@champion
-  replicas: 3
-  placement: {require: [\"arch=amd64\", \"zone in (eu, us)\"], spread: zone}
-  resources: {cpu: 500m, memory: 256MiB}
-  ports: [{name: http, container: 8080}]
-  env: {LOG_LEVEL: info, N: 3}
-  health: {http: {path: /v2/health/ready, port: http}, interval: 5s}
-  restart: {policy: onFailure, maxBackoff: 5m}
-  rollout: {maxSurge: 1, maxUnavailable: 0, readyFor: 10s, onFailure: pause}
-  onHostLoss: {after: 5m, do: keep}
-  stopGrace: 10s
-";
-
-    #[test]
-    fn what_is_shown_as_yaml_is_read_as_the_same() {
-        let written = parse(GOOD, "iris.yaml").unwrap().remove(0);
-        let shown = api::Deployment {
-            meta: Some(api::ObjectMeta {
-                name: written.name.clone(),
-                labels: written.labels.clone(),
-                ..Default::default()
-            }),
-            spec: Some(written.spec.clone()),
-            status: None,
-        };
-        let again = parse(&to_yaml(&to_json(&shown)), "iris.yaml").unwrap().remove(0);
-        assert_eq!(again, written);
-    }
-
-    #[test]
-    fn every_problem_of_every_document_is_listed_with_a_suggestion() {
-        let text = "
-apiVersion: berth/v1
-kind: Deployment
-metadata: {name: Iris}
-spec: {modle: iris, replicas: -1, health: {htp: {}}, stopGrace: soon}
----
-apiVersion: berth/v2
-kind: Pod
-metadata: {name: b}
-spec: {image: x, ports: [{nam: http}]}
-";
-        let problems = parse(text, "f.yaml").unwrap_err();
-        let all = problems.to_string();
-        for part in [
-            "f.yaml#1: metadata.name",
-            "f.yaml#1: spec.modle: is not known (did you mean \"model\"?)",
-            "f.yaml#1: spec.replicas",
-            "f.yaml#1: spec.health.htp",
-            "f.yaml#1: spec.stopGrace",
-            "f.yaml#2: apiVersion",
-            "f.yaml#2: kind",
-            "f.yaml#2: spec.ports[0].nam",
-        ] {
-            assert!(all.contains(part), "{part} is not in:\n{all}");
-        }
-    }
-
-    #[test]
-    fn the_examples_are_manifests() {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples");
-        let mut seen = 0;
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.extension().is_some_and(|e| e == "yaml") {
-                let text = std::fs::read_to_string(&path).unwrap();
-                if let Err(problems) = parse(&text, &path.display().to_string()) {
-                    panic!("{problems}");
-                }
-                seen += 1;
-            }
-        }
-        assert!(seen >= 3);
-    }
-}
+#[path = "manifest_tests.rs"]
+mod tests;

@@ -1,5 +1,6 @@
 //! Requirements on labels: `key=value`, `key!=value`, `key in (a, b)`, `key notin (a, b)`, `key`, `!key`.
 
+use crate::convert::Problems;
 use crate::values::Requirement;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -42,6 +43,21 @@ pub fn check_value(value: &str) -> Result<(), InvalidSelector> {
     if good { Ok(()) } else { Err(InvalidSelector::Value(value.to_owned())) }
 }
 
+/// Labels of one object: what people tell apart by hand, many times over.
+pub const MAX_LABELS: usize = 64;
+
+/// Checks labels as somebody writes them; paths of problems begin with `path`.
+pub fn check_labels(labels: &BTreeMap<String, String>, path: &str, p: &mut Problems) {
+    if labels.len() > MAX_LABELS {
+        p.add(path, format!("has {} entries; at most {MAX_LABELS} are allowed", labels.len()));
+    }
+    for (key, value) in labels {
+        if let Err(error) = check_key(key).and_then(|()| check_value(value)) {
+            p.add(format!("{path}.{key}"), error.to_string());
+        }
+    }
+}
+
 impl FromStr for Requirement {
     type Err = InvalidSelector;
 
@@ -79,6 +95,27 @@ impl FromStr for Requirement {
         check_key(text)?;
         Ok(Self::Exists(text.to_owned()))
     }
+}
+
+/// Several requirements, separated by commas (but not those inside parentheses).
+///
+/// # Errors
+/// When one of them has another form.
+pub fn parse_all(text: &str) -> Result<Vec<Requirement>, InvalidSelector> {
+    let (mut all, mut depth, mut from) = (Vec::new(), 0_u32, 0);
+    for (at, c) in text.char_indices() {
+        match c {
+            '(' => depth += 1,
+            ')' => depth = depth.saturating_sub(1),
+            ',' if depth == 0 => {
+                all.push(text[from..at].parse()?);
+                from = at + 1;
+            }
+            _ => {}
+        }
+    }
+    all.push(text[from..].parse()?);
+    Ok(all)
 }
 
 fn pair(
@@ -150,6 +187,15 @@ mod tests {
             assert_eq!(requirement.matches(&labels), holds, "{text}");
         }
         assert_eq!("zone==eu".parse(), Ok(Requirement::Equals("zone".into(), "eu".into())));
+    }
+
+    #[test]
+    fn several_are_separated_by_commas_outside_of_lists() {
+        let all = parse_all("zone in (eu, us),!old , team=vision").unwrap();
+        let words: Vec<String> = all.iter().map(ToString::to_string).collect();
+        assert_eq!(words, ["zone in (eu, us)", "!old", "team=vision"]);
+        assert!(parse_all("zone=eu,").is_err());
+        assert!(parse_all("").is_err());
     }
 
     #[test]

@@ -288,6 +288,8 @@ pub struct HostPolicy {
     pub forbid_exec: bool,
     /// Addresses ports may be published on; empty: any.
     pub publish_addresses: BTreeSet<std::net::IpAddr>,
+    /// Containers may talk to each other.
+    pub allow_container_traffic: bool,
 }
 
 /// What an agent reports of its host.
@@ -453,6 +455,12 @@ pub struct Progress {
     pub rate_bytes_per_second: u64,
     /// `image` or `artifact`.
     pub what: String,
+    /// Which part is on its way, from 1 on; 0: not known.
+    pub part: u32,
+    /// How many parts there are; 0: not known.
+    pub parts: u32,
+    /// Time left at the present rate; 0: not known.
+    pub time_left_ms: u64,
 }
 
 /// How an attempt ended.

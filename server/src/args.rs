@@ -1,10 +1,14 @@
 //! The command line of `berthd`.
 
+use crate::backup::{self, BackupError};
+use crate::cluster::wall_now;
 use crate::config::{LogFormat, Options, Settings};
 use crate::error::Chain;
-use clap::Parser;
+use berth_proto::quantity::human_bytes;
+use clap::{Parser, Subcommand};
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::io::BufRead as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// The Berth server: keeps the ledger, schedules deployments onto hosts, is registry and gateway.
@@ -22,14 +26,111 @@ use std::process::ExitCode;
     after_help = "Examples:
   berthd --data-dir ./data
   berthd --listen 0.0.0.0:7443 --registry-listen 0.0.0.0:7444 --advertise berth.example.org
-  berthd --config /etc/berth/berthd.toml --log-format json"
+  berthd --config /etc/berth/berthd.toml --log-format json
+  berthd backup /backups/berth-monday.age
+  berthd restore /backups/berth-monday.age --data-dir /srv/berth"
 )]
 pub struct Args {
     /// TOML file with the settings below.
-    #[arg(long, env = "BERTHD_CONFIG", value_name = "FILE")]
+    #[arg(long, env = "BERTHD_CONFIG", value_name = "FILE", global = true)]
     pub config: Option<PathBuf>,
     #[command(flatten)]
     options: Options,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What to do instead of serving.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Back up the data folder of a server that does not run (`berth backup` asks a running one).
+    ///
+    /// The file, readable by its owner alone, holds the ledger and the key of the cluster's CA, and
+    /// names the registry's blobs, whose bytes are not in it: copy the folder `registry` as well. It is
+    /// encrypted to the recovery key. That is made with the first backup and printed once, to standard
+    /// output: keep it apart from the backups. Without it no backup can be restored.
+    Backup {
+        /// File to write; must not exist.
+        file: PathBuf,
+        /// Make a new recovery key, for this backup and those that follow.
+        #[arg(long)]
+        new_recovery_key: bool,
+    },
+    /// Make a data folder from a backup.
+    ///
+    /// The data folder must be empty or not be there. The recovery key is asked for on standard input
+    /// unless it is in a file. Nothing that runs is stopped: the restored server has a new epoch, and
+    /// a host gets nothing to do before all that it runs is known or decided about (`berth orphan`).
+    /// Join tokens made before are void; users that were revoked since the backup are not revoked.
+    Restore {
+        /// The backup.
+        file: PathBuf,
+        /// File with the recovery key.
+        #[arg(long, value_name = "FILE")]
+        recovery_key_file: Option<PathBuf>,
+    },
+}
+
+fn back_up(data: &Path, file: &Path, new_key: bool) -> Result<(), BackupError> {
+    let made = backup::make(data, file, new_key)?;
+    eprintln!(
+        "{}: {}, the ledger as of revision {} and the CA's key, encrypted",
+        file.display(),
+        human_bytes(made.size_bytes),
+        made.revision
+    );
+    if made.blobs > 0 {
+        let registry = data.join("registry");
+        eprintln!("the registry's {} blobs are not in it: copy {}", made.blobs, registry.display());
+    }
+    match made.recovery.shown {
+        Some(key) => {
+            eprintln!("the recovery key, shown once; keep it apart from the backups:");
+            println!("{key}");
+        }
+        None => eprintln!("the recovery key that was shown before opens it"),
+    }
+    Ok(())
+}
+
+fn recovery_key(file: Option<&Path>) -> Result<String, BackupError> {
+    let unread = |path: &Path| {
+        let path = path.to_owned();
+        move |source| BackupError::File { doing: "read the recovery key from", path, source }
+    };
+    if let Some(path) = file {
+        return std::fs::read_to_string(path).map_err(unread(path));
+    }
+    eprintln!("recovery key (AGE-SECRET-KEY-1...):");
+    let mut key = String::new();
+    std::io::stdin().lock().read_line(&mut key).map_err(unread(Path::new("standard input")))?;
+    Ok(key)
+}
+
+fn restore(data: &Path, file: &Path, key: Option<&Path>) -> Result<(), BackupError> {
+    let done = backup::restore(file, &recovery_key(key)?, data, wall_now())?;
+    eprintln!(
+        "{}: cluster {}, {} entries as of revision {}; the epoch is {} now",
+        data.display(),
+        done.cluster,
+        done.entries,
+        done.revision,
+        done.epoch
+    );
+    if done.void_tokens > 0 {
+        eprintln!("{} join tokens are void", done.void_tokens);
+    }
+    if done.blobs.0 > 0 {
+        eprintln!(
+            "the registry held {} blobs, {}: put a copy of its folder at {} before starting, or push \
+             again what is asked for",
+            done.blobs.0,
+            human_bytes(done.blobs.1),
+            data.join("registry").display()
+        );
+    }
+    eprintln!("next: start berthd on this folder, then `berth orphan list`");
+    Ok(())
 }
 
 fn settings(args: Args) -> Result<Settings, crate::config::ConfigError> {
@@ -40,15 +141,34 @@ fn settings(args: Args) -> Result<Settings, crate::config::ConfigError> {
     args.options.over(file).settle()
 }
 
+/// Runs a command that serves nothing.
+fn carry_out(command: Command, settings: &Settings) -> ExitCode {
+    let data = &settings.data_dir;
+    let done = match command {
+        Command::Backup { file, new_recovery_key } => back_up(data, &file, new_recovery_key),
+        Command::Restore { file, recovery_key_file } => {
+            restore(data, &file, recovery_key_file.as_deref())
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", Chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Runs the command line; the exit code is 2 for a wrong one, 1 for a server that failed.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let args = match Args::try_parse_from(args) {
+    let mut args = match Args::try_parse_from(args) {
         Ok(args) => args,
         Err(error) => {
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
+    let command = args.command.take();
     let settings = match settings(args) {
         Ok(settings) => settings,
         Err(error) => {
@@ -62,6 +182,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match settings.log_format {
         LogFormat::Text => log.with_ansi(false).init(),
         LogFormat::Json => log.json().init(),
+    }
+    if let Some(command) = command {
+        return carry_out(command, &settings);
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,

@@ -7,31 +7,34 @@ use crate::session::desk::{Desk, Ended, Later, Lines, Newest, Order};
 use crate::session::reverse::ReverseHub;
 use arc_swap::ArcSwap;
 use berth_proto::agent::{ReplicaReport, SetVerdict, Trust};
-use berth_proto::api::{self, EventSeverity, ReplicaIntent};
-use berth_proto::convert;
-use berth_proto::ids::{DeploymentUid, HostUid, Mono, Now, Revision, SetNumber, Wall};
-use berth_server_core::batching::Proposal;
+use berth_proto::api::{self, EventSeverity};
+use berth_proto::ids::{DeploymentUid, HostUid, Mono, Now, SetNumber, Wall};
+use berth_proto::record::ClusterRecord;
+use berth_server_core::batching::{Proposal, Refusal};
 use berth_server_core::change::Change;
-use berth_server_core::dispatch::host_set;
-use berth_server_core::live::{Live, Presence, Taken};
-use berth_server_core::objects::{Host, MAX_EXITS, Replica};
+use berth_server_core::desk::{self, Admission, Admitted};
+use berth_server_core::dispatch::{host_set, is_news};
+use berth_server_core::intake;
+use berth_server_core::keeping::{Keeping, Next};
+use berth_server_core::live::Live;
+use berth_server_core::objects::Host;
 use berth_server_core::planner::Report;
 use berth_server_core::session::Registration;
-use berth_server_core::takeover::{Boots, Takeover};
+use berth_server_core::view::View;
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, watch};
 
 /// Orders and tickets waiting for one session.
 const LINE: usize = 16;
-/// Changes proposed at once from one status message, below what one commit holds.
-const CHUNK: usize = 40;
-
-/// The live sessions of one host: their numbers, and where they take orders.
-type SessionLines = Vec<(u64, mpsc::Sender<Order>)>;
+/// The open sessions, and how to say something to each.
+#[derive(Default)]
+struct Sessions {
+    desk: desk::Desk,
+    orders: HashMap<u64, mpsc::Sender<Order>>,
+}
 
 /// What all parts of the server share.
 pub struct Cluster {
@@ -47,6 +50,14 @@ pub struct Cluster {
     pub live: ArcSwap<Live>,
     /// The newest plan's report of each deployment.
     pub reports: Mutex<BTreeMap<DeploymentUid, Report>>,
+    /// One-time links to the page.
+    pub links: crate::page::Links,
+    /// The ballast was given up: of what people ask for only what makes room is taken.
+    pub cramped: std::sync::atomic::AtomicBool,
+    /// Held while a backup is made.
+    pub backing_up: Arc<tokio::sync::Mutex<()>>,
+    /// Views of lists that callers walk through.
+    pub walked: Mutex<crate::api::lists::Walked>,
     /// Addresses that agents and clients are told for control and API.
     pub endpoints: Vec<String>,
     /// The registry's address, `host:port`.
@@ -62,10 +73,11 @@ pub struct Cluster {
     origin: Instant,
     live_lock: Mutex<()>,
     live_changed: watch::Sender<u64>,
-    sessions: Mutex<HashMap<HostUid, SessionLines>>,
+    revoked: watch::Sender<u64>,
+    stopping: watch::Sender<bool>,
+    news: Mutex<crate::planning::News>,
+    sessions: Mutex<Sessions>,
     sets: Mutex<HashMap<HostUid, watch::Sender<Newest>>>,
-    boots: Mutex<HashMap<HostUid, Boots>>,
-    next_session: AtomicU64,
 }
 
 /// The wall clock.
@@ -116,15 +128,20 @@ impl Cluster {
             hub: ReverseHub::default(),
             live: ArcSwap::default(),
             reports: Mutex::default(),
+            links: crate::page::Links::default(),
+            cramped: std::sync::atomic::AtomicBool::default(),
+            backing_up: Arc::default(),
+            walked: Mutex::default(),
             settings,
             started: wall_now(),
             origin: Instant::now(),
             live_lock: Mutex::new(()),
             live_changed: watch::channel(0).0,
+            revoked: watch::channel(0).0,
+            stopping: watch::channel(false).0,
+            news: Mutex::default(),
             sessions: Mutex::default(),
             sets: Mutex::default(),
-            boots: Mutex::default(),
-            next_session: AtomicU64::new(1),
         }
     }
 
@@ -142,17 +159,47 @@ impl Cluster {
         self.live_changed.subscribe()
     }
 
+    /// Tells when a user's standing may have changed.
+    #[must_use]
+    pub fn revocations(&self) -> watch::Receiver<u64> {
+        self.revoked.subscribe()
+    }
+
+    /// A user or token was written: whoever goes on calling is judged again.
+    pub fn judge_again(&self) {
+        self.revoked.send_modify(|n| *n += 1);
+    }
+
+    /// Tells when the server stops.
+    #[must_use]
+    pub fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
+    }
+
+    /// The server stops: calls that would go on end now.
+    pub fn stop(&self) {
+        self.stopping.send_replace(true);
+    }
+
     /// Changes what is known live.
     pub fn edit_live<T>(&self, edit: impl FnOnce(&mut Live) -> T) -> T {
         let result = {
             let _one = self.live_lock.lock();
             let mut live = Live::clone(&self.live.load());
             let result = edit(&mut live);
+            let moved = live.take_moved();
             self.live.store(Arc::new(live));
+            // After the store: whoever takes the news finds what they tell of.
+            self.news.lock().extend(moved);
             result
         };
         self.live_changed.send_modify(|n| *n += 1);
         result
+    }
+
+    /// What has moved among what is known live since this was last asked. For planning alone.
+    pub fn take_moved(&self) -> crate::planning::News {
+        std::mem::take(&mut *self.news.lock())
     }
 
     /// Roots and endpoints, as agents are told.
@@ -163,7 +210,29 @@ impl Cluster {
             version: view.cluster.trust_version,
             roots_pem: self.ca.root_pem().to_owned(),
             endpoints: self.endpoints.clone(),
+            registry: self.registry_address.clone(),
         }
+    }
+
+    /// Raises the number of what agents are told when the addresses are others than before.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub async fn tell_addresses(&self) -> Result<(), Refusal> {
+        let told = self.ledger.ahead().cluster.clone();
+        if told.endpoints == self.endpoints && told.registry == self.registry_address {
+            return Ok(());
+        }
+        let seconds = u64::try_from(wall_now().0 / 1000).unwrap_or(0);
+        let record = ClusterRecord {
+            // Past what was told before a restored backup, as the epoch is.
+            trust_version: (told.trust_version + 1).max(seconds),
+            endpoints: self.endpoints.clone(),
+            registry: self.registry_address.clone(),
+            ..told
+        };
+        let changes = vec![Change::PutCluster(record)];
+        self.ledger.propose(Proposal { preconditions: Vec::new(), changes }).await.map(|_| ())
     }
 
     /// Works out the sets of these hosts anew and hands them to their sessions.
@@ -174,10 +243,7 @@ impl Cluster {
             if let Some(line) = sets.get(host) {
                 let newest = host_set(&view, host).map(|set| set.map(Arc::new));
                 line.send_if_modified(|held| {
-                    let number = |n: &Newest| {
-                        n.as_ref().map(|n| n.as_ref().map(|s| s.number).map_err(|h| *h))
-                    };
-                    let changed = number(held) != number(&newest);
+                    let changed = is_news(held, &newest);
                     if changed {
                         *held = newest;
                     }
@@ -190,16 +256,14 @@ impl Cluster {
     /// Says something to all sessions of a host.
     pub fn order(&self, host: &HostUid, order: &Order) {
         let sessions = self.sessions.lock();
-        for (_, line) in sessions.get(host).into_iter().flatten() {
-            let _ = line.try_send(order.clone());
+        for line in sessions.desk.sessions_of(host) {
+            sessions.say(line, order);
         }
     }
 
     /// Forgets the boots of a host: its quarantine was released.
     pub fn forget_boots(&self, host: &HostUid) {
-        if let Some(boots) = self.boots.lock().get_mut(host) {
-            boots.forget();
-        }
+        self.sessions.lock().desk.forget_boots(host);
     }
 
     /// An event about a host.
@@ -211,145 +275,44 @@ impl Cluster {
         reason: &str,
         message: String,
     ) -> Change {
-        Change::AppendEvent(api::Event {
-            sequence: 0,
-            time: Some(convert::timestamp(wall_now())),
-            severity: severity as i32,
-            kind: "host".to_owned(),
-            name: host.name.to_string(),
-            namespace: String::new(),
-            uid: host.uid.to_string(),
-            reason: reason.to_owned(),
-            message,
-            actor: "server".to_owned(),
-            host: host.name.to_string(),
-            deployment: String::new(),
-        })
+        intake::host_event(host, severity, reason, message, wall_now())
     }
 
-    /// What of a host's statuses must be durable.
-    fn durable_parts(
-        &self,
-        host: &HostUid,
-        reports: &[ReplicaReport],
-        absent: &[String],
-    ) -> Vec<Change> {
-        let view = self.ledger.ahead();
-        let mut changes = Vec::new();
-        for report in reports {
-            let Ok(uid) = report.replica_uid.parse() else { continue };
-            let Some(replica) = view.replica(&uid).filter(|r| r.host == *host) else { continue };
-            let status = report.status.clone().unwrap_or_default();
-            let mut next = Replica::clone(replica);
-            if let Some(exit) = status.last_exit
-                && next.exits.iter().all(|known| known.attempt < exit.attempt)
-            {
-                next.exits.push(exit);
-                let extra = next.exits.len().saturating_sub(MAX_EXITS);
-                next.exits.drain(..extra);
-                changes.push(self.replica_event(
-                    &view,
-                    replica,
-                    EventSeverity::Warning,
-                    "REPLICA_EXITED",
-                    {
-                        let why = if exit.out_of_memory { " for lack of memory" } else { "" };
-                        format!("attempt {} ended with code {}{why}", exit.attempt, exit.code)
-                    },
-                ));
-            }
-            if status.ready && next.first_ready.is_none() {
-                next.first_ready = Some(wall_now());
-                changes.push(self.replica_event(
-                    &view,
-                    replica,
-                    EventSeverity::Info,
-                    "REPLICA_READY",
-                    format!("slot {} of release {} is ready", replica.slot, replica.release),
-                ));
-            }
-            if status.reason == "REPLACEMENT_FAILED" && !next.failed {
-                next.failed = true;
-                next.reason.clone_from(&status.message);
-            }
-            if next != **replica {
-                changes.push(Change::PutReplica(Arc::new(next)));
-            }
-        }
-        for uid in absent {
-            let Ok(uid) = uid.parse() else { continue };
-            if let Some(replica) = view.replica(&uid)
-                && replica.host == *host
-                && replica.intent == ReplicaIntent::Stop
-            {
-                changes.push(Change::DeleteReplica(uid));
-            }
-        }
-        changes
+    /// Quarantines a host whose identity is used twice, as `why` says, and ends its sessions.
+    pub async fn quarantine(&self, host: &HostUid, why: &str) {
+        tracing::error!(%host, why, "a host is quarantined");
+        let now = wall_now();
+        self.keep_made(|view| intake::quarantine(view, host, why, now)).await;
+        self.order(host, &Order::End(Ended::Quarantined));
     }
 
-    fn replica_event(
-        &self,
-        view: &berth_server_core::view::View,
-        replica: &Replica,
-        severity: EventSeverity,
-        reason: &str,
-        message: String,
-    ) -> Change {
-        let deployment = view.deployment(&replica.deployment);
-        let name = deployment.map(|d| d.name.to_string()).unwrap_or_default();
-        Change::AppendEvent(api::Event {
-            sequence: 0,
-            time: Some(convert::timestamp(wall_now())),
-            severity: severity as i32,
-            kind: "replica".to_owned(),
-            name: format!("{name}/{}", replica.slot),
-            namespace: deployment.map(|d| d.namespace.to_string()).unwrap_or_default(),
-            uid: replica.uid.to_string(),
-            reason: reason.to_owned(),
-            message,
-            actor: format!("host/{}", replica.host),
-            host: view.host(&replica.host).map(|h| h.name.to_string()).unwrap_or_default(),
-            deployment: name,
-        })
-    }
-
-    async fn keep(&self, changes: Vec<Change>) -> bool {
-        for chunk in changes.chunks(CHUNK) {
-            let proposal = Proposal { preconditions: Vec::new(), changes: chunk.to_vec() };
-            if self.ledger.propose(proposal).await.is_err() {
-                return false;
-            }
-        }
-        true
-    }
-
-    fn take_live(&self, reports: &[ReplicaReport], absent: &[String]) {
-        let now = self.time().mono;
-        self.edit_live(|live| {
-            for report in reports {
-                if let (Ok(uid), Some(status)) = (report.replica_uid.parse(), &report.status) {
-                    live.take(&uid, convert::replica_status_from_api(status), now);
+    /// Keeps what `make` finds to be written. Each object must be as `make` saw it; where the planner
+    /// or an operator was faster, it is made anew from what is there then, so that none of them undoes
+    /// another's write.
+    pub async fn keep_made(&self, make: impl Fn(&View) -> Vec<Change>) -> bool {
+        let mut keeping = Keeping::default();
+        let mut next = Next::Make;
+        loop {
+            next = match next {
+                Next::Make => {
+                    let view = self.ledger.ahead();
+                    keeping.made(&view, &make(&view))
                 }
-            }
-            for uid in absent {
-                if let Ok(uid) = uid.parse() {
-                    live.remove_replica(&uid);
+                Next::Propose(proposal) => {
+                    keeping.answered(self.ledger.propose(proposal).await.err().as_ref())
                 }
-            }
-        });
-    }
-
-    /// Facts as stored, when they differ in more than what changes all the time.
-    fn facts_change(&self, host: &HostUid, facts: &api::HostFacts) -> Option<Change> {
-        let view = self.ledger.ahead();
-        let held = view.host(host)?;
-        let calm = |f: &api::HostFacts| api::HostFacts { disk_free_bytes: 0, ..f.clone() };
-        if held.record.facts.as_ref().map(calm) == Some(calm(facts)) {
-            return None;
+                Next::Over(kept) => return kept,
+            };
         }
-        let next = held.edited(|record| record.facts = Some(facts.clone())).ok()?;
-        Some(Change::PutHost(Arc::new(next)))
+    }
+}
+
+impl Sessions {
+    /// A line that is full, or whose session has just ended, is no error.
+    fn say(&self, session: u64, order: &Order) {
+        if let Some(orders) = self.orders.get(&session) {
+            let _ = orders.try_send(order.clone());
+        }
     }
 }
 
@@ -364,10 +327,14 @@ impl Desk for ClusterDesk {
 
     fn open(&self, host: &HostUid) -> Lines {
         let c = &self.0;
-        let id = c.next_session.fetch_add(1, Ordering::Relaxed);
         let (orders_tx, orders) = mpsc::channel(LINE);
         let (tickets_tx, tickets) = mpsc::channel(LINE);
-        c.sessions.lock().entry(host.clone()).or_default().push((id, orders_tx));
+        let id = {
+            let mut sessions = c.sessions.lock();
+            let id = sessions.desk.open(host);
+            sessions.orders.insert(id, orders_tx);
+            id
+        };
         let view = c.ledger.view();
         let newest = host_set(&view, host).map(|set| set.map(Arc::new));
         let sets = {
@@ -388,221 +355,142 @@ impl Desk for ClusterDesk {
     ) -> Result<(), Ended> {
         let c = &self.0;
         let view = c.ledger.view();
-        let Some(record) = view.host(host).cloned() else { return Err(Ended::Unknown) };
-        if record.is_removed() {
-            c.order(host, &Order::Removed { wipe: record.record.wipe });
-            return Ok(());
-        }
-        if record.record.quarantined {
-            return Err(Ended::Quarantined);
-        }
         let now = c.time();
-        let judged = c
-            .boots
-            .lock()
-            .entry(host.clone())
-            .or_default()
-            .judge(&registration.boot_nonce, now.mono);
-        if judged == Takeover::TwoBoots {
-            tracing::error!(host = %record.name, "two boots use one identity; the host is quarantined");
-            let quarantined =
-                record.edited(|r| r.quarantined = true).map_err(|_| Ended::Unavailable)?;
-            let event = c.host_event(
-                &record,
-                EventSeverity::Error,
-                "HOST_QUARANTINED",
-                "two boots use this identity; what runs is kept, no new sets are sent".to_owned(),
-            );
-            c.keep(vec![Change::PutHost(Arc::new(quarantined)), event]).await;
-            c.order(host, &Order::End(Ended::Quarantined));
-            return Err(Ended::Quarantined);
-        }
-        // Older sessions of the host end here.
-        {
+        let admission = {
             let mut sessions = c.sessions.lock();
-            if let Some(list) = sessions.get_mut(host) {
-                for (id, line) in list.iter() {
-                    if *id < session {
-                        let _ = line.try_send(Order::End(Ended::Superseded));
-                    }
+            let nonce = &registration.boot_nonce;
+            let admission = sessions.desk.judge(&view, host, session, nonce, now.mono);
+            if let Admission::Welcome { ends } = &admission {
+                for older in ends {
+                    sessions.say(*older, &Order::End(Ended::Superseded));
                 }
-                list.retain(|(id, _)| *id >= session);
             }
+            admission
+        };
+        match admission {
+            Admission::Welcome { .. } => {}
+            Admission::Removed { wipe } => {
+                c.order(host, &Order::Removed { wipe });
+                return Ok(());
+            }
+            Admission::Unknown => return Err(Ended::Unknown),
+            Admission::Quarantined => return Err(Ended::Quarantined),
+            Admission::TwoBoots => {
+                c.quarantine(host, "two boots use this identity").await;
+                return Err(Ended::Quarantined);
+            }
+            Admission::Superseded => return Err(Ended::Superseded),
         }
         // What must be durable, before the host counts as present.
-        let mut changes = Vec::new();
-        if let Some(facts) = &registration.facts {
-            changes.extend(c.facts_change(host, facts));
-        }
-        changes.extend(c.durable_parts(host, &registration.observed, &[]));
-        let observed: std::collections::BTreeSet<&str> =
-            registration.observed.iter().map(|r| r.replica_uid.as_str()).collect();
-        if registration.engine_observed {
-            for replica in view.replicas_on(host) {
-                // Complete means that what is not in it is not there.
-                if replica.intent == ReplicaIntent::Stop && !observed.contains(replica.uid.as_str())
-                {
-                    changes.push(Change::DeleteReplica(replica.uid.clone()));
-                }
-            }
-        }
-        if view.cluster.observing {
-            changes.extend(orphans(&view, host, &registration.observed));
-        }
-        if !c.keep(changes).await {
+        let make = |view: &View| intake::registration(view, host, &registration, now.wall);
+        if !c.keep_made(make).await {
             return Err(Ended::Unavailable);
         }
-        c.edit_live(|live| {
-            live.admit(host, &registration.instance, registration.agent_start, 0);
-            live.edit_host(host, |h| {
-                h.presence = Presence::Present;
-                h.acknowledged = registration.held;
-                h.last_seen = Some(now.wall);
-                h.refusal.clear();
-            });
-            for replica in view.replicas_on(host) {
-                if registration.engine_observed && !observed.contains(replica.uid.as_str()) {
-                    live.remove_replica(&replica.uid);
-                }
-            }
+        // Before this session may offer a set: it must be one that was made knowing all of that.
+        c.refresh_sets([host]);
+        // Asked under the lock of what is known live, so that whichever session is newer has the last
+        // word. The view is newer than what was kept just now: it holds the orphans, too.
+        let current = c.edit_live(|live| {
+            let sessions = c.sessions.lock();
+            let view = c.ledger.view();
+            sessions.desk.registered(live, &view, (host, session), &registration, now)
         });
-        c.take_live(&registration.observed, &[]);
-        tracing::info!(host = %record.name, session, version = registration.agent_version, "a host is present");
+        if !current {
+            return Err(Ended::Superseded);
+        }
+        tracing::info!(%host, session, version = registration.agent_version, "a host is present");
         Ok(())
     }
 
     fn take(
         &self,
         host: &HostUid,
-        _session: u64,
+        session: u64,
         sequence: u64,
         reports: Vec<ReplicaReport>,
         absent: Vec<String>,
     ) -> Later<bool> {
         let c = Arc::clone(&self.0);
         let host = host.clone();
+        let now = c.time();
+        // One edit for the whole message, however many replicas it tells of. Whether the session is
+        // still the host's is asked under the same lock: an older one's numbers mean nothing to a
+        // newer one's.
         let admitted = c.edit_live(|live| {
-            let known = live.host(&host).cloned().unwrap_or_default();
-            let (instance, start) = (known.instance.clone(), known.agent_start);
-            live.edit_host(&host, |h| h.last_seen = Some(wall_now()));
-            live.admit(&host, &instance, start, sequence)
+            let sessions = c.sessions.lock();
+            let of = (&host, session, sequence);
+            sessions.desk.statuses(live, &c.ledger.view(), of, (&reports, &absent), now)
         });
-        if admitted != Taken::Newer {
-            return Box::pin(async { true });
+        match admitted {
+            Admitted::News => {}
+            Admitted::Known => return Box::pin(async { true }),
+            Admitted::Superseded => return Box::pin(async { false }),
         }
-        let changes = c.durable_parts(&host, &reports, &absent);
-        c.take_live(&reports, &absent);
-        Box::pin(async move { c.keep(changes).await })
+        Box::pin(async move {
+            let make = |view: &View| intake::statuses(view, &host, &reports, &absent, now.wall);
+            c.keep_made(make).await
+        })
     }
 
-    async fn facts(&self, host: &HostUid, _session: u64, facts: api::HostFacts) {
-        if let Some(change) = self.0.facts_change(host, &facts) {
-            self.0.keep(vec![change]).await;
+    async fn facts(&self, host: &HostUid, session: u64, facts: api::HostFacts) {
+        if !self.0.sessions.lock().desk.is_current(host, session) {
+            return;
         }
+        let make = |view: &View| intake::facts(view, host, &facts).into_iter().collect();
+        self.0.keep_made(make).await;
     }
 
-    fn acknowledged(&self, host: &HostUid, _session: u64, number: SetNumber) {
-        self.0.edit_live(|live| {
-            live.edit_host(host, |h| {
-                h.acknowledged = Some(number);
-                h.refusal.clear();
-            });
+    async fn acknowledged(
+        &self,
+        host: &HostUid,
+        session: u64,
+        number: SetNumber,
+        known: Option<BTreeSet<String>>,
+    ) {
+        let current = self.0.edit_live(|live| {
+            self.0.sessions.lock().desk.acknowledged(live, host, session, number)
         });
+        if let Some(known) = known.filter(|_| current) {
+            let make = |view: &View| intake::never_there(view, host, number, &known);
+            self.0.keep_made(make).await;
+        }
     }
 
     fn refused(
         &self,
         host: &HostUid,
-        _session: u64,
+        session: u64,
         offered: SetNumber,
         held: Option<SetNumber>,
         verdict: SetVerdict,
     ) {
-        let words = format!(
-            "it refused set {}.{} ({}); it holds {}",
-            offered.epoch,
-            offered.generation,
-            verdict.as_str_name(),
-            held.map_or_else(|| "none".to_owned(), |h| format!("{}.{}", h.epoch, h.generation)),
-        );
-        self.0.edit_live(|live| live.edit_host(host, |h| h.refusal = words));
+        self.0.edit_live(|live| {
+            let sessions = self.0.sessions.lock();
+            sessions.desk.refused(live, (host, session), offered, held, verdict);
+        });
     }
 
     async fn trusts(&self, host: &HostUid, version: u64) {
-        let view = self.0.ledger.ahead();
-        if let Some(held) = view.host(host)
-            && held.record.trust_version < version
-            && let Ok(next) = held.edited(|r| r.trust_version = version)
-        {
-            self.0.keep(vec![Change::PutHost(Arc::new(next))]).await;
-        }
+        let make = |view: &View| intake::trusts(view, host, version).into_iter().collect();
+        self.0.keep_made(make).await;
     }
 
     fn clock(&self, host: &HostUid, _session: u64, offset_ms: i64) {
         self.0.edit_live(|live| {
-            live.edit_host(host, |h| {
-                h.clock_offset_ms = offset_ms;
-                h.last_seen = Some(wall_now());
-            });
+            self.0.sessions.lock().desk.clock(live, host, offset_ms, wall_now());
         });
     }
 
     async fn close(&self, host: &HostUid, session: u64) {
         let c = &self.0;
         c.hub.detach(host, session);
-        let last = {
+        let now = c.time();
+        c.edit_live(|live| {
+            // Under the lock of what is known live: a session that registers meanwhile has the last
+            // word.
             let mut sessions = c.sessions.lock();
-            let list = sessions.entry(host.clone()).or_default();
-            list.retain(|(id, _)| *id != session);
-            let last = list.is_empty();
-            if last {
-                sessions.remove(host);
-            }
-            last
-        };
-        if last {
-            let now = c.time().mono;
-            c.edit_live(|live| {
-                if live.presence(host) == Presence::Present {
-                    live.edit_host(host, |h| h.presence = Presence::Away(now));
-                }
-            });
-        }
+            sessions.orders.remove(&session);
+            sessions.desk.closed(live, host, session, now);
+        });
     }
-}
-
-/// Since a restore: what a host runs and the ledger does not know is kept as an orphan.
-fn orphans(
-    view: &berth_server_core::view::View,
-    host: &HostUid,
-    observed: &[ReplicaReport],
-) -> Vec<Change> {
-    let mut changes = Vec::new();
-    for report in observed {
-        let (Ok(uid), Ok(deployment)) = (report.replica_uid.parse(), report.deployment_uid.parse())
-        else {
-            continue;
-        };
-        if view.replica(&uid).is_some() {
-            continue;
-        }
-        changes.push(Change::PutReplica(Arc::new(Replica {
-            uid,
-            deployment,
-            slot: report.slot,
-            release: berth_proto::ids::ReleaseNumber(report.release),
-            host: host.clone(),
-            intent: ReplicaIntent::Orphan,
-            replaces: None,
-            stands_in_for: None,
-            created: wall_now(),
-            first_ready: None,
-            attempt_floor: 0,
-            exits: Vec::new(),
-            failed: false,
-            reason: "found after a restore".to_owned(),
-            revision: Revision(0),
-        })));
-    }
-    changes
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Options {
     /// Folder that holds the ledger, keys and blobs; made when it does not exist.
-    #[arg(long, env = "BERTHD_DATA_DIR", value_name = "DIR")]
+    #[arg(long, env = "BERTHD_DATA_DIR", value_name = "DIR", global = true)]
     pub data_dir: Option<PathBuf>,
     /// Address of the control and API door (gRPC for agents, `berth` and services).
     #[arg(long, env = "BERTHD_LISTEN", value_name = "ADDR:PORT")]
@@ -32,7 +32,8 @@ pub struct Options {
     #[arg(long, env = "BERTHD_ADVERTISE", value_name = "HOST", value_delimiter = ',')]
     pub advertise: Option<Vec<String>>,
     /// The operator's own certificate chain (PEM) for the registry door, so that docker needs no
-    /// extra root. Without it the cluster's own CA signs one.
+    /// extra root. Without it the cluster's own CA signs one; agents and `berth` are shown that one
+    /// in any case. A file that changes is read again within the hour.
     #[arg(long, env = "BERTHD_TLS_CERT", value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
     /// Key (PEM) of `--tls-cert`.

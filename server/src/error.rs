@@ -109,6 +109,16 @@ pub enum Error {
         /// What is not there.
         message: String,
     },
+    /// A host's agent says no.
+    #[error("{message}")]
+    Host {
+        /// As its agent said: what the caller should do next.
+        code: Code,
+        /// The agent's stable word.
+        reason: String,
+        /// Why, in the agent's words.
+        message: String,
+    },
     /// A wait ended.
     #[error("{0} took too long")]
     Deadline(&'static str),
@@ -164,6 +174,12 @@ impl fmt::Display for Kind {
     }
 }
 
+/// Whether a word has the form of our reasons, so that an agent puts no others into the answers.
+fn is_reason(word: &str) -> bool {
+    (1..=63).contains(&word.len())
+        && word.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_')
+}
+
 fn first_of(fields: &[FieldError]) -> String {
     let Some(first) = fields.first() else { return "the request is not valid".to_owned() };
     let more = match fields.len() {
@@ -198,6 +214,24 @@ impl Error {
     pub fn unavailable(reason: &'static str, message: impl Into<String>) -> Self {
         Self::Unavailable { reason, message: message.into() }
     }
+    /// What a host's agent answered, with its code and reason. An agent that tells no reason of ours,
+    /// or a code that says nothing to the caller, is one that cannot be asked now.
+    #[must_use]
+    pub fn of_host(status: &Status) -> Self {
+        let info = status.get_details_error_info().filter(|info| info.domain == DOMAIN);
+        let told = matches!(
+            status.code(),
+            Code::NotFound | Code::FailedPrecondition | Code::PermissionDenied | Code::Unavailable
+        );
+        match info {
+            Some(info) if told && is_reason(&info.reason) => Self::Host {
+                code: status.code(),
+                reason: info.reason,
+                message: status.message().to_owned(),
+            },
+            Some(_) | None => Self::unavailable("HOST_AWAY", status.message()),
+        }
+    }
     /// Something inside failed.
     pub fn internal(
         doing: &'static str,
@@ -220,9 +254,37 @@ impl Error {
             Self::Exhausted { .. } => Code::ResourceExhausted,
             Self::Gone { .. } => Code::OutOfRange,
             Self::Unavailable { .. } => Code::Unavailable,
+            Self::Host { code, .. } => *code,
             Self::Deadline(_) => Code::DeadlineExceeded,
             Self::Internal { .. } => Code::Internal,
         }
+    }
+
+    /// What programs may want to know besides the reason, under stable names.
+    fn metadata(&self) -> HashMap<String, String> {
+        let pairs: Vec<(&str, String)> = match self {
+            Self::NotFound { kind, name } | Self::Exists { kind, name } => {
+                vec![("kind", kind.to_string()), ("name", name.clone())]
+            }
+            Self::RevisionMismatch { kind, name, expected, found } => vec![
+                ("kind", kind.to_string()),
+                ("name", name.clone()),
+                ("expected", expected.to_string()),
+                ("found", found.to_string()),
+            ],
+            Self::Invalid(_)
+            | Self::Precondition { .. }
+            | Self::Unauthenticated { .. }
+            | Self::Denied { .. }
+            | Self::RequestReused(_)
+            | Self::Exhausted { .. }
+            | Self::Gone { .. }
+            | Self::Unavailable { .. }
+            | Self::Host { .. }
+            | Self::Deadline(_)
+            | Self::Internal { .. } => Vec::new(),
+        };
+        pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
     }
 
     /// The stable word programs go by.
@@ -240,6 +302,7 @@ impl Error {
             | Self::Exhausted { reason, .. }
             | Self::Gone { reason, .. }
             | Self::Unavailable { reason, .. } => (*reason).to_owned(),
+            Self::Host { reason, .. } => reason.clone(),
             Self::Deadline(_) => "DEADLINE".to_owned(),
             Self::Internal { .. } => "INTERNAL".to_owned(),
         }
@@ -264,7 +327,7 @@ impl fmt::Display for Chain<'_> {
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let mut details = ErrorDetails::new();
-        details.set_error_info(error.reason(), DOMAIN, HashMap::new());
+        details.set_error_info(error.reason(), DOMAIN, error.metadata());
         match &error {
             Error::Invalid(fields) => {
                 for field in fields {
@@ -287,10 +350,21 @@ impl From<Error> for Status {
             | Error::Denied { .. }
             | Error::RequestReused(_)
             | Error::Gone { .. }
+            | Error::Host { .. }
             | Error::Deadline(_) => {}
         }
         Status::with_error_details(error.code(), Chain(&error).to_string(), details)
     }
+}
+
+/// How a stream ends with an error after its headers were sent.
+#[must_use]
+pub fn trailers(error: Error) -> http::HeaderMap {
+    let mut map = http::HeaderMap::new();
+    if Status::from(error).add_header(&mut map).is_err() {
+        map.insert("grpc-status", http::HeaderValue::from(Code::Internal as i32));
+    }
+    map
 }
 
 #[cfg(test)]
@@ -310,6 +384,53 @@ mod tests {
     }
 
     #[test]
+    fn each_kind_of_error_has_the_details_programs_act_on() {
+        let details = |error: Error| Status::from(error).get_error_details();
+        let mismatch = details(Error::RevisionMismatch {
+            kind: Kind::Host,
+            name: "edge".into(),
+            expected: 3,
+            found: 7,
+        });
+        let info = mismatch.error_info().unwrap();
+        assert_eq!(info.reason, "REVISION_MISMATCH");
+        assert_eq!((&*info.metadata["expected"], &*info.metadata["found"]), ("3", "7"));
+        let first = details(Error::precondition("HOST_HAS_REPLICAS", "drain it first"));
+        let violation = &first.precondition_failure().unwrap().violations[0];
+        assert_eq!(
+            (&*violation.r#type, &*violation.description),
+            ("HOST_HAS_REPLICAS", "drain it first")
+        );
+        let later = details(Error::unavailable("LEDGER_BUSY", "too many writes are waiting"));
+        assert!(later.retry_info().unwrap().retry_delay.is_some());
+        assert!(details(Error::Deadline("a pull")).retry_info().is_none());
+    }
+
+    #[test]
+    fn what_a_host_says_is_handed_on_with_its_code_and_reason_and_nothing_else_is() {
+        let said = |code, reason: &str, domain: &str| {
+            let info = ErrorDetails::with_error_info(reason, domain, HashMap::new());
+            let status = Status::with_error_details(code, "words", info);
+            let error = Error::of_host(&status);
+            (error.code(), error.reason(), error.to_string())
+        };
+        let is = |code, reason: &str| (code, reason.to_owned(), "words".to_owned());
+        let forbidden = (Code::PermissionDenied, "EXEC_FORBIDDEN");
+        assert_eq!(said(forbidden.0, forbidden.1, DOMAIN), is(forbidden.0, forbidden.1));
+        // Codes of the link, words of others: the host cannot be asked now.
+        for (code, reason, domain) in [
+            (Code::Unauthenticated, "TOKEN_EXPIRED", DOMAIN),
+            (Code::PermissionDenied, "EXEC_FORBIDDEN", "elsewhere"),
+            (Code::PermissionDenied, "no reason\n", DOMAIN),
+            (Code::NotFound, "", DOMAIN),
+        ] {
+            assert_eq!(said(code, reason, domain), is(Code::Unavailable, "HOST_AWAY"));
+        }
+        let bare = Error::of_host(&Status::unknown("broken pipe"));
+        assert_eq!((bare.code(), bare.reason().as_str()), (Code::Unavailable, "HOST_AWAY"));
+    }
+
+    #[test]
     fn a_cause_is_printed_once() {
         let cause = std::io::Error::other("disk is gone");
         let error = Error::internal("cannot read the blob", cause);
@@ -322,5 +443,6 @@ mod tests {
         assert_eq!(status.message(), "deployment \"iris\" does not exist");
         let info = status.get_error_details().error_info().unwrap().clone();
         assert_eq!((info.reason.as_str(), info.domain.as_str()), ("DEPLOYMENT_NOT_FOUND", "berth"));
+        assert_eq!(info.metadata["name"], "iris");
     }
 }

@@ -6,14 +6,17 @@
 
 pub mod api;
 pub mod args;
+pub mod backup;
 pub mod cluster;
 pub mod config;
 pub mod doors;
 pub mod error;
 pub mod gateway;
+pub mod history;
 pub mod identity;
 pub mod ledger;
 pub mod page;
+pub mod planning;
 pub mod registry;
 pub mod resolve;
 pub mod run;

@@ -3,6 +3,7 @@
 use crate::cluster::Cluster;
 use crate::error::{Error, FieldError, Kind};
 use crate::registry::Registry;
+use crate::registry::errors::RegistryError;
 use crate::registry::names::{Reference, RepoName};
 use berth_proto::api::{ModelVersion, ModelVersionKind};
 use berth_proto::ids::Digest;
@@ -60,7 +61,7 @@ pub fn is_model_name(name: &str) -> bool {
     segments.len() <= 4 && segments.iter().all(|s| berth_proto::ids::is_name(s))
 }
 
-/// The version a reference names.
+/// The version a reference names; `path`: where the reference was written.
 ///
 /// # Errors
 /// When there is none, with what there is.
@@ -68,10 +69,11 @@ pub fn find_version(
     view: &View,
     namespace: &str,
     reference: &str,
+    path: &str,
 ) -> Result<(String, ModelVersion), Error> {
     let Some(asked) = read_model(reference) else {
         return Err(Error::field(
-            "model",
+            path,
             format!(
                 "\"{reference}\" is not a model reference; write NAME, NAME:VERSION or NAME@ALIAS"
             ),
@@ -124,7 +126,7 @@ pub async fn source(
         Error::precondition(
             "IMAGE_NOT_FOUND",
             format!(
-                "image \"{image}\" is not in the registry; push it with `berth image push` or docker push"
+                "{path}spec.image: image \"{image}\" is not in the registry; push it with `berth image push` or docker push"
             ),
         )
     };
@@ -139,28 +141,32 @@ pub async fn source(
                     ),
                 }])
             })?;
-            let image = image(&cluster.registry, &own).await?.ok_or_else(|| pushed(reference))?;
+            let field = format!("{path}spec.image");
+            let image = image(&cluster.registry, &own, &field).await?;
+            let image = image.ok_or_else(|| pushed(reference))?;
             let words = format!("{}@{}", image.repository, image.digest);
             Ok((ResolvedSource { image, artifact: None }, words))
         }
         Source::Model(reference) => {
-            let (_, version) = find_version(view, namespace, reference).map_err(|error| {
-                let Error::NotFound { kind, name } = error else { return error };
-                let reason = if kind == Kind::Model {
-                    "MODEL_NOT_FOUND"
-                } else if kind == Kind::Alias {
-                    "ALIAS_NOT_FOUND"
-                } else {
-                    "VERSION_NOT_FOUND"
-                };
-                Error::precondition(
-                    reason,
-                    format!(
-                        "{path}spec.model: {kind} \"{name}\" does not exist; \
+            let field = format!("{path}spec.model");
+            let (_, version) =
+                find_version(view, namespace, reference, &field).map_err(|error| {
+                    let Error::NotFound { kind, name } = error else { return error };
+                    let reason = if kind == Kind::Model {
+                        "MODEL_NOT_FOUND"
+                    } else if kind == Kind::Alias {
+                        "ALIAS_NOT_FOUND"
+                    } else {
+                        "VERSION_NOT_FOUND"
+                    };
+                    Error::precondition(
+                        reason,
+                        format!(
+                            "{path}spec.model: {kind} \"{name}\" does not exist; \
                          `berth model push` registers one"
-                    ),
-                )
-            })?;
+                        ),
+                    )
+                })?;
             let words = format!("{}:{}@{}", version.model, version.version, version.digest);
             let digest: Digest = version
                 .digest
@@ -168,7 +174,8 @@ pub async fn source(
                 .map_err(|e| Error::internal("cannot read a stored digest", e))?;
             if version.kind() == ModelVersionKind::Image {
                 let own = format!("{}@{digest}", version.repository);
-                let image = image(&cluster.registry, &own).await?.ok_or_else(|| pushed(&own))?;
+                let image = image(&cluster.registry, &own, &field).await?;
+                let image = image.ok_or_else(|| pushed(&own))?;
                 return Ok((ResolvedSource { image, artifact: None }, words));
             }
             let runtime = spec.runtime.clone().unwrap_or_else(|| version.format.clone());
@@ -179,7 +186,8 @@ pub async fn source(
                 }
                 other => format!("runtimes/{other}:latest"),
             };
-            let image = image(&cluster.registry, &reference).await?.ok_or_else(|| {
+            let field = format!("{path}spec.runtime");
+            let image = image(&cluster.registry, &reference, &field).await?.ok_or_else(|| {
                 Error::precondition(
                     "RUNTIME_NOT_FOUND",
                     format!(
@@ -201,6 +209,16 @@ pub async fn source(
     }
 }
 
+/// The repositories that whoever wrote the spec has chosen; a runtime by its short name is the
+/// server's choice.
+#[must_use]
+pub fn chosen(spec: &DeploymentSpec, resolved: &ResolvedSource) -> Vec<RepoName> {
+    let artifact = resolved.artifact.as_ref().map(|artifact| artifact.repository.as_str());
+    let named = spec.runtime.as_ref().is_some_and(|runtime| runtime.contains([':', '/']));
+    let image = (artifact.is_none() || named).then_some(resolved.image.repository.as_str());
+    artifact.into_iter().chain(image).filter_map(|name| RepoName::parse(name).ok()).collect()
+}
+
 /// The reference inside our own registry, when the registry part is ours or absent.
 fn own_image(cluster: &Cluster, reference: &str) -> Option<String> {
     match reference.split_once('/') {
@@ -211,11 +229,19 @@ fn own_image(cluster: &Cluster, reference: &str) -> Option<String> {
     }
 }
 
-/// Pins an image of our own registry; `None`: it is not there.
+/// The largest image configuration that is read: whatever a manifest calls its configuration is read
+/// into memory, and real ones have some ten KiB.
+const MAX_CONFIG_BYTES: u64 = 4 * 1024 * 1024;
+
+/// Pins an image of our own registry; `None`: it is not there. `path`: where its reference was written.
 ///
 /// # Errors
 /// When what is there is no image.
-pub async fn image(registry: &Registry, reference: &str) -> Result<Option<ResolvedImage>, Error> {
+pub async fn image(
+    registry: &Registry,
+    reference: &str,
+    path: &str,
+) -> Result<Option<ResolvedImage>, Error> {
     let (repository, tail) = match reference.split_once('@') {
         Some((name, digest)) => (name, digest.to_owned()),
         None => match reference.rsplit_once(':') {
@@ -224,9 +250,14 @@ pub async fn image(registry: &Registry, reference: &str) -> Result<Option<Resolv
         },
     };
     let (Ok(repo), Ok(asked)) = (RepoName::parse(repository), Reference::parse(&tail)) else {
-        return Err(Error::field("image", format!("\"{reference}\" is not an image reference")));
+        return Err(Error::field(path, format!("\"{reference}\" is not an image reference")));
     };
-    let Ok(top) = registry.manifest(&repo, &asked).await else { return Ok(None) };
+    // With a lease: what is pinned now must outlive a collection that runs before the release is kept.
+    let top = match registry.renew_manifest(&repo, &asked).await {
+        Ok(top) => top,
+        Err(RegistryError::ManifestUnknown(_) | RegistryError::NameUnknown(_)) => return Ok(None),
+        Err(error) => return Err(Error::internal("cannot read an image's manifest", error)),
+    };
     let bad =
         |what: &'static str| Error::precondition("NOT_AN_IMAGE", format!("\"{reference}\" {what}"));
     let json: Value = serde_json::from_slice(&top.bytes).map_err(|_| bad("is not JSON"))?;
@@ -239,7 +270,7 @@ pub async fn image(registry: &Registry, reference: &str) -> Result<Option<Resolv
                 continue;
             }
             let Ok(reference) = Reference::parse(digest) else { continue };
-            let Ok(one) = registry.manifest(&repo, &reference).await else { continue };
+            let Ok(one) = registry.renew_manifest(&repo, &reference).await else { continue };
             platforms.extend(platform(registry, &repo, &one.digest, &one.bytes).await);
         }
     } else {
@@ -264,7 +295,9 @@ async fn platform(
 ) -> Option<PlatformImage> {
     let json: Value = serde_json::from_slice(manifest).ok()?;
     let config_digest: Digest = json["config"]["digest"].as_str()?.parse().ok()?;
-    registry.blob_size(repo, &config_digest, false).await.ok()?;
+    if registry.blob_size(repo, &config_digest, true).await.ok()? > MAX_CONFIG_BYTES {
+        return None;
+    }
     let bytes = tokio::fs::read(registry.blob_path(&config_digest)).await.ok()?;
     let config: Value = serde_json::from_slice(&bytes).ok()?;
     let size = json["layers"].as_array()?.iter().filter_map(|l| l["size"].as_u64()).sum();

@@ -1,23 +1,27 @@
 //! The server as a whole: opens the data folder, the ledger and the doors, and ends cleanly.
 
-use crate::api::{Api, auth};
+use crate::api::users::is_admin;
+use crate::api::{Api, auth, standing};
 use crate::cluster::{Cluster, Parts, wall_now};
 use crate::config::Settings;
-use crate::doors;
+use crate::doors::certificates::{Certificates, Internal, Operators};
+use crate::doors::{self, Speaks};
+use crate::gateway;
 use crate::gateway::forward::Forwarder;
 use crate::gateway::http::{Gateway, router as gateway_router};
 use crate::gateway::route::Routes;
 use crate::identity::ca::Ca;
 use crate::ledger::Ledger;
+use crate::planning;
 use crate::registry::access::PeerCertificates;
 use crate::registry::{self, Registry};
-use crate::store::Store;
-use crate::store::folder::Folder;
-use crate::store::sled::Embedded;
+use crate::store::embedded::{Embedded, told_of_fall_back};
+use crate::store::folder::{Folder, free_bytes};
+use crate::store::{Store, StoreError};
 use crate::tasks;
 use anyhow::Context as _;
 use axum::extract::Request;
-use axum::middleware::Next;
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use berth_proto::agent::agent_service_server::AgentServiceServer;
 use berth_proto::agent::join_service_server::JoinServiceServer;
 use berth_proto::api::deployment_service_server::DeploymentServiceServer;
@@ -33,26 +37,31 @@ use berth_proto::record::{Meta, UserRecord};
 use berth_proto::tls::{ALPN_H2, ALPN_REVERSE, SpiffeId, Subject};
 use berth_server_core::batching::Proposal;
 use berth_server_core::change::Change;
+use berth_server_core::restore;
 use berth_server_core::view::View;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tonic::service::Routes as GrpcRoutes;
 
 /// The first admin's certificate.
 const ADMIN_DAYS: i64 = 3650;
+/// What a start writes, with room to spare: contexts, and what was not materialised yet.
+const START_BYTES: u64 = 512 * 1024;
 /// Largest message on the control door: an apply of 500 deployments, or a version of 10,000 files.
 const MAX_MESSAGE: usize = 4 * 1024 * 1024;
+/// Largest message of an agent, as the contract says.
+const MAX_AGENT_MESSAGE: usize = 1024 * 1024;
 
 /// Runs the server until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// When it cannot start, or its store fails.
 pub async fn run(settings: Settings) -> anyhow::Result<()> {
-    let folder = Folder::open(&settings.data_dir)?;
-    folder.ballast(settings.ballast_bytes)?;
+    let folder = Arc::new(Folder::open(&settings.data_dir)?);
+    let cramped = cramped(&folder, settings.ballast_bytes)?;
     let ca = Ca::open(folder.path())?;
     let (store, opened) = Embedded::open(&folder.path().join("ledger"))?;
     if let Some(why) = &opened.rebuilt {
@@ -80,34 +89,43 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let addresses =
         [control.local_addr()?, blobs.local_addr()?, gate.local_addr()?, pages.local_addr()?];
     let ports = addresses.map(|a| a.port());
-    first_records(&ledger, &ca, opened.fell_back.is_some()).await?;
+    let first =
+        ["admin.toml", "admin.written"].iter().all(|name| !folder.path().join(name).exists());
+    first_records(&ledger, &ca, opened.fell_back.is_some(), first).await?;
+    told_of_fall_back(&folder.path().join("ledger"))?;
     let parts = Parts { ledger, ca, registry, settings, ports };
     let cluster = Arc::new(Cluster::new(parts));
+    cluster.tell_addresses().await.context("cannot keep the server's addresses")?;
+    cluster.cramped.store(cramped, Ordering::Relaxed);
 
     let mut names = cluster.settings.advertise.clone();
     names.extend(["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()]);
     names.dedup();
-    let (certificate, key) = cluster.ca.server(&names)?;
-    let roots = cluster.ca.root_pem();
-    let control_tls = doors::server_config(&certificate, &key, roots, &[ALPN_H2, ALPN_REVERSE])?;
-    let https: &[&[u8]] = &[ALPN_H2, b"http/1.1"];
-    let gateway_tls = doors::server_config(&certificate, &key, roots, https)?;
-    let registry_tls = match &cluster.settings.registry_tls {
-        None => Arc::clone(&gateway_tls),
-        Some((cert, key)) => {
-            let read = |path: &Path| {
-                std::fs::read_to_string(path)
-                    .with_context(|| format!("cannot read {}", path.display()))
-            };
-            doors::server_config(&read(cert)?, &read(key)?, roots, https)?
-        }
+    let internal = Arc::new(Internal::new(&cluster.ca, names)?);
+    let operators = match &cluster.settings.registry_tls {
+        None => None,
+        Some((certificate, key)) => Some(Arc::new(Operators::read(certificate, key)?)),
     };
+    let plain = Certificates { internal: Arc::clone(&internal), operators: None };
+    let with_operators = Certificates { operators: operators.clone(), ..plain.clone() };
+    let roots = cluster.ca.root_pem();
+    let tls = |certificates: &Certificates, alpn: &[&[u8]], speaks| {
+        doors::server_config(certificates.clone(), roots, alpn, speaks)
+    };
+    let https: &[&[u8]] = &[ALPN_H2, b"http/1.1"];
+    let control_tls = tls(&plain, &[ALPN_H2, ALPN_REVERSE], Speaks::Ours)?;
+    let gateway_tls = tls(&plain, https, Speaks::Anybody)?;
+    let registry_tls = tls(&with_operators, https, Speaks::Anybody)?;
 
-    let (stop_tx, stop) = watch::channel(false);
+    let stop = cluster.stopping();
     let routes = Arc::new(Routes::default());
     let mut work = tokio::task::JoinSet::new();
-    work.spawn(tasks::plan(Arc::clone(&cluster), stop.clone()));
+    work.spawn(planning::run(Arc::clone(&cluster), stop.clone()));
     work.spawn(tasks::sets(Arc::clone(&cluster), stop.clone()));
+    work.spawn(tasks::revocations(Arc::clone(&cluster), stop.clone()));
+    work.spawn(tasks::certificates(Arc::clone(&cluster), with_operators, stop.clone()));
+    work.spawn(tasks::sweep(Arc::clone(&cluster), stop.clone()));
+    work.spawn(tasks::space(Arc::clone(&cluster), Arc::clone(&folder), stop.clone()));
     work.spawn(tasks::routes(Arc::clone(&cluster), Arc::clone(&routes), stop.clone()));
 
     let keeper = Arc::new(auth::Doorkeeper(Arc::clone(&cluster)));
@@ -116,14 +134,17 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     work.spawn(sort(Arc::clone(&cluster), entered, calls_tx));
     work.spawn(doors::serve_http("control", calls, control_router(&cluster).await?, stop.clone()));
 
+    let ending = |refuse| standing::Door { cluster: Arc::clone(&cluster), refuse };
     let entered = doors::accept("registry", blobs, registry_tls, stop.clone());
     let router = registry::router(cluster.registry.clone(), keeper.clone(), keeper.clone())
-        .layer(axum::middleware::from_fn(pass_certificates));
+        .layer(from_fn(pass_certificates))
+        .layer(from_fn_with_state(ending(registry::ended), standing::keep));
     work.spawn(doors::serve_http("registry", entered, router, stop.clone()));
 
     let entered = doors::accept("gateway", gate, Arc::clone(&gateway_tls), stop.clone());
-    let forwarder = Forwarder { routes, hub: cluster.hub.clone() };
-    let router = gateway_router(Gateway { forwarder, guard: keeper.clone() });
+    let forwarder = Forwarder::new(routes, cluster.hub.clone());
+    let router = gateway_router(Gateway { forwarder, guard: keeper.clone() })
+        .layer(from_fn_with_state(ending(gateway::ended), standing::keep));
     work.spawn(doors::serve_http("gateway", entered, router, stop.clone()));
 
     let entered = doors::accept("page", pages, gateway_tls, stop.clone());
@@ -149,13 +170,24 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         _ = failed.wait_for(|failed| *failed) => Err(anyhow::anyhow!("the ledger's store has failed")),
     };
     tracing::info!("stopping; containers go on");
-    stop_tx.send_replace(true);
+    cluster.stop();
     let _ = tokio::time::timeout(Duration::from_secs(10), async {
         while work.join_next().await.is_some() {}
     })
     .await;
     cluster.ledger.checkpoint().await;
     ended
+}
+
+/// Makes the ballast, or gives it up where a start would find no room; answers whether there is too
+/// little room for it.
+fn cramped(folder: &Folder, ballast_bytes: u64) -> Result<bool, StoreError> {
+    let free = free_bytes(folder.path())?;
+    if free < START_BYTES && folder.release_ballast()? {
+        tracing::error!("the disk is full; the ballast is given up");
+        return Ok(true);
+    }
+    Ok(!folder.ballast(ballast_bytes)? && free < ballast_bytes)
 }
 
 /// Tells HTTP/2 from reverse connections by what was agreed in the handshake.
@@ -226,25 +258,30 @@ async fn control_router(cluster: &Arc<Cluster>) -> anyhow::Result<axum::Router> 
         .add_service(bounded!(UserServiceServer))
         .add_service(bounded!(SystemServiceServer))
         .add_service(bounded!(JoinServiceServer))
-        .add_service(bounded!(AgentServiceServer));
+        // Agents page what is larger.
+        .add_service(
+            AgentServiceServer::new(api.clone()).max_decoding_message_size(MAX_AGENT_MESSAGE),
+        );
     Ok(grpc
         .routes()
         .prepare()
         .into_axum_router()
-        .layer(axum::middleware::from_fn_with_state(Arc::clone(cluster), auth::check)))
+        .layer(from_fn_with_state(Arc::clone(cluster), auth::check)))
 }
 
 /// The records a new cluster begins with, and the epoch after a fallback.
-async fn first_records(ledger: &Ledger, ca: &Ca, fell_back: bool) -> anyhow::Result<()> {
+///
+/// `first`: the folder holds no context of an admin, and no note that there was one. Whoever has the
+/// folder gets one made anew then, also where nobody is left who may do everything.
+async fn first_records(
+    ledger: &Ledger,
+    ca: &Ca,
+    fell_back: bool,
+    first: bool,
+) -> anyhow::Result<()> {
     let view = ledger.view();
     let mut changes = Vec::new();
-    if view.cluster.uid.is_empty() || fell_back {
-        let mut record = view.cluster.clone();
-        record.uid = ca.cluster().to_string();
-        let seconds = u64::try_from(wall_now().0 / 1000).unwrap_or(0);
-        record.epoch = (record.epoch + 1).max(seconds);
-        record.trust_version = record.trust_version.max(1);
-        record.observing |= fell_back;
+    if let Some(record) = restore::begun(&view.cluster, ca.cluster(), fell_back, wall_now()) {
         if fell_back {
             tracing::error!(
                 epoch = record.epoch,
@@ -253,7 +290,8 @@ async fn first_records(ledger: &Ledger, ca: &Ca, fell_back: bool) -> anyhow::Res
         }
         changes.push(Change::PutCluster(record));
     }
-    if view.cluster.uid.is_empty() {
+    let admin = view.user("admin").is_some_and(|kept| is_admin(&kept.record));
+    if view.cluster.uid.is_empty() || (first && !admin) {
         let now = wall_now().0;
         changes.push(Change::PutUser(Arc::new(UserRecord {
             meta: Some(Meta {
@@ -282,7 +320,9 @@ async fn first_records(ledger: &Ledger, ca: &Ca, fell_back: bool) -> anyhow::Res
 fn write_contexts(cluster: &Cluster, addresses: &[std::net::SocketAddr; 4]) -> anyhow::Result<()> {
     let folder = &cluster.settings.data_dir;
     let admin = folder.join("admin.toml");
-    if !admin.exists() {
+    // Once: an operator who takes the file away, or its key from the machine, is not given it again.
+    let written = folder.join("admin.written");
+    if !admin.exists() && !written.exists() {
         let name: Name = "admin".parse()?;
         let (certificate, key) = cluster.ca.user(&name, ADMIN_DAYS)?;
         let quoted = |text: &str| toml::Value::String(text.to_owned()).to_string();
@@ -308,6 +348,9 @@ fn write_contexts(cluster: &Cluster, addresses: &[std::net::SocketAddr; 4]) -> a
         file.sync_all()?;
         std::fs::rename(&partial, &admin)?;
     }
+    if !written.exists() {
+        std::fs::write(&written, b"")?;
+    }
     let doors = serde_json::json!({
         "control": addresses[0].to_string(),
         "registry": addresses[1].to_string(),
@@ -319,3 +362,7 @@ fn write_contexts(cluster: &Cluster, addresses: &[std::net::SocketAddr; 4]) -> a
     std::fs::rename(&partial, folder.join("doors.json"))?;
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

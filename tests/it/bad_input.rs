@@ -155,3 +155,27 @@ fn acknowledged_writes_survive_kill_9() {
         }
     }
 }
+
+#[test]
+fn what_takes_something_away_is_asked_about_and_nobody_to_ask_is_a_no() {
+    let cluster = Cluster::start().unwrap();
+    cluster.berth_ok(&["user", "create", "vera"]).unwrap();
+    for args in [
+        &["user", "revoke", "vera"][..],
+        &["rm", "web"],
+        &["host", "drain", "edge"],
+        &["host", "rm", "edge"],
+        &["model", "rm", "iris:1"],
+        &["model", "unalias", "iris", "best"],
+    ] {
+        told(&cluster.berth(args).unwrap(), 1, &["nobody can be asked", "--yes"]);
+    }
+    let revoked = || {
+        let users = cluster.berth_json(&["user", "list"]).unwrap();
+        let vera = users.as_array().unwrap().iter().find(|u| u["name"] == "vera").cloned();
+        vera.unwrap()["revoked"].as_bool().unwrap()
+    };
+    assert!(!revoked(), "nothing was written");
+    cluster.berth_ok(&["user", "revoke", "vera", "--yes"]).unwrap();
+    assert!(revoked());
+}

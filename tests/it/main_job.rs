@@ -2,38 +2,8 @@
 //! prediction and watched; then agent and server are killed, and nothing that runs is touched.
 
 use anyhow::{Context as _, Result, ensure};
-use berth_tests::{Cluster, PATIENCE, bin_dir, docker_containers, eventually, has_docker, root};
-use std::process::Command;
-
-fn docker(args: &[&str]) -> Result<String> {
-    let output = Command::new("docker").args(args).output()?;
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "docker {args:?}: {error}");
-    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
-}
-
-/// A cluster with one agent and the ONNX runtime's image in its registry.
-fn ready_cluster() -> Result<Cluster> {
-    let mut cluster = Cluster::start()?;
-    cluster.add_agent("one", &[])?;
-    let binary = bin_dir()?.join("../x86_64-unknown-linux-musl/release/berth-runtime");
-    let context = cluster.dir.path().join("image");
-    std::fs::create_dir(&context)?;
-    std::fs::copy(&binary, context.join("berth-runtime"))
-        .with_context(|| format!("{} is not built; run tests/run", binary.display()))?;
-    std::fs::copy(root().join("deploy/runtime/Dockerfile"), context.join("Dockerfile"))?;
-    let tag = format!("berth-it/onnx:{}", std::process::id());
-    docker(&["build", "-q", "-t", &tag, context.to_str().context("a path")?])?;
-    let pushed = cluster.berth_ok(&["image", "push", &tag, "runtimes/onnx:latest"]);
-    docker(&["rmi", "-f", &tag])?;
-    pushed?;
-    Ok(cluster)
-}
-
-fn model(name: &str, file: &str) -> Result<String> {
-    let path = root().join("deploy/models").join(name).join(file);
-    path.to_str().map(str::to_owned).context("a path")
-}
+use berth_tests::samples::{model, onnx_cluster};
+use berth_tests::{Cluster, PATIENCE, docker, docker_containers, eventually, has_docker, root};
 
 fn ready(cluster: &Cluster, number: usize) -> Result<()> {
     eventually("the replicas are ready", PATIENCE, || {
@@ -55,7 +25,7 @@ fn a_model_is_packaged_pushed_deployed_asked_and_watched_and_survives_its_keeper
     if !has_docker("main_job") {
         return;
     }
-    let mut cluster = ready_cluster().unwrap();
+    let mut cluster = onnx_cluster().unwrap();
     let uid = cluster.uid().unwrap();
     let file = model("iris", "model.onnx").unwrap();
     cluster.berth_ok(&["model", "push", "iris:1", &file, "--alias", "champion"]).unwrap();
@@ -136,7 +106,7 @@ fn a_release_that_never_becomes_ready_rolls_back_and_the_good_one_is_not_touched
     if !has_docker("rollback") {
         return;
     }
-    let cluster = ready_cluster().unwrap();
+    let cluster = onnx_cluster().unwrap();
     let uid = cluster.uid().unwrap();
     let file = model("iris", "model.onnx").unwrap();
     cluster.berth_ok(&["model", "push", "iris:1", &file]).unwrap();

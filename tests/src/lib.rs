@@ -4,6 +4,14 @@
 //! machine's own Docker engine; everything it made is gone when it is dropped. Waiting is always for
 //! a level ("three replicas are ready"), never for a time, and always with a deadline.
 
+pub mod bench;
+pub mod disk;
+pub mod events;
+pub mod hosts;
+pub mod samples;
+pub mod sim;
+pub mod stand_in;
+
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -60,16 +68,38 @@ pub fn root() -> PathBuf {
 /// # Errors
 /// When it was not built.
 pub fn command(name: &str) -> Result<Command> {
-    let path = bin_dir()?.join(name);
+    command_of(&bin_dir()?, name)
+}
+
+/// A command of the build in a folder.
+fn command_of(folder: &Path, name: &str) -> Result<Command> {
+    let path = folder.join(name);
     if !path.exists() {
         bail!("{} is not built; run tests/run, or: cargo build --workspace", path.display());
     }
     Ok(Command::new(path))
 }
 
+/// The only child of a process that runs another in namespaces of its own.
+fn child_of(id: u32) -> Result<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"))?;
+    children.trim().parse().with_context(|| format!("process {id} has not one child: {children}"))
+}
+
+/// Sends a signal, by its name without SIG.
+fn signal(id: u32, name: &str) -> Result<()> {
+    let sent = Command::new("kill").args([&format!("-{name}"), &id.to_string()]).status()?;
+    if !sent.success() {
+        bail!("process {id} does not take SIG{name}");
+    }
+    Ok(())
+}
+
 /// A child process that is ended when it is dropped.
 pub struct Process {
     child: Child,
+    /// The process that signals are for, when the child only carries it into namespaces.
+    within: Option<u32>,
     /// Where its output goes.
     pub log: PathBuf,
 }
@@ -87,19 +117,56 @@ impl Process {
             .stderr(file)
             .spawn()
             .with_context(|| format!("cannot start {command:?}"))?;
-        Ok(Self { child, log: log.to_owned() })
+        Ok(Self { child, within: None, log: log.to_owned() })
+    }
+
+    /// Starts `command`, which carries another program into namespaces (`nsenter`); signals are for
+    /// that one.
+    ///
+    /// # Errors
+    /// When it cannot be started or ends at once.
+    pub fn start_within(command: &mut Command, log: &Path) -> Result<Self> {
+        let mut process = Self::start(command, log)?;
+        let within =
+            eventually("the program has been started", PATIENCE, || child_of(process.child.id()));
+        process.within = Some(within.map_err(|error| error.context(process.tail()))?);
+        Ok(process)
     }
 
     /// Its process id.
     #[must_use]
     pub fn id(&self) -> u32 {
-        self.child.id()
+        self.within.unwrap_or_else(|| self.child.id())
     }
 
     /// SIGKILL, and its end.
     pub fn kill(&mut self) {
-        let _ = self.child.kill();
+        // Not once it has ended: its number may be another's.
+        if self.within.is_some() && self.is_running() {
+            let _ = signal(self.id(), "KILL");
+            // A carrier stops with what it carries.
+            let _ = signal(self.child.id(), "CONT");
+        } else {
+            let _ = self.child.kill();
+        }
         let _ = self.child.wait();
+    }
+
+    /// SIGSTOP: it hangs until it is thawed.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn freeze(&self) -> Result<()> {
+        signal(self.id(), "STOP")
+    }
+
+    /// SIGCONT.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn thaw(&self) -> Result<()> {
+        signal(self.id(), "CONT")?;
+        signal(self.child.id(), "CONT")
     }
 
     /// SIGTERM, and its end within `deadline`.
@@ -107,8 +174,7 @@ impl Process {
     /// # Errors
     /// When it does not end in time.
     pub fn terminate(&mut self, deadline: Duration) -> Result<std::process::ExitStatus> {
-        let id = self.child.id().to_string();
-        Command::new("kill").args(["-TERM", &id]).status()?;
+        signal(self.id(), "TERM")?;
         eventually("the process ends after SIGTERM", deadline, || {
             self.child.try_wait()?.context("it still runs")
         })
@@ -141,7 +207,13 @@ pub struct Cluster {
     server: Option<Process>,
     agents: Vec<(String, Process)>,
     server_args: Vec<String>,
+    address: String,
+    /// Where `berthd` is; the build that is tested unless it was rolled.
+    build: PathBuf,
 }
+
+/// Where servers listen unless a test says otherwise.
+const LOOPBACK: &str = "127.0.0.1";
 
 impl Cluster {
     /// A running server on free ports, without agents.
@@ -157,9 +229,36 @@ impl Cluster {
     /// # Errors
     /// When it does not come up.
     pub fn start_with(args: &[&str]) -> Result<Self> {
+        Self::start_at(LOOPBACK, args)
+    }
+
+    /// The same, listening at another address than loopback.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_at(address: &str, args: &[&str]) -> Result<Self> {
+        Self::prepared(address, args, |_| Ok(()))
+    }
+
+    /// The same on loopback, after the server's folder, which does not exist yet, was prepared.
+    ///
+    /// # Errors
+    /// When it cannot be prepared, or the server does not come up.
+    pub fn start_on(args: &[&str], prepare: impl FnOnce(&Path) -> Result<()>) -> Result<Self> {
+        Self::prepared(LOOPBACK, args, prepare)
+    }
+
+    fn prepared(
+        address: &str,
+        args: &[&str],
+        prepare: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("berth-it-").tempdir()?;
         let server_args = args.iter().map(ToString::to_string).collect();
-        let mut cluster = Self { dir, server: None, agents: Vec::new(), server_args };
+        let address = address.to_owned();
+        let (server, agents, build) = (None, Vec::new(), bin_dir()?);
+        let mut cluster = Self { dir, server, agents, server_args, address, build };
+        prepare(&cluster.server_dir())?;
         cluster.start_server()?;
         Ok(cluster)
     }
@@ -168,6 +267,11 @@ impl Cluster {
     #[must_use]
     pub fn server_dir(&self) -> PathBuf {
         self.dir.path().join("server")
+    }
+
+    /// Where the ids of images are noted that a test has made for this cluster, one a line.
+    pub(crate) fn made_images(&self) -> PathBuf {
+        self.dir.path().join("made-images")
     }
 
     /// An agent's folder.
@@ -181,9 +285,11 @@ impl Cluster {
     /// # Errors
     /// When it does not come up.
     pub fn start_server(&mut self) -> Result<()> {
-        let mut command = command("berthd")?;
+        let mut command = command_of(&self.build, "berthd")?;
         command.arg("--data-dir").arg(self.server_dir()).args(["--ballast-mib", "1"]);
         command.args(["--ping-seconds", "1", "--idle-seconds", "4"]);
+        // How full the machine's disk is, is not what is tested.
+        command.args(["--min-free-percent", "0"]);
         command.args(&self.server_args);
         let doors = self.server_dir().join("doors.json");
         let before: Option<Value> =
@@ -195,7 +301,11 @@ impl Cluster {
             ("--page-listen", "page"),
         ] {
             let held = before.as_ref().and_then(|b| b[key].as_str());
-            command.args([flag, held.unwrap_or("127.0.0.1:0")]);
+            let any = format!("{}:0", self.address);
+            command.args([flag, held.unwrap_or(&any)]);
+        }
+        if self.address != LOOPBACK {
+            command.args(["--advertise", &self.address]);
         }
         std::fs::remove_file(&doors).ok();
         let process = Process::start(&mut command, &self.dir.path().join("berthd.log"))?;
@@ -207,6 +317,16 @@ impl Cluster {
             std::fs::read(&doors).context("no doors yet")
         });
         up.map(|_| ()).map_err(|error| error.context(process.tail()))
+    }
+
+    /// Ends the server and starts that of another build on what it has left.
+    ///
+    /// # Errors
+    /// When it does not end or does not come up.
+    pub fn roll_server(&mut self, build: &Path) -> Result<()> {
+        self.server().terminate(PATIENCE)?;
+        self.build = build.to_owned();
+        self.start_server()
     }
 
     /// The server's process.
@@ -266,8 +386,13 @@ impl Cluster {
         let log = self.dir.path().join(format!("agent-{name}.log"));
         let process = Process::start(&mut command, &log)?;
         self.agents.retain(|(held, _)| held != name);
-        self.agents.push((name.to_owned(), process));
+        self.adopt_agent(name, process);
         Ok(())
+    }
+
+    /// Takes over an agent that was started otherwise.
+    pub fn adopt_agent(&mut self, name: &str, process: Process) {
+        self.agents.push((name.to_owned(), process));
     }
 
     /// An agent's process.
@@ -344,9 +469,12 @@ impl Drop for Cluster {
         if let Some(server) = &mut self.server {
             server.kill();
         }
-        // What the cluster's label names, and nothing else.
-        if let Ok(uid) = uid {
-            let _ = docker_remove(&uid);
+        // What the cluster's label names, and nothing else. Without an agent here there is nothing.
+        if let Ok(uid) = uid
+            && !self.agents.is_empty()
+        {
+            let made = std::fs::read_to_string(self.made_images()).unwrap_or_default();
+            let _ = docker_remove(&uid, &made);
         }
     }
 }
@@ -357,9 +485,22 @@ pub fn has_docker(test: &str) -> bool {
     let answers =
         Command::new("docker").arg("version").output().is_ok_and(|output| output.status.success());
     if !answers {
+        assert!(std::env::var_os("CI").is_none(), "{test}: no Docker engine answers");
         println!("{test}: skipped, no Docker engine answers");
     }
     answers
+}
+
+/// Runs `docker`; what it prints, trimmed.
+///
+/// # Errors
+/// When it fails.
+pub fn docker(args: &[&str]) -> Result<String> {
+    let output = Command::new("docker").args(args).output()?;
+    if !output.status.success() {
+        bail!("docker {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
 /// The ids of all containers of a cluster, running or not.
@@ -377,22 +518,32 @@ pub fn docker_containers(cluster: &str, only_running: bool) -> Result<Vec<String
     Ok(String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect())
 }
 
-/// Removes all containers of a cluster, its network, and images that nobody uses any more.
+/// Removes all containers of a cluster, its network, and the names our agents gave their images and
+/// those that were `made` for it (ids, one a line).
 ///
 /// # Errors
 /// When docker fails.
-pub fn docker_remove(cluster: &str) -> Result<()> {
+pub fn docker_remove(cluster: &str, made: &str) -> Result<()> {
     let ids = docker_containers(cluster, false)?;
+    let mut images = made.to_owned();
     if !ids.is_empty() {
+        let inspect = ["inspect", "--format", "{{.Image}}"];
+        let output = Command::new("docker").args(inspect).args(&ids).output()?;
+        images.push_str(&String::from_utf8(output.stdout)?);
         Command::new("docker").args(["rm", "-f"]).args(&ids).output()?;
     }
     let network = format!("berth-{}", &cluster[cluster.len().saturating_sub(12)..]);
     Command::new("docker").args(["network", "rm", &network]).output()?;
-    // Names our agents gave; not forced, so that what another cluster's container uses stays.
-    let names = ["images", "--format", "{{.Repository}}:{{.Tag}}", "berth.local/*"];
+    // Not forced, so that what another cluster's container uses stays; and only of images that a
+    // container of this cluster had or that were made for it: another cluster may be about to start
+    // one.
+    let format = "{{.ID}} {{.Repository}}:{{.Tag}}";
+    let names = ["images", "--no-trunc", "--format", format, "berth.local/*"];
     let names = String::from_utf8(Command::new("docker").args(names).output()?.stdout)?;
-    for name in names.lines() {
-        Command::new("docker").args(["rmi", name]).output()?;
+    for (id, name) in names.lines().filter_map(|line| line.split_once(' ')) {
+        if images.lines().any(|image| image == id) {
+            Command::new("docker").args(["rmi", name]).output()?;
+        }
     }
     Ok(())
 }

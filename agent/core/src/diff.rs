@@ -3,13 +3,14 @@
 //! [`diff`] looks at nothing but its arguments and remembers nothing: a step that failed comes up
 //! again on the next pass. It never starts a second container while one of the replica runs, never
 //! stops anything while nobody has said what is wanted, and brings the bytes before it touches what
-//! runs.
+//! runs. Two replicas of which one takes the other's place never run side by side.
 
 use crate::ledger::{Body, Wanted};
 use crate::restart::{self, Next};
 use berth_proto::agent::SetEntry;
 use berth_proto::ids::{Mono, ReplicaUid, Wall};
-use std::collections::{BTreeMap, BTreeSet};
+use berth_proto::values::Restart;
+use std::collections::BTreeMap;
 
 /// How a container is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,37 +41,64 @@ pub struct Container {
     pub attempt: u32,
     /// How it is.
     pub state: State,
+    /// Since when it runs, by the engine's clock; `None`: it does not, or that is not known.
+    pub started: Option<Wall>,
+    /// How long its program has after the first signal, as it was made.
+    pub grace_ms: u64,
+    /// What its labels say of it, for a replica that no set names.
+    pub labels: Labels,
 }
 
-/// What is remembered of a replica; `durable` parts survive the agent.
+/// What a container's labels say of its replica.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Labels {
+    /// The deployment's uid.
+    pub deployment_uid: String,
+    /// The release.
+    pub release: u64,
+    /// Digest of the body it was made from.
+    pub body_digest: String,
+}
+
+/// Containers of each replica, newest attempt first.
+pub type Seen = BTreeMap<ReplicaUid, Vec<Container>>;
+
+/// What is remembered of a replica; `durable` parts survive the agent, times as the time left.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Memory {
-    /// Durable: greatest attempt ever made.
+    /// Durable: greatest attempt ever made, or about to be made.
     pub attempt: u32,
     /// Durable: failures in a row.
     pub failures: u32,
     /// Durable: the attempt whose end was taken in last.
     pub exit_taken: u32,
+    /// Durable: its predecessor is put away for it from now on.
+    pub replacement_begun: bool,
     /// Durable: its replacement failed and the predecessor was brought back.
     pub rolled_back: bool,
     /// Durable: its replacement was ready in time.
     pub replacement_done: bool,
     /// Durable: it ended and is not started again.
     pub finished: bool,
-    /// Not before then is the next attempt made.
+    /// Durable: not before then is the next attempt made.
     pub not_before: Option<Mono>,
+    /// Durable: a replacement that is not ready by then has failed.
+    pub replace_until: Option<Mono>,
     /// Image and artifact are here and verified.
     pub bytes_here: bool,
-    /// The policy forbids it.
-    pub forbidden: bool,
-    /// The present attempt has passed its check.
+    /// The present attempt has passed its check, or has none and runs.
     pub ready: bool,
-    /// Since when, for the backoff.
+    /// Since when.
     pub ready_since: Option<Mono>,
-    /// When the first attempt was started in this life of the agent, for the replacement's deadline.
-    pub first_started: Option<Mono>,
     /// Its check says that it must be started anew.
     pub must_restart: bool,
+}
+
+impl Memory {
+    /// Its predecessor is to be down.
+    fn takes_the_place(&self) -> bool {
+        (self.replacement_begun || self.replacement_done) && !self.rolled_back
+    }
 }
 
 /// What to do next.
@@ -128,6 +156,23 @@ pub enum Step {
     Absent(ReplicaUid),
 }
 
+impl Step {
+    /// Whose step it is.
+    #[must_use]
+    pub fn replica(&self) -> &ReplicaUid {
+        match self {
+            Self::Fetch(replica)
+            | Self::Absent(replica)
+            | Self::Create { replica, .. }
+            | Self::Start { replica, .. }
+            | Self::Stop { replica, .. }
+            | Self::Remove { replica, .. }
+            | Self::TakeExit { replica, .. }
+            | Self::Remember { replica, .. } => replica,
+        }
+    }
+}
+
 /// Steps, and when to look again if nothing happens.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Diff {
@@ -143,181 +188,289 @@ impl Diff {
     }
 }
 
+/// The predecessor an entry takes the place of.
+#[must_use]
+pub fn predecessor(entry: &SetEntry) -> Option<ReplicaUid> {
+    entry.replaces.as_ref()?.replica_uid.parse().ok()
+}
+
 /// Works out the steps.
 #[must_use]
 pub fn diff(
     wanted: &Wanted,
-    containers: &[Container],
+    seen: &Seen,
     memory: &BTreeMap<ReplicaUid, Memory>,
     now: Mono,
 ) -> Diff {
     let mut out = Diff::default();
     // Nobody has said what is wanted: silence stops nothing.
     let Some(set) = wanted.set() else { return out };
-    let mut by_replica: BTreeMap<&ReplicaUid, Vec<&Container>> = BTreeMap::new();
-    for container in containers {
-        by_replica.entry(&container.replica).or_default().push(container);
-    }
-    for list in by_replica.values_mut() {
-        list.sort_by_key(|c| std::cmp::Reverse(c.attempt));
-    }
     let blank = Memory::default();
     let remembered = |uid: &ReplicaUid| memory.get(uid).unwrap_or(&blank);
+    let here = |uid: &ReplicaUid| seen.get(uid).map_or(&[][..], Vec::as_slice);
 
-    // Whose place is taken by a replacement that is under way or done.
-    let mut replaced: BTreeSet<ReplicaUid> = BTreeSet::new();
-    for (uid, entry) in &set.entries {
-        let memory = remembered(uid);
-        if let Some(old) = entry.replaces.as_ref().and_then(|r| r.replica_uid.parse().ok())
-            && (memory.bytes_here || memory.replacement_done)
-            && !memory.rolled_back
-            && !memory.forbidden
-        {
-            replaced.insert(old);
-        }
-    }
+    // Whose place is taken, and by whom.
+    let successors: BTreeMap<ReplicaUid, &ReplicaUid> =
+        set.entries.iter().filter_map(|(uid, entry)| Some((predecessor(entry)?, uid))).collect();
 
-    let nothing = Vec::new();
     for (uid, entry) in &set.entries {
-        let here = by_replica.get(uid).unwrap_or(&nothing);
-        if replaced.contains(uid) {
-            put_away(uid, here, false, &mut out);
+        let successor = successors.get(uid).copied();
+        if successor.is_some_and(|new| remembered(new).takes_the_place()) {
+            put_down(uid, here(uid), remembered(uid), &mut out);
             continue;
         }
         let Some(body) = set.body(entry) else { continue };
-        let old = entry.replaces.as_ref().and_then(|r| r.replica_uid.parse::<ReplicaUid>().ok());
-        let old_here = old.as_ref().and_then(|old| by_replica.get(old)).unwrap_or(&nothing);
-        keep(uid, entry, body, here, old_here, remembered(uid), now, &mut out);
+        let old = predecessor(entry);
+        let beside = old.iter().chain(successor).any(|other| here(other).iter().any(is_running))
+            && !bug!(BothSideBySide);
+        let gives_way = old.is_some_and(|old| set.entries.contains_key(&old));
+        let (here, memory) = (here(uid), remembered(uid));
+        One { uid, entry, body, here, memory, beside, gives_way }.keep(now, &mut out);
     }
-    for (uid, here) in &by_replica {
-        if !set.entries.contains_key(*uid) {
-            put_away(uid, here, true, &mut out);
+    for (uid, here) in seen {
+        if !set.entries.contains_key(uid) {
+            put_away(uid, here, &mut out);
         }
     }
     for uid in memory.keys() {
-        if !set.entries.contains_key(uid) && !by_replica.contains_key(uid) {
+        if !set.entries.contains_key(uid) && here(uid).is_empty() {
             out.steps.push(Step::Absent(uid.clone()));
         }
     }
     out
 }
 
-/// Stops what runs; with `remove` also removes what does not.
-fn put_away(uid: &ReplicaUid, here: &[&Container], remove: bool, out: &mut Diff) {
+fn is_running(container: &Container) -> bool {
+    matches!(container.state, State::Running)
+}
+
+/// Stops what runs of a replica that is not wanted, and removes the rest.
+fn put_away(uid: &ReplicaUid, here: &[Container], out: &mut Diff) {
+    for container in here {
+        let (replica, id) = (uid.clone(), container.id.clone());
+        out.steps.push(match container.state {
+            State::Running => Step::Stop { replica, id },
+            State::Created | State::Exited { .. } => Step::Remove { replica, id },
+        });
+    }
+}
+
+/// Stops what runs of a replica whose place is taken. It may have to come back, so that an end by
+/// our own hand is no failure and does not finish it.
+fn put_down(uid: &ReplicaUid, here: &[Container], memory: &Memory, out: &mut Diff) {
     for container in here {
         let (replica, id) = (uid.clone(), container.id.clone());
         match container.state {
             State::Running => out.steps.push(Step::Stop { replica, id }),
-            State::Created | State::Exited { .. } if remove => {
-                out.steps.push(Step::Remove { replica, id });
+            State::Created => out.steps.push(Step::Remove { replica, id }),
+            State::Exited { .. } if container.attempt > memory.exit_taken => {
+                let memory = Memory {
+                    exit_taken: container.attempt,
+                    attempt: memory.attempt.max(container.attempt),
+                    ready: false,
+                    ready_since: None,
+                    must_restart: false,
+                    ..memory.clone()
+                };
+                let (attempt, state) = (container.attempt, container.state.clone());
+                out.steps.push(Step::TakeExit { replica, attempt, state, memory });
+                // Older ones are taken in with it.
+                return;
             }
-            State::Created | State::Exited { .. } => {}
+            State::Exited { .. } => {}
         }
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "all of one replica, named at the only call")]
-fn keep(
-    uid: &ReplicaUid,
-    entry: &SetEntry,
-    body: &Body,
-    here: &[&Container],
-    old_here: &[&Container],
-    memory: &Memory,
-    now: Mono,
-    out: &mut Diff,
-) {
-    if memory.forbidden || memory.rolled_back {
-        put_away(uid, here, memory.rolled_back, out);
-        return;
+/// A replica that is wanted, with what is known of it.
+struct One<'a> {
+    uid: &'a ReplicaUid,
+    entry: &'a SetEntry,
+    body: &'a Body,
+    here: &'a [Container],
+    memory: &'a Memory,
+    /// Its predecessor or successor runs.
+    beside: bool,
+    /// Its predecessor is wanted, too.
+    gives_way: bool,
+}
+
+impl One<'_> {
+    fn replica(&self) -> ReplicaUid {
+        self.uid.clone()
     }
-    let (replica, spec) = (uid.clone(), &body.value.spec);
-    // Of several that run, the newest stays.
-    let mut running = here.iter().filter(|c| c.state == State::Running);
-    let newest_running = running.next();
-    for older in running {
-        out.steps.push(Step::Stop { replica: replica.clone(), id: older.id.clone() });
+
+    fn remember(&self, memory: Memory) -> Step {
+        Step::Remember { replica: self.replica(), memory }
     }
-    // One dead predecessor is kept for its logs.
-    let dead = here.iter().filter(|c| matches!(c.state, State::Exited { .. }));
-    let keep_dead = if newest_running.is_some() { 1 } else { 2 };
-    for old in dead.skip(keep_dead) {
-        out.steps.push(Step::Remove { replica: replica.clone(), id: old.id.clone() });
+
+    fn keep(&self, now: Mono, out: &mut Diff) {
+        if self.memory.rolled_back && self.gives_way {
+            put_away(self.uid, self.here, out);
+            return;
+        }
+        if self.memory.rolled_back {
+            // A set that names it and not its predecessor wants it after all.
+            let memory =
+                Memory { rolled_back: false, replacement_done: true, ..self.memory.clone() };
+            out.steps.push(self.remember(memory));
+            return;
+        }
+        let running = self.tidy(out);
+        if self.replaces(running, now, out) {
+            return;
+        }
+        match running {
+            // Somebody started a container whose end was taken in: nothing can be told of that attempt any
+            // more, and the next one has a container of its own.
+            Some(running) if running.attempt <= self.memory.exit_taken => {
+                out.steps.push(Step::Stop { replica: self.replica(), id: running.id.clone() });
+            }
+            Some(running) if self.memory.must_restart => {
+                out.steps.push(Step::Stop { replica: self.replica(), id: running.id.clone() });
+            }
+            Some(_) => {}
+            None => self.start(now, out),
+        }
     }
-    if let Some(replaces) = entry.replaces.as_ref().filter(|_| !memory.replacement_done) {
-        if memory.ready {
-            let memory = Memory { replacement_done: true, ..memory.clone() };
-            out.steps.push(Step::Remember { replica: replica.clone(), memory });
-        } else if let Some(started) = memory.first_started {
-            let deadline = started.plus_ms(replaces.ready_within_ms);
-            if now >= deadline {
-                let memory = Memory { rolled_back: true, ..memory.clone() };
-                out.steps.push(Step::Remember { replica, memory });
+
+    /// Of several that run the newest stays, and one dead predecessor is kept for its logs.
+    fn tidy(&self, out: &mut Diff) -> Option<&Container> {
+        let mut running = self.here.iter().filter(|c| is_running(c));
+        let newest = running.next();
+        for older in running {
+            out.steps.push(Step::Stop { replica: self.replica(), id: older.id.clone() });
+        }
+        let dead = self.here.iter().filter(|c| matches!(c.state, State::Exited { .. }));
+        for old in dead.skip(if newest.is_some() { 1 } else { 2 }) {
+            out.steps.push(Step::Remove { replica: self.replica(), id: old.id.clone() });
+        }
+        // Left by a call that was done after all: it was never started and never will be.
+        for made in self.here.iter().filter(|c| c.state == State::Created && newest.is_some()) {
+            out.steps.push(Step::Remove { replica: self.replica(), id: made.id.clone() });
+        }
+        newest
+    }
+
+    /// The course of a replacement; `true`: something has to be remembered first.
+    fn replaces(&self, running: Option<&Container>, now: Mono, out: &mut Diff) -> bool {
+        let Some(replaces) = &self.entry.replaces else { return false };
+        let (memory, spec) = (self.memory, &self.body.value.spec);
+        if memory.replacement_done {
+            return false;
+        }
+        if !memory.replacement_begun {
+            if !memory.bytes_here && running.is_none() && !bug!(BytesNotFirst) {
+                return false;
+            }
+            // The predecessor's end comes on top; the first attempt sets its own deadline.
+            let until = now.plus_ms(replaces.ready_within_ms.saturating_add(spec.stop_grace_ms));
+            let begun =
+                Memory { replacement_begun: true, replace_until: Some(until), ..memory.clone() };
+            out.steps.push(self.remember(begun));
+            return true;
+        }
+        // Without a check: ready when it has run for a while, at most half of the time it has.
+        let steady_ms = match spec.health {
+            Some(_) => 0,
+            None => spec.rollout.ready_for_ms.min(replaces.ready_within_ms / 2),
+        };
+        if let Some(since) = memory.ready_since.filter(|_| memory.ready && running.is_some()) {
+            if now.since_ms(since) >= steady_ms {
+                let done = Memory { replacement_done: true, replace_until: None, ..memory.clone() };
+                out.steps.push(self.remember(done));
+                return true;
+            }
+            out.wake(since.plus_ms(steady_ms));
+        }
+        let Some(until) = memory.replace_until else { return false };
+        if now >= until && !bug!(NeverRolledBack) {
+            let back = Memory { rolled_back: true, replace_until: None, ..memory.clone() };
+            out.steps.push(self.remember(back));
+            return true;
+        }
+        out.wake(until);
+        false
+    }
+
+    /// Nothing of it runs.
+    fn start(&self, now: Mono, out: &mut Diff) {
+        let (replica, memory) = (self.replica(), self.memory);
+        if let Some(made) = self.here.iter().find(|c| c.state == State::Created) {
+            // Only the newest may be started; an older one is what a crash has left.
+            if self.here.iter().any(|c| c.attempt > made.attempt) {
+                out.steps.push(Step::Remove { replica, id: made.id.clone() });
+            } else if !self.beside {
+                out.steps.push(Step::Start { replica, id: made.id.clone() });
+            }
+            return;
+        }
+        if let Some(last) = self.here.first()
+            && last.attempt > memory.exit_taken
+            && let State::Exited { code, .. } = last.state
+        {
+            if bug!(SameContainerAgain) {
+                out.steps.push(Step::Start { replica, id: last.id.clone() });
                 return;
             }
-            out.wake(deadline);
+            let (attempt, state) = (last.attempt, last.state.clone());
+            let memory = self.ended(attempt, code, now);
+            out.steps.push(Step::TakeExit { replica, attempt, state, memory });
+            return;
         }
-    }
-    if let Some(running) = newest_running {
-        if memory.must_restart {
-            out.steps.push(Step::Stop { replica, id: running.id.clone() });
+        if memory.finished {
+            return;
         }
-        return;
-    }
-    if let Some(made) = here.iter().find(|c| c.state == State::Created) {
-        // Only the newest may be started; an older one is what a crash has left.
-        if here.iter().all(|c| c.attempt <= made.attempt) {
-            out.steps.push(Step::Start { replica, id: made.id.clone() });
-        } else {
-            out.steps.push(Step::Remove { replica, id: made.id.clone() });
+        if let Some(not_before) =
+            memory.not_before.filter(|at| now < *at && !bug!(BackoffForgotten))
+        {
+            out.wake(not_before);
+            return;
         }
-        return;
-    }
-    if let Some(last) = here.first()
-        && last.attempt > memory.exit_taken
-        && let State::Exited { code, .. } = last.state
-    {
-        let ready_for = memory.ready_since.map_or(0, |since| now.since_ms(since));
-        let failures = restart::count(&spec.restart, memory.failures, ready_for);
-        let mut next = Memory {
-            exit_taken: last.attempt,
-            attempt: memory.attempt.max(last.attempt),
-            failures,
-            ready: false,
-            ready_since: None,
-            must_restart: false,
-            ..memory.clone()
-        };
-        match restart::next(&spec.restart, code, failures) {
-            Next::Finished => next.finished = true,
-            Next::After { wait_ms } => next.not_before = Some(now.plus_ms(wait_ms)),
+        if !memory.bytes_here {
+            out.steps.push(Step::Fetch(replica));
+            return;
         }
-        out.steps.push(Step::TakeExit {
-            replica,
-            attempt: last.attempt,
-            state: last.state.clone(),
-            memory: next,
-        });
-        return;
+        // One of two that cannot stand side by side is down before the other is made.
+        if self.beside {
+            return;
+        }
+        let greatest = self.here.iter().map(|c| c.attempt).max().unwrap_or(0);
+        let known = if bug!(NumberUsedTwice) { 0 } else { memory.attempt };
+        let attempt = 1 + greatest.max(known).max(self.entry.attempt_floor);
+        out.steps.push(Step::Create { replica, attempt });
     }
-    if memory.finished {
-        return;
+
+    fn ended(&self, attempt: u32, code: i32, now: Mono) -> Memory {
+        ended(self.memory, &self.body.value.spec.restart, attempt, code, now)
     }
-    if let Some(not_before) = memory.not_before.filter(|at| now < *at) {
-        out.wake(not_before);
-        return;
+}
+
+/// What is remembered after an end.
+#[must_use]
+pub fn ended(memory: &Memory, policy: &Restart, attempt: u32, code: i32, now: Mono) -> Memory {
+    let ready_for_ms = memory.ready_since.map_or(0, |since| now.since_ms(since));
+    let failures = restart::count(policy, memory.failures, ready_for_ms);
+    let mut after = Memory {
+        exit_taken: attempt,
+        attempt: memory.attempt.max(attempt),
+        failures,
+        ready: false,
+        ready_since: None,
+        must_restart: false,
+        ..memory.clone()
+    };
+    // Ended by its failing check, whatever the code: that is a failure, and asks for a new start.
+    let next = if memory.must_restart {
+        Next::After { wait_ms: restart::wait_ms(policy, failures) }
+    } else {
+        restart::next(policy, code, failures)
+    };
+    match next {
+        Next::Finished => after.finished = true,
+        Next::After { wait_ms } => after.not_before = Some(now.plus_ms(wait_ms)),
     }
-    if !memory.bytes_here {
-        out.steps.push(Step::Fetch(replica));
-        return;
-    }
-    // The predecessor of a replacement is down before the new one is made.
-    if old_here.iter().any(|c| c.state == State::Running) {
-        return;
-    }
-    let greatest = here.iter().map(|c| c.attempt).max().unwrap_or(0);
-    let attempt = 1 + greatest.max(memory.attempt).max(entry.attempt_floor);
-    out.steps.push(Step::Create { replica, attempt });
+    after
 }
 
 #[cfg(test)]

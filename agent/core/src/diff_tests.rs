@@ -59,7 +59,15 @@ fn uid(text: &str) -> ReplicaUid {
 }
 
 fn container(replica: &str, attempt: u32, state: State) -> Container {
-    Container { id: format!("{replica}-{attempt}"), replica: uid(replica), attempt, state }
+    Container {
+        id: format!("{replica}-{attempt}"),
+        replica: uid(replica),
+        attempt,
+        state,
+        started: None,
+        grace_ms: 10_000,
+        labels: Labels::default(),
+    }
 }
 
 fn exited(code: i32) -> State {
@@ -68,6 +76,17 @@ fn exited(code: i32) -> State {
 
 fn here() -> Memory {
     Memory { bytes_here: true, ..Memory::default() }
+}
+
+fn seen(containers: &[Container]) -> Seen {
+    let mut all = Seen::new();
+    for c in containers.iter().rev() {
+        all.entry(c.replica.clone()).or_default().push(c.clone());
+    }
+    for list in all.values_mut() {
+        list.sort_by_key(|c| std::cmp::Reverse(c.attempt));
+    }
+    all
 }
 
 fn with(list: &[(&str, Memory)]) -> BTreeMap<ReplicaUid, Memory> {
@@ -80,7 +99,7 @@ fn steps(
     memory: &[(&str, Memory)],
     now: u64,
 ) -> Vec<Step> {
-    diff(wanted, containers, &with(memory), Mono(now)).steps
+    diff(wanted, &seen(containers), &with(memory), Mono(now)).steps
 }
 
 #[test]
@@ -146,7 +165,7 @@ fn an_end_is_taken_in_once_and_waited_for() {
     let taken = steps(&a, &dead, &[("a", here())], 100);
     let [Step::TakeExit { attempt: 1, memory, .. }] = taken.as_slice() else { panic!("{taken:?}") };
     assert_eq!(memory.not_before, Some(Mono(1_100)));
-    let waits = diff(&a, &dead, &with(&[("a", memory.clone())]), Mono(500));
+    let waits = diff(&a, &seen(&dead), &with(&[("a", memory.clone())]), Mono(500));
     assert_eq!((waits.steps.len(), waits.wake), (0, Some(Mono(1_100))));
     assert_eq!(
         steps(&a, &dead, &[("a", memory.clone())], 1_100),
@@ -165,50 +184,137 @@ fn what_shall_not_be_started_again_is_left() {
 }
 
 #[test]
-fn a_replacement_stops_the_old_one_only_once_its_bytes_are_here() {
-    let both = set(&[("old", None), ("new", Some("old"))], false);
-    let old = [container("old", 1, State::Running)];
-    assert_eq!(steps(&both, &old, &[("old", here())], 0), [Step::Fetch(uid("new"))]);
+fn what_its_check_ended_is_started_again_even_when_its_policy_is_never() {
+    let a = set(&[("a", None)], true);
+    let sick = Memory { must_restart: true, ..here() };
+    let taken = steps(&a, &[container("a", 1, exited(0))], &[("a", sick)], 0);
+    let [Step::TakeExit { memory, .. }] = taken.as_slice() else { panic!("{taken:?}") };
+    assert!(!memory.finished && memory.not_before.is_some() && !memory.must_restart);
+}
+
+#[test]
+fn one_dead_predecessor_is_kept_for_its_logs() {
+    let a = set(&[("a", None)], false);
+    let dead = |n| container("a", n, exited(1));
+    let memory = Memory { exit_taken: 3, attempt: 3, ..here() };
+    let all = [dead(1), dead(2), dead(3), container("a", 4, State::Running)];
     assert_eq!(
-        steps(&both, &old, &[("old", here()), ("new", here())], 0),
-        [Step::Stop { replica: uid("old"), id: "old-1".into() }]
-    );
-    assert_eq!(
-        steps(&both, &[container("old", 1, exited(0))], &[("old", here()), ("new", here())], 0),
-        [Step::Create { replica: uid("new"), attempt: 1 }]
+        steps(&a, &all, &[("a", memory)], 0),
+        [
+            Step::Remove { replica: uid("a"), id: "a-2".into() },
+            Step::Remove { replica: uid("a"), id: "a-1".into() },
+        ]
     );
 }
 
 #[test]
-fn a_replaced_replica_comes_back_when_the_new_one_is_not_ready_in_time() {
+fn one_that_was_made_late_is_removed_and_never_started_beside_the_one_that_runs() {
+    let a = set(&[("a", None)], false);
+    for late in [1, 3] {
+        let both = [container("a", 2, State::Running), container("a", late, State::Created)];
+        assert_eq!(
+            steps(&a, &both, &[("a", here())], 0),
+            [Step::Remove { replica: uid("a"), id: format!("a-{late}") }]
+        );
+    }
+}
+
+fn replacing() -> Memory {
+    Memory { replacement_begun: true, replace_until: Some(Mono(1_100)), ..here() }
+}
+
+#[test]
+fn a_replacement_stops_the_old_one_only_once_its_bytes_are_here_and_that_is_remembered() {
+    let both = set(&[("old", None), ("new", Some("old"))], false);
+    let old = [container("old", 1, State::Running)];
+    let memory = |new: Memory| [("old", here()), ("new", new)];
+    assert_eq!(steps(&both, &old, &memory(Memory::default()), 0), [Step::Fetch(uid("new"))]);
+    let begins = steps(&both, &old, &memory(here()), 0);
+    let [Step::Remember { replica, memory: begun }] = begins.as_slice() else {
+        panic!("{begins:?}")
+    };
+    assert!(*replica == uid("new") && begun.replacement_begun && begun.replace_until.is_some());
+    // After a restart of the agent, too: the bytes are looked for again, the old one stays down.
+    let again = Memory { bytes_here: false, ..begun.clone() };
+    for new in [begun.clone(), again] {
+        let all = steps(&both, &old, &memory(new), 0);
+        assert!(all.contains(&Step::Stop { replica: uid("old"), id: "old-1".into() }), "{all:?}");
+        assert!(!all.iter().any(|s| matches!(s, Step::Create { .. })), "{all:?}");
+    }
+    let down = [container("old", 1, exited(0))];
+    let taken = [("old", Memory { exit_taken: 1, ..here() }), ("new", begun.clone())];
+    assert_eq!(steps(&both, &down, &taken, 0), [Step::Create { replica: uid("new"), attempt: 1 }]);
+}
+
+#[test]
+fn being_put_down_for_another_is_no_failure_and_finishes_nothing() {
+    let both = set(&[("old", None), ("new", Some("old"))], true);
+    let down = [container("old", 1, exited(0))];
+    let all = steps(&both, &down, &[("old", here()), ("new", replacing())], 0);
+    let taken = all.iter().find_map(|s| match s {
+        Step::TakeExit { memory, .. } => Some(memory),
+        _ => None,
+    });
+    assert_eq!(taken, Some(&Memory { exit_taken: 1, attempt: 1, ..here() }));
+}
+
+#[test]
+fn a_replaced_replica_comes_back_when_the_new_one_is_down_after_not_being_ready_in_time() {
     let both = set(&[("old", None), ("new", Some("old"))], false);
     let there = [container("old", 1, exited(0)), container("new", 1, State::Running)];
-    let started = Memory { first_started: Some(Mono(100)), ..here() };
     let old = Memory { exit_taken: 1, ..here() };
-    let waits =
-        diff(&both, &there, &with(&[("old", old.clone()), ("new", started.clone())]), Mono(500));
+    let memory = |new: &Memory| with(&[("old", old.clone()), ("new", new.clone())]);
+    let waits = diff(&both, &seen(&there), &memory(&replacing()), Mono(500));
     assert_eq!((waits.steps.len(), waits.wake), (0, Some(Mono(1_100))));
-    let late = steps(&both, &there, &[("old", old.clone()), ("new", started)], 1_100);
-    let [Step::Remember { memory, .. }] = late.as_slice() else { panic!("{late:?}") };
-    assert!(memory.rolled_back);
-    let back = steps(&both, &there, &[("old", old), ("new", memory.clone())], 1_101);
+    let late = diff(&both, &seen(&there), &memory(&replacing()), Mono(1_100)).steps;
+    let [Step::Remember { memory: failed, .. }] = late.as_slice() else { panic!("{late:?}") };
+    assert!(failed.rolled_back);
     assert_eq!(
-        back,
+        diff(&both, &seen(&there), &memory(failed), Mono(1_101)).steps,
+        [Step::Stop { replica: uid("new"), id: "new-1".into() }]
+    );
+    let down = [container("old", 1, exited(0)), container("new", 1, exited(1))];
+    assert_eq!(
+        diff(&both, &seen(&down), &memory(failed), Mono(1_102)).steps,
         [
-            Step::Stop { replica: uid("new"), id: "new-1".into() },
+            Step::Remove { replica: uid("new"), id: "new-1".into() },
             Step::Create { replica: uid("old"), attempt: 2 },
         ]
     );
 }
 
 #[test]
+fn a_replacement_that_never_gets_to_start_fails_as_well() {
+    let both = set(&[("old", None), ("new", Some("old"))], false);
+    let down = [container("old", 1, exited(0))];
+    let memory = [("old", Memory { exit_taken: 1, ..here() }), ("new", replacing())];
+    let all = steps(&both, &down, &memory, 1_100);
+    let [Step::Remember { memory, .. }] = all.as_slice() else { panic!("{all:?}") };
+    assert!(memory.rolled_back);
+}
+
+#[test]
 fn a_replacement_that_was_ready_in_time_is_done_for_good() {
     let both = set(&[("old", None), ("new", Some("old"))], false);
     let there = [container("new", 1, State::Running)];
-    let ready = Memory { first_started: Some(Mono(0)), ready: true, ..here() };
-    let done = steps(&both, &there, &[("new", ready)], 10);
+    // Without a check it has to have run for half of its time.
+    let ready = Memory { ready_since: Some(Mono(100)), ready: true, ..replacing() };
+    let waits = diff(&both, &seen(&there), &with(&[("new", ready.clone())]), Mono(599));
+    assert_eq!((waits.steps.len(), waits.wake), (0, Some(Mono(600))));
+    let done = steps(&both, &there, &[("new", ready)], 600);
     let [Step::Remember { memory, .. }] = done.as_slice() else { panic!("{done:?}") };
     assert!(memory.replacement_done);
     let later = Memory { ready: false, ..memory.clone() };
     assert!(steps(&both, &there, &[("new", later)], 99_999).is_empty());
+}
+
+#[test]
+fn one_that_somebody_started_again_after_its_end_was_taken_in_is_stopped() {
+    let a = set(&[("a", None)], false);
+    let again = [container("a", 1, State::Running)];
+    let taken = Memory { attempt: 1, exit_taken: 1, ..here() };
+    let stop = [Step::Stop { replica: uid("a"), id: "a-1".into() }];
+    assert_eq!(steps(&a, &again, &[("a", taken.clone())], 0), stop);
+    let next = [container("a", 2, State::Running)];
+    assert!(steps(&a, &next, &[("a", taken)], 0).is_empty());
 }

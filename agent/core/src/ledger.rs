@@ -76,6 +76,16 @@ pub fn judge(
     held: Option<(SetNumber, &str)>,
     offered: (SetNumber, &str),
 ) -> Result<SetVerdict, SetVerdict> {
+    if let Some((held, _)) = held {
+        let older = bug!(OlderSetTaken) && offered.0 < held;
+        let generation_alone = bug!(EpochUnasked) && offered.0.generation > held.generation;
+        if older || generation_alone {
+            return Ok(SetVerdict::Taken);
+        }
+    }
+    if bug!(EpochUnasked) && held.is_some_and(|(held, _)| offered.0.generation < held.generation) {
+        return Err(SetVerdict::Older);
+    }
     match held {
         None => Ok(SetVerdict::Taken),
         Some((held, _)) if offered.0 > held => Ok(SetVerdict::Taken),
@@ -193,6 +203,7 @@ pub fn build(
                 }
                 None => held
                     .set()
+                    .filter(|_| !bug!(HeldBodiesForgotten))
                     .and_then(|set| set.bodies.get(&digest))
                     .cloned()
                     .ok_or_else(missing)?,

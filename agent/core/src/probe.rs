@@ -29,6 +29,17 @@ impl Probing {
         }
     }
 
+    /// The program was found running: how long it has been unready is not known.
+    #[must_use]
+    pub fn adopted(started: Mono, now: Mono) -> Self {
+        Self { next: now, unready_since: now, ..Self::new(started) }
+    }
+
+    /// Nobody could ask: that says nothing of the program.
+    pub fn not_asked(&mut self, check: &HealthCheck, now: Mono) {
+        self.next = now.plus_ms(check.interval_ms);
+    }
+
     /// When the next check is due.
     #[must_use]
     pub fn due(&self) -> Mono {

@@ -6,15 +6,13 @@
 //! session and stops nothing.
 
 use crate::ledger::{Assembly, HeldSet, Wanted, judge, number, set_id};
+use crate::report::{MAX_REPORTS, Reporter};
 use berth_proto::agent::{
     self, Hello, ObservedPage, ReplicaReport, SetAck, SetVerdict, session_request, session_response,
 };
 use berth_proto::ids::{Mono, Now, SetNumber};
 use berth_proto::{api, convert};
-use std::collections::{BTreeMap, BTreeSet};
 
-/// Reports in one message, as the contract says.
-pub const MAX_REPORTS: usize = 500;
 /// The first wait before dialling again; doubled up to [`MAX_DIAL_MS`] while dialling fails.
 pub const MIN_DIAL_MS: u64 = 500;
 /// The longest wait: a fleet of 50,000 then asks 1,700 times a second at worst.
@@ -22,22 +20,88 @@ pub const MAX_DIAL_MS: u64 = 30_000;
 /// After being told to stay away (removed, quarantined).
 pub const LONG_DIAL_MS: u64 = 300_000;
 
-/// When to dial again.
+/// Endpoints an agent keeps: a server that has moved more often was moved long ago.
+pub const MAX_ENDPOINTS: usize = 16;
+
+/// The endpoints to try, in order: those of the newest bundle, then the old ones, because a bundle
+/// that names a wrong address must not lock a host out.
+#[must_use]
+pub fn endpoints(newest: &[String], old: &[String]) -> Vec<String> {
+    let mut all: Vec<String> = Vec::new();
+    for endpoint in newest.iter().chain(old) {
+        if !all.contains(endpoint) && all.len() < MAX_ENDPOINTS {
+            all.push(endpoint.clone());
+        }
+    }
+    all
+}
+
+/// How a dial or a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// The server was reached and refused.
+    Refused {
+        /// For good, as far as it goes: removed, quarantined, not known.
+        stay_away: bool,
+    },
+    /// It was not reached, or the connection is gone.
+    Lost,
+    /// By our own wish, to say hello anew.
+    Again,
+    /// The engine was looked at for the first time: say hello with what it shows, at once.
+    AtOnce,
+}
+
+/// Whom to dial, and when.
 #[derive(Debug, Clone, Default)]
 pub struct Dialling {
     failures: u32,
     window_ms: u64,
+    turn: usize,
+    stood: bool,
 }
 
 impl Dialling {
     /// A session was welcomed; it says how to come back.
     pub fn welcomed(&mut self, window_ms: u64) {
         self.failures = 0;
+        self.stood = true;
         self.window_ms = window_ms.min(600_000);
     }
 
+    /// The endpoint whose turn it is; `None`: none is known.
+    #[must_use]
+    pub fn endpoint<'a>(&self, endpoints: &'a [String]) -> Option<&'a String> {
+        endpoints.get(self.turn % endpoints.len().max(1))
+    }
+
+    /// A dial or a session has ended: how long to wait before the next, `draw` being random in 0..1000.
+    pub fn ended(&mut self, how: Ended, draw: u64) -> u64 {
+        let stood = std::mem::take(&mut self.stood);
+        if stood {
+            // The newest endpoints first, also after a session on an old one.
+            self.turn = 0;
+        }
+        let stay_away = match how {
+            Ended::Refused { stay_away } => {
+                self.turn += 1;
+                if bug!(RefusedNeverDialsAgain) {
+                    return 1 << 40;
+                }
+                stay_away
+            }
+            Ended::Lost => {
+                self.turn += usize::from(!stood);
+                false
+            }
+            Ended::Again => false,
+            Ended::AtOnce => return 0,
+        };
+        self.wait_ms(stay_away, draw)
+    }
+
     /// How long to wait, `draw` being random in 0..1000.
-    pub fn wait_ms(&mut self, stay_away: bool, draw: u64) -> u64 {
+    fn wait_ms(&mut self, stay_away: bool, draw: u64) -> u64 {
         let draw = draw % 1000;
         let jittered = |ms: u64| ms / 2 + ms / 2 * draw / 1000;
         if stay_away {
@@ -107,16 +171,11 @@ pub struct Session {
     persisting: Option<Box<HeldSet>>,
     welcomed: bool,
     heard: Mono,
-    pinged: Mono,
+    said: Mono,
     ping_id: u64,
     ping_ms: u64,
     idle_ms: u64,
-    status_ms: u64,
-    sequence: u64,
-    reported: Mono,
-    dirty: BTreeMap<String, ReplicaReport>,
-    absent: BTreeSet<String>,
-    unkept: BTreeMap<u64, Vec<String>>,
+    reporter: Reporter,
 }
 
 impl Session {
@@ -150,16 +209,11 @@ impl Session {
             persisting: None,
             welcomed: false,
             heard: now,
-            pinged: now,
+            said: now,
             ping_id: 0,
             ping_ms: 10_000,
             idle_ms: 30_000,
-            status_ms: 100,
-            sequence,
-            reported: Mono(0),
-            dirty: BTreeMap::new(),
-            absent: BTreeSet::new(),
-            unkept: BTreeMap::new(),
+            reporter: Reporter::after(sequence, 100),
         };
         (session, messages)
     }
@@ -167,7 +221,7 @@ impl Session {
     /// The sequence used last.
     #[must_use]
     pub fn sequence(&self) -> u64 {
-        self.sequence
+        self.reporter.sequence()
     }
 
     /// When [`Input::Tick`] is due.
@@ -175,9 +229,9 @@ impl Session {
     pub fn deadline(&self) -> Mono {
         let mut due = self.heard.plus_ms(self.idle_ms);
         if self.welcomed {
-            due = due.min(self.pinged.plus_ms(self.ping_ms));
-            if !self.dirty.is_empty() || !self.absent.is_empty() {
-                due = due.min(self.reported.plus_ms(self.status_ms));
+            due = due.min(self.said.plus_ms(self.ping_ms));
+            if let Some(report) = self.reporter.due() {
+                due = due.min(report);
             }
         }
         due
@@ -197,14 +251,8 @@ impl Session {
             Input::Trusted(version) => {
                 send(&mut out, session_request::Item::TrustAck(agent::TrustAck { version }));
             }
-            Input::Report(report) => {
-                self.absent.remove(&report.replica_uid);
-                self.dirty.insert(report.replica_uid.clone(), *report);
-            }
-            Input::Absent(uid) => {
-                self.dirty.remove(&uid);
-                self.absent.insert(uid);
-            }
+            Input::Report(report) => self.reporter.changed(*report),
+            Input::Absent(uid) => self.reporter.absent(uid),
             Input::Facts(facts) => {
                 if self.welcomed {
                     send(&mut out, session_request::Item::Facts(*facts));
@@ -213,6 +261,9 @@ impl Session {
             Input::Tick => {}
         }
         self.on_time(now, &mut out);
+        if out.iter().any(|effect| matches!(effect, Effect::Send(_))) {
+            self.said = now.mono;
+        }
         out
     }
 
@@ -224,29 +275,15 @@ impl Session {
         if !self.welcomed {
             return;
         }
-        if now.mono.since_ms(self.pinged) >= self.ping_ms {
-            self.pinged = now.mono;
+        // Whoever says something says that it is there.
+        let silent = !out.iter().any(|effect| matches!(effect, Effect::Send(_)));
+        if silent && now.mono.since_ms(self.said) >= self.ping_ms {
             self.ping_id += 1;
             let time = Some(convert::timestamp(now.wall));
             let ping = agent::Ping { id: self.ping_id, time };
             send(out, session_request::Item::Ping(ping));
         }
-        let due = now.mono >= self.reported.plus_ms(self.status_ms);
-        if due && (!self.dirty.is_empty() || !self.absent.is_empty()) {
-            self.reported = now.mono;
-            self.sequence += 1;
-            let mut reports = Vec::new();
-            while reports.len() < MAX_REPORTS {
-                let Some((_, report)) = self.dirty.pop_first() else { break };
-                reports.push(report);
-            }
-            let mut absent = Vec::new();
-            while absent.len() < MAX_REPORTS {
-                let Some(uid) = self.absent.pop_first() else { break };
-                absent.push(uid);
-            }
-            self.unkept.insert(self.sequence, absent.clone());
-            let statuses = agent::Statuses { sequence: self.sequence, reports, absent };
+        if let Some(statuses) = self.reporter.next(now.mono) {
             send(out, session_request::Item::Statuses(statuses));
         }
     }
@@ -258,7 +295,7 @@ impl Session {
                 self.welcomed = true;
                 self.ping_ms = welcome.ping_interval_ms.clamp(100, 3_600_000);
                 self.idle_ms = welcome.idle_timeout_ms.clamp(1_000, 7_200_000);
-                self.status_ms = welcome.status_interval_ms.clamp(10, 60_000);
+                self.reporter.pace(welcome.status_interval_ms.clamp(10, 60_000));
                 out.push(Effect::Welcomed(Box::new(welcome)));
             }
             Item::SetBegin(begin) => self.assembly.begin(begin),
@@ -278,6 +315,9 @@ impl Session {
                             Ok(_) => {
                                 let set = Box::new(set);
                                 self.persisting = Some(set.clone());
+                                if bug!(ActsBeforeDurable) {
+                                    out.push(Effect::Act(set.clone()));
+                                }
                                 out.push(Effect::Persist(set));
                             }
                             Err(refusal) => {
@@ -290,7 +330,7 @@ impl Session {
             }
             Item::Open(open) => out.push(Effect::Open(open)),
             Item::StatusAck(ack) => {
-                self.unkept = self.unkept.split_off(&(ack.sequence + 1));
+                self.reporter.kept(ack.sequence);
                 out.push(Effect::Kept(ack.sequence));
             }
             Item::Ping(ping) => {
@@ -313,6 +353,9 @@ impl Session {
                 self.wanted = Wanted::Set(std::sync::Arc::new((*set).clone()));
                 self.ack(set.number, SetVerdict::Taken, String::new(), out);
                 out.push(Effect::Act(set));
+            }
+            Err(_) if bug!(UndurableAcknowledged) => {
+                self.ack(set.number, SetVerdict::Taken, String::new(), out);
             }
             Err(why) => self.ack(set.number, SetVerdict::NotDurable, why, out),
         }
@@ -340,6 +383,7 @@ fn send(out: &mut Vec<Effect>, item: session_request::Item) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::MAX_UNKEPT;
     use berth_proto::agent::{SetBegin, SetEnd};
     use berth_proto::ids::Wall;
     use berth_proto::sets::set_digest;
@@ -448,11 +492,64 @@ mod tests {
     }
 
     #[test]
+    fn a_server_that_keeps_nothing_slows_statuses_and_the_newest_goes_when_it_does() {
+        let mut s = live();
+        let report = |slot| {
+            let report =
+                ReplicaReport { replica_uid: "r".into(), slot, ..ReplicaReport::default() };
+            Input::Report(Box::new(report))
+        };
+        let sent = |effects: Vec<Effect>| {
+            effects.into_iter().find_map(|e| match e {
+                Effect::Send(m) => match m.item {
+                    Some(session_request::Item::Statuses(s)) => Some(s.reports[0].slot),
+                    Some(_) | None => None,
+                },
+                _ => None,
+            })
+        };
+        for n in 0..MAX_UNKEPT as u32 {
+            assert_eq!(sent(s.step(at(1000 + 100 * u64::from(n)), report(n))), Some(n));
+        }
+        assert_eq!(sent(s.step(at(5_000), report(98))), None);
+        assert!(s.deadline() > Mono(5_000), "nothing is due that may not be sent");
+        assert_eq!(sent(s.step(at(5_100), report(99))), None);
+        let kept = session_response::Item::StatusAck(agent::StatusAck { sequence: 1 });
+        assert_eq!(sent(s.step(at(5_200), say(kept))), Some(99));
+    }
+
+    #[test]
     fn silence_of_the_server_ends_the_session() {
         let mut s = live();
         s.step(at(10_000), Input::Tick);
         let out = s.step(at(30_000), Input::Tick);
         assert!(out.iter().any(|e| matches!(e, Effect::Close(_))));
+    }
+
+    #[test]
+    fn old_endpoints_are_tried_last_and_none_twice() {
+        let list = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(endpoints(&list("c b"), &list("a b")), list("c b a"));
+        assert_eq!(endpoints(&[], &list("a")), list("a"));
+        let many: Vec<String> = (0..40).map(|n| n.to_string()).collect();
+        assert_eq!(endpoints(&many, &list("a")).len(), MAX_ENDPOINTS);
+    }
+
+    #[test]
+    fn each_endpoint_has_its_turn_and_the_newest_is_first_after_a_session() {
+        let list: Vec<String> = ["a", "b"].map(str::to_owned).to_vec();
+        let mut d = Dialling::default();
+        assert_eq!(d.endpoint(&[]), None);
+        d.ended(Ended::Lost, 0);
+        assert_eq!(d.endpoint(&list), Some(&list[1]));
+        d.welcomed(0);
+        assert_eq!(d.ended(Ended::AtOnce, 999), 0);
+        assert_eq!(d.endpoint(&list), Some(&list[0]));
+        d.welcomed(0);
+        d.ended(Ended::Lost, 0);
+        assert_eq!(d.endpoint(&list), Some(&list[0]), "it stood: the same again first");
+        assert!(d.ended(Ended::Refused { stay_away: true }, 0) >= LONG_DIAL_MS / 2);
+        assert_eq!(d.endpoint(&list), Some(&list[1]));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::{
     CLUSTER_LABEL, Call, ContainerSpec, ContainerState, ContainerStats, Credentials, DiskUsage,
     Engine, EngineError, EngineEvent, EngineInfo, EventKind, EventStream, Exec, ExecSpec,
     ImageInfo, LogChunk, LogQuery, LogStream, ObservedContainer, PullProgress, PullStream, Source,
+    Traffic,
 };
 use async_trait::async_trait;
 use berth_proto::ids::{ClusterUid, Wall};
@@ -19,6 +20,7 @@ use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{broadcast, watch};
 
@@ -54,10 +56,14 @@ struct State {
     /// What a registry would give: name to image id.
     registry: BTreeMap<String, String>,
     networks: BTreeSet<String>,
+    gateway: Option<IpAddr>,
+    data_root: String,
     faults: BTreeMap<Call, VecDeque<Fault>>,
     calls: Vec<(Call, String)>,
     execs: BTreeMap<String, i32>,
     exec_code: i32,
+    /// Commands that have not ended.
+    hung: BTreeSet<String>,
     events: Option<broadcast::Sender<EngineEvent>>,
 }
 
@@ -67,6 +73,8 @@ pub struct FakeEngine {
     state: Arc<Mutex<State>>,
     /// Grows with every line of output, for those who follow.
     written: Arc<watch::Sender<u64>>,
+    /// How many read the output of a command that hangs.
+    attached: Arc<AtomicUsize>,
 }
 
 impl Default for FakeEngine {
@@ -87,13 +95,30 @@ impl FakeEngine {
             images: BTreeMap::new(),
             registry: BTreeMap::new(),
             networks: BTreeSet::new(),
+            gateway: Some(Ipv4Addr::LOCALHOST.into()),
+            data_root: "/".to_owned(),
             faults: BTreeMap::new(),
             calls: Vec::new(),
             execs: BTreeMap::new(),
             exec_code: 0,
+            hung: BTreeSet::new(),
             events: Some(broadcast::channel(EVENTS_KEPT).0),
         };
-        Self { state: Arc::new(Mutex::new(state)), written: Arc::new(watch::channel(0).0) }
+        Self {
+            state: Arc::new(Mutex::new(state)),
+            written: Arc::new(watch::channel(0).0),
+            attached: Arc::default(),
+        }
+    }
+
+    /// Sets the host's address in every network.
+    pub fn set_gateway(&self, gateway: Option<IpAddr>) {
+        self.state.lock().gateway = gateway;
+    }
+
+    /// Sets where images and containers are kept.
+    pub fn set_data_root(&self, folder: &str) {
+        folder.clone_into(&mut self.state.lock().data_root);
     }
 
     /// Sets the time that stamps show.
@@ -202,6 +227,17 @@ impl FakeEngine {
         self.state.lock().exec_code = code;
     }
 
+    /// Commands that hang (`["hang"]`) end.
+    pub fn end_hung(&self) {
+        self.state.lock().hung.clear();
+    }
+
+    /// How many read the output of a command that hangs.
+    #[must_use]
+    pub fn attached(&self) -> usize {
+        self.attached.load(Ordering::Relaxed)
+    }
+
     /// All calls so far: kind and what they were about.
     #[must_use]
     pub fn calls(&self) -> Vec<(Call, String)> {
@@ -275,6 +311,22 @@ impl State {
     }
 }
 
+/// Counted as long as it lives.
+struct Attached(Arc<AtomicUsize>);
+
+impl Attached {
+    fn to(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 fn away() -> EngineError {
     EngineError::Unreachable("the engine is stopped".into())
 }
@@ -298,6 +350,8 @@ fn shown(id: &str, container: &Container) -> ObservedContainer {
         labels: container.spec.labels.clone(),
         image_id: container.spec.image_id.clone(),
         state: container.state.clone(),
+        stop_grace_s: Some(container.spec.stop_grace_s),
+        mount_sources: container.spec.mounts.iter().map(|m| m.source.clone()).collect(),
         published: match container.state {
             ContainerState::Running { .. } => published(&container.spec),
             ContainerState::Created | ContainerState::Exited { .. } | ContainerState::Removing => {
@@ -314,7 +368,7 @@ impl Engine for FakeEngine {
     }
 
     async fn info(&self) -> Result<EngineInfo, EngineError> {
-        self.call(Call::Info, "", |_| {
+        self.call(Call::Info, "", |state| {
             Ok(EngineInfo {
                 name: "Fake".into(),
                 version: "1.0".into(),
@@ -325,7 +379,7 @@ impl Engine for FakeEngine {
                 cpus: 4,
                 memory_bytes: 8 << 30,
                 live_restore: true,
-                data_root: "/".into(),
+                data_root: state.data_root.clone(),
             })
         })
     }
@@ -557,8 +611,31 @@ impl Engine for FakeEngine {
             let exec = format!("exec-{}", state.made);
             let code = state.exec_code;
             state.execs.insert(exec.clone(), code);
+            if spec.command == ["hang"] {
+                state.hung.insert(exec.clone());
+            }
             Ok(exec)
         })?;
+        if spec.command == ["hang"] {
+            let attached = Attached::to(&self.attached);
+            let output = stream::pending().map(move |never| {
+                let _ = &attached;
+                never
+            });
+            let input = Box::pin(tokio::io::sink());
+            return Ok(Exec { id: exec, output: output.boxed(), input });
+        }
+        if spec.command == ["cat"] {
+            // What comes in goes out, until it is ended.
+            let (ours, programs) = tokio::io::duplex(1024);
+            let (read, write) = tokio::io::split(programs);
+            drop(write);
+            let output = tokio_util::io::ReaderStream::new(read).map(|bytes| {
+                let bytes = bytes.map_err(|e| EngineError::Unreachable(e.to_string()))?;
+                Ok(LogChunk { source: Source::Stdout, stamp_ns: None, bytes })
+            });
+            return Ok(Exec { id: exec, output: output.boxed(), input: Box::pin(ours) });
+        }
         let words = Bytes::from(format!("{}\n", spec.command.join(" ")));
         let said = LogChunk { source: Source::Stdout, stamp_ns: None, bytes: words };
         Ok(Exec {
@@ -574,6 +651,9 @@ impl Engine for FakeEngine {
 
     async fn exec_exit(&self, exec: &str) -> Result<Option<i32>, EngineError> {
         self.call(Call::Exec, exec, |state| {
+            if state.hung.contains(exec) {
+                return Ok(None);
+            }
             let code = state.execs.get(exec).copied();
             code.map(Some).ok_or_else(|| EngineError::NotFound(exec.into()))
         })
@@ -623,11 +703,20 @@ impl Engine for FakeEngine {
         })
     }
 
-    async fn ensure_network(&self, _cluster: &ClusterUid, name: &str) -> Result<(), EngineError> {
+    async fn ensure_network(
+        &self,
+        _cluster: &ClusterUid,
+        name: &str,
+        _traffic: Traffic,
+    ) -> Result<(), EngineError> {
         self.call(Call::Network, name, |state| {
             state.networks.insert(name.into());
             Ok(())
         })
+    }
+
+    async fn gateway(&self, network: &str) -> Result<Option<IpAddr>, EngineError> {
+        self.call(Call::Network, network, |state| Ok(state.gateway))
     }
 
     async fn remove_network(&self, name: &str) -> Result<(), EngineError> {

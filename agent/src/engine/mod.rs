@@ -19,6 +19,7 @@ pub mod stamp;
 
 use async_trait::async_trait;
 use berth_proto::ids::{ClusterUid, Wall};
+use berth_proto::values::HostPolicy;
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use std::collections::{BTreeMap, BTreeSet};
@@ -143,12 +144,13 @@ pub enum EngineError {
 }
 
 impl EngineError {
-    /// Whether the engine itself is away or hangs, so that nothing else need be tried now.
+    /// Whether the engine is away or hangs: whatever was asked may have been done.
     #[must_use]
     pub fn is_engine_away(&self) -> bool {
         match self {
             Self::Unreachable(_) => true,
-            Self::Timeout { call, .. } => matches!(call, Call::Ping | Call::Observe | Call::Info),
+            // A pull's limit is on silence, mostly the registry's or the disk's.
+            Self::Timeout { call, .. } => *call != Call::Pull,
             Self::NotFound(_)
             | Self::NameTaken(_)
             | Self::NoSuchImage(_)
@@ -188,6 +190,23 @@ pub enum NetworkMode {
     Host,
     /// None but loopback.
     None,
+}
+
+/// Traffic between the containers of a bridge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Traffic {
+    /// They are kept apart.
+    Off,
+    /// As the engine does it: the host's own policy allows it.
+    Allowed,
+}
+
+impl Traffic {
+    /// What the host's own policy says.
+    #[must_use]
+    pub fn by(policy: &HostPolicy) -> Self {
+        if policy.allow_container_traffic { Self::Allowed } else { Self::Off }
+    }
 }
 
 /// What the engine keeps of a program's output.
@@ -325,6 +344,10 @@ pub struct ObservedContainer {
     pub state: ContainerState,
     /// Ports published: container port to where it really is.
     pub published: BTreeMap<u16, SocketAddr>,
+    /// How long its program has after the first signal, as it was made; `None`: the engine's default.
+    pub stop_grace_s: Option<u32>,
+    /// Paths of the host that it is shown, as it was made with them.
+    pub mount_sources: Vec<String>,
 }
 
 /// An image the engine holds.
@@ -510,6 +533,14 @@ pub struct EngineInfo {
     pub data_root: String,
 }
 
+impl EngineInfo {
+    /// Whether a network's bridge comes only with its first container, as podman's does.
+    #[must_use]
+    pub fn makes_bridges_late(&self) -> bool {
+        self.name == "Podman"
+    }
+}
+
 /// What the engine uses on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DiskUsage {
@@ -576,9 +607,17 @@ pub trait Engine: Send + Sync {
     /// Figures of a container.
     async fn stats(&self, id: &str) -> Result<ContainerStats, EngineError>;
 
-    /// Makes Berth's own bridge `name` when it is not there: traffic between its containers is off.
-    /// A network of that name that was made otherwise is refused.
-    async fn ensure_network(&self, cluster: &ClusterUid, name: &str) -> Result<(), EngineError>;
+    /// Makes Berth's own bridge `name` when it is not there. With [`Traffic::Off`] a network of that
+    /// name that lets its containers talk to each other is refused, and none is left behind by an
+    /// engine that cannot keep them apart.
+    async fn ensure_network(
+        &self,
+        cluster: &ClusterUid,
+        name: &str,
+        traffic: Traffic,
+    ) -> Result<(), EngineError>;
+    /// The host's own address in a network; `None`: the engine does not say.
+    async fn gateway(&self, network: &str) -> Result<Option<IpAddr>, EngineError>;
     /// Removes a network; one that is not there is done.
     async fn remove_network(&self, name: &str) -> Result<(), EngineError>;
     /// What is used on disk.

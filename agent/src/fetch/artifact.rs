@@ -4,21 +4,28 @@
 //! there is whole. Paths and entries of archives stay inside it: nothing absolute, no `..`, no links,
 //! no devices; counts and sizes are bounded.
 
-use super::client::{Client, FetchError, Into};
+use super::archive::{Most, unpack};
+use super::client::FetchError;
+use super::keep::Keeper;
+use super::spool::Spool;
+use super::transfer::{Job, Room as _, Seen, Transfers};
+use berth_agent_core::transfer::{Blob, Failure};
 use berth_proto::ids::Digest;
-use bytes::Bytes;
 use serde_json::Value;
-use sha2::Digest as _;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
-use tokio::io::AsyncWriteExt as _;
+use std::sync::Arc;
 
 /// Files of one model.
-const MAX_FILES: usize = 10_000;
+pub(super) const MAX_FILES: usize = 10_000;
 /// Layers of one model.
 const MAX_LAYERS: usize = 1_000;
 /// An unpacked layer may be so many times its packed size: beyond that it is a bomb.
 const MAX_RATIO: u64 = 200;
+/// Ends the name of a model's folder that is being made.
+const MAKING: &str = "making";
+/// Ends the name of a model's folder that is being thrown away.
+pub(super) const GOING: &str = "going";
 
 /// One layer.
 struct Layer {
@@ -37,7 +44,7 @@ enum Packed {
 }
 
 /// A path that stays inside a folder.
-fn inside(path: &str) -> Option<PathBuf> {
+pub(super) fn inside(path: &str) -> Option<PathBuf> {
     let mut clean = PathBuf::new();
     for part in Path::new(path).components() {
         match part {
@@ -94,122 +101,117 @@ fn layers(manifest: &[u8]) -> Result<Vec<Layer>, FetchError> {
     Ok(out)
 }
 
-/// Brings a model's files; answers with their folder. Says how many bytes are here, of how many.
-///
-/// # Errors
-/// When they do not come, are wrong, or leave their folder.
-pub async fn fetch(
-    client: &Client,
-    root: &Path,
-    repository: &str,
-    digest: &Digest,
-    progress: impl Fn(u64, u64) + Send + Sync,
-) -> Result<PathBuf, FetchError> {
-    let tree = root.join("trees").join(digest.hex());
-    if tree.exists() {
-        return Ok(tree);
-    }
-    let manifest = client.manifest(repository, digest).await?;
-    let layers = layers(&manifest)?;
-    let total: u64 = layers.iter().map(|l| l.size).sum();
-    let stat = rustix::fs::statvfs(root).map_err(std::io::Error::from)?;
-    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-    // Blobs and, for archives, what comes out of them.
-    if free < total.saturating_mul(2) {
-        return Err(FetchError::Unusable(format!(
-            "the model needs {} and only {} are free",
-            berth_proto::quantity::human_bytes(total.saturating_mul(2)),
-            berth_proto::quantity::human_bytes(free)
-        )));
-    }
-    let blobs = root.join("blobs").join("sha256");
-    tokio::fs::create_dir_all(&blobs).await?;
-    let mut done = 0;
-    for layer in &layers {
-        let path = blobs.join(layer.digest.hex());
-        if !path.exists() {
-            blob(client, repository, layer, &path, |here| progress(done + here, total)).await?;
-        }
-        done += layer.size;
-        progress(done, total);
-    }
-    let (tree_path, blobs_path) = (tree.clone(), blobs.clone());
-    tokio::task::spawn_blocking(move || lay_out(&layers, &blobs_path, &tree_path))
-        .await
-        .map_err(|e| FetchError::Unusable(e.to_string()))??;
-    Ok(tree)
+/// What brings models' files.
+#[derive(Clone)]
+pub struct Artifacts {
+    /// Moves the bytes.
+    pub transfers: Arc<Transfers>,
+    /// Keeps the books of the disk.
+    pub keeper: Arc<Keeper>,
+    /// Blobs, whole files by digest.
+    pub blobs: Spool,
+    /// Models' folders by manifest digest.
+    pub trees: PathBuf,
 }
 
-async fn blob(
-    client: &Client,
-    repository: &str,
-    layer: &Layer,
-    path: &Path,
-    progress: impl Fn(u64) + Send,
+impl Artifacts {
+    /// Brings a model's files; answers with their folder.
+    ///
+    /// # Errors
+    /// When they do not come, are wrong, leave their folder, or there is no room.
+    pub async fn fetch(
+        &self,
+        repository: &str,
+        digest: &Digest,
+        wanted: &(dyn Fn() -> bool + Send + Sync),
+        tell: &(dyn Fn(Seen) + Send + Sync),
+    ) -> Result<PathBuf, FetchError> {
+        let tree = self.trees.join(digest.hex());
+        if tree.exists() {
+            return Ok(tree);
+        }
+        let (manifest, _) = self.transfers.client().manifest(repository, digest).await?;
+        let layers = layers(&manifest)?;
+        let all: Vec<Digest> = layers.iter().map(|l| l.digest.clone()).collect();
+        self.keeper.comes(digest, &all).await;
+        let _hold = self.keeper.hold(all);
+        let mut blobs: Vec<Blob> = Vec::new();
+        for layer in &layers {
+            if !blobs.iter().any(|b| b.digest == layer.digest) {
+                blobs.push(Blob { digest: layer.digest.clone(), size_bytes: layer.size });
+            }
+        }
+        let job =
+            Job { spool: self.blobs.clone(), repository, blobs, room: &*self.keeper, wanted, tell };
+        self.transfers.run(job).await?;
+        // What is unpacked needs room beside the packed bytes, at least as much.
+        let packed: u64 = layers.iter().filter(|l| l.kind != Packed::Raw).map(|l| l.size).sum();
+        if packed > 0 {
+            self.keeper.room(packed).await.map_err(|(need_bytes, free_bytes)| {
+                FetchError::Transfer(Failure::NoRoom { need_bytes, free_bytes })
+            })?;
+        }
+        let (to, spool, keep_free) =
+            (tree.clone(), self.blobs.clone(), self.keeper.keep_free_bytes());
+        tokio::task::spawn_blocking(move || lay_out(&layers, &spool, &to, keep_free))
+            .await
+            .map_err(|e| FetchError::Unusable(e.to_string()))??;
+        Ok(tree)
+    }
+}
+
+/// Lays a model's files out as a folder; nothing is left of what does not get whole.
+fn lay_out(
+    layers: &[Layer],
+    blobs: &Spool,
+    tree: &Path,
+    keep_free_bytes: u64,
 ) -> Result<(), FetchError> {
-    let partial = path.with_extension("partial");
-    let file =
-        tokio::fs::OpenOptions::new().create(true).append(true).read(true).open(&partial).await?;
-    let mut here = file.metadata().await?.len();
-    if here > layer.size {
-        file.set_len(0).await?;
-        here = 0;
+    let making = tree.with_extension(MAKING);
+    let made = make(layers, blobs, tree, &making, keep_free_bytes);
+    if made.is_err()
+        && let Err(error) = std::fs::remove_dir_all(&making)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(%error, "what is left of a model that did not get whole stays");
     }
-    progress(here);
-    let digest = layer.digest.to_string();
-    let mut growing = Growing { file, here, progress };
-    client.blob(repository, &digest, here, layer.size, &mut growing).await?;
-    growing.file.flush().await?;
-    growing.file.sync_all().await?;
-    drop(growing);
-    let (checked, expected) = (partial.clone(), layer.digest.clone());
-    let good = tokio::task::spawn_blocking(move || -> std::io::Result<bool> {
-        let mut hash = sha2::Sha256::new();
-        std::io::copy(&mut std::fs::File::open(checked)?, &mut hash)?;
-        Ok(Digest::from_sha256(&hash.finalize().into()) == expected)
-    })
-    .await
-    .map_err(|e| FetchError::Unusable(e.to_string()))??;
-    if !good {
-        tokio::fs::remove_file(&partial).await?;
-        return Err(FetchError::Wrong(digest));
+    made
+}
+
+/// Removes what a crash has left of models that were being made or thrown away.
+///
+/// # Errors
+/// When the disk does not take it.
+pub(super) fn sweep(trees: &Path) -> io::Result<()> {
+    for one in std::fs::read_dir(trees)? {
+        let path = one?.path();
+        if path.extension().is_some_and(|e| e == MAKING || e == GOING) {
+            std::fs::remove_dir_all(path)?;
+        }
     }
-    tokio::fs::rename(&partial, path).await?;
     Ok(())
 }
 
-/// A file that a blob's pieces are appended to.
-struct Growing<F> {
-    file: tokio::fs::File,
-    here: u64,
-    progress: F,
-}
-
-impl<F: Fn(u64) + Send> Into for Growing<F> {
-    async fn take(&mut self, piece: Bytes) -> Result<(), FetchError> {
-        self.file.write_all(&piece).await?;
-        self.here += piece.len() as u64;
-        (self.progress)(self.here);
-        Ok(())
-    }
-}
-
-fn lay_out(layers: &[Layer], blobs: &Path, tree: &Path) -> Result<(), FetchError> {
-    let making = tree.with_extension("making");
+fn make(
+    layers: &[Layer],
+    blobs: &Spool,
+    tree: &Path,
+    making: &Path,
+    keep_free_bytes: u64,
+) -> Result<(), FetchError> {
     if making.exists() {
-        std::fs::remove_dir_all(&making)?;
+        std::fs::remove_dir_all(making)?;
     }
-    std::fs::create_dir_all(&making)?;
+    std::fs::create_dir_all(making)?;
     let mut files = 0;
     for layer in layers {
-        let blob = blobs.join(layer.digest.hex());
+        let blob = blobs.whole(&layer.digest);
         if layer.kind == Packed::Raw {
             let to = making.join(&layer.path);
             if let Some(parent) = to.parent() {
                 std::fs::create_dir_all(parent)?;
             }
-            std::fs::hard_link(&blob, &to).or_else(|_| std::fs::copy(&blob, &to).map(|_| ()))?;
-            readable(&to, 0o644)?;
+            link(&blob, &to)?;
             files += 1;
         } else {
             let file = std::fs::File::open(&blob)?;
@@ -218,106 +220,106 @@ fn lay_out(layers: &[Layer], blobs: &Path, tree: &Path) -> Result<(), FetchError
                 Packed::TarZstd => Box::new(zstd::stream::read::Decoder::new(file)?),
                 Packed::Tar | Packed::Raw => Box::new(file),
             };
-            let most = layer.size.saturating_mul(MAX_RATIO).max(1 << 20);
-            unpack(reader.take(most), &making, &mut files)?;
+            let most = Most {
+                bytes: layer.size.saturating_mul(MAX_RATIO).max(1 << 20),
+                room_bytes: crate::facts::disk_free(making).saturating_sub(keep_free_bytes),
+            };
+            unpack(reader, most, making, &mut files)?;
         }
         if files > MAX_FILES {
             return Err(FetchError::Unusable("the model has too many files".to_owned()));
         }
     }
-    std::fs::File::open(&making)?.sync_all()?;
-    std::fs::rename(&making, tree)?;
+    // All of it is on the disk before its name says so.
+    rustix::fs::syncfs(std::fs::File::open(making)?).map_err(io::Error::from)?;
+    std::fs::rename(making, tree)?;
     if let Some(parent) = tree.parent() {
         std::fs::File::open(parent)?.sync_all()?;
     }
     Ok(())
 }
 
-fn readable(path: &Path, mode: u32) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+/// A further name for a blob. Where the file system takes no link it is copied; what is there already
+/// is never written to, because it may be another blob's link.
+fn link(blob: &Path, to: &Path) -> Result<(), FetchError> {
+    match std::fs::hard_link(blob, to) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let name = to.display();
+            return Err(FetchError::Unusable(format!("the model has two files {name}")));
+        }
+        Err(_) => {
+            let mut file = std::fs::OpenOptions::new().write(true).create_new(true).open(to)?;
+            io::copy(&mut std::fs::File::open(blob)?, &mut file)?;
+        }
+    }
+    Ok(readable(to)?)
 }
 
-fn unpack(reader: impl Read, folder: &Path, files: &mut usize) -> Result<(), FetchError> {
-    let leaves = |path: &Path| {
-        FetchError::Unusable(format!(
-            "the model's archive has an entry that leaves its folder or is no file: {}",
-            path.display()
-        ))
-    };
-    let mut archive = tar::Archive::new(reader);
-    for entry in archive.entries()? {
-        let mut entry = entry?;
-        let named = entry.path()?.into_owned();
-        let kind = entry.header().entry_type();
-        if kind.is_pax_global_extensions() {
-            continue;
-        }
-        let Some(path) = named.to_str().and_then(inside) else {
-            // The folder itself is no way out.
-            if named.components().all(|c| c == Component::CurDir) && kind.is_dir() {
-                continue;
-            }
-            return Err(leaves(&named));
-        };
-        let to = folder.join(path);
-        if kind.is_dir() {
-            std::fs::create_dir_all(&to)?;
-            continue;
-        }
-        if !kind.is_file() {
-            return Err(leaves(&named));
-        }
-        *files += 1;
-        if *files > MAX_FILES {
-            return Err(FetchError::Unusable("the model has too many files".to_owned()));
-        }
-        if let Some(parent) = to.parent() {
-            std::fs::create_dir_all(parent)?;
-        }
-        // Made anew: nothing is followed, nothing is overwritten.
-        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).open(&to)?;
-        std::io::copy(&mut entry, &mut file)?;
-        readable(&to, 0o644)?;
-    }
-    Ok(())
+/// Readable for whatever user the program runs as, writable for nobody.
+pub(super) fn readable(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o444))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn archive(path: &str, kind: tar::EntryType) -> Vec<u8> {
+    #[test]
+    fn a_bomb_is_not_unpacked_to_its_end_and_never_taken_for_whole() {
         let mut header = tar::Header::new_gnu();
-        header.as_gnu_mut().unwrap().name[..path.len()].copy_from_slice(path.as_bytes());
-        header.set_entry_type(kind);
-        header.set_size(2);
+        header.set_path("zeros").unwrap();
+        header.set_size(64 << 20);
         header.set_mode(0o644);
-        header.set_link_name("/etc/passwd").unwrap();
         header.set_cksum();
         let mut builder = tar::Builder::new(Vec::new());
-        builder.append(&header, &b"hi"[..]).unwrap();
-        builder.into_inner().unwrap()
+        builder.append(&header, io::repeat(0).take(64 << 20)).unwrap();
+        let tar = builder.into_inner().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::open(dir.path().join("blobs")).unwrap();
+        std::fs::create_dir(dir.path().join("trees")).unwrap();
+        let packed = zstd::stream::encode_all(&tar[..], 3).unwrap();
+        let digest = Digest::of(&packed);
+        std::fs::write(spool.whole(&digest), &packed).unwrap();
+        let size = packed.len() as u64;
+        assert!(size < 64 << 10, "{size}");
+        let layer = Layer { digest, size, kind: Packed::TarZstd, path: "zeros".into() };
+        let tree = dir.path().join("trees").join("t");
+        let full = lay_out(std::slice::from_ref(&layer), &spool, &tree, u64::MAX).unwrap_err();
+        assert!(matches!(full, FetchError::Transfer(Failure::NoRoom { .. })), "{full}");
+        assert!(lay_out(&[layer], &spool, &tree, 0).is_err());
+        assert!(!tree.exists());
+        assert_eq!(
+            std::fs::read_dir(dir.path().join("trees")).unwrap().count(),
+            0,
+            "nothing stays"
+        );
     }
 
     #[test]
-    fn an_archive_cannot_leave_its_folder() {
+    fn two_files_of_one_name_are_refused_and_leave_the_blobs_alone() {
         let dir = tempfile::tempdir().unwrap();
-        for (path, kind) in [
-            ("../escape", tar::EntryType::Regular),
-            ("/absolute", tar::EntryType::Regular),
-            ("a/../../b", tar::EntryType::Regular),
-            ("link", tar::EntryType::Symlink),
-            ("hard", tar::EntryType::Link),
-            ("device", tar::EntryType::Char),
-        ] {
-            let bytes = archive(path, kind);
-            assert!(unpack(&bytes[..], dir.path(), &mut 0).is_err(), "{path}");
+        let spool = Spool::open(dir.path().join("blobs")).unwrap();
+        std::fs::create_dir(dir.path().join("trees")).unwrap();
+        let layer = |bytes: &[u8]| {
+            let digest = Digest::of(bytes);
+            std::fs::write(spool.whole(&digest), bytes).unwrap();
+            Layer { digest, size: bytes.len() as u64, kind: Packed::Raw, path: "same".into() }
+        };
+        let both = [layer(b"one"), layer(b"two")];
+        let tree = dir.path().join("trees").join("t");
+        assert!(lay_out(&both, &spool, &tree, 0).is_err());
+        assert_eq!(std::fs::read(spool.whole(&both[0].digest)).unwrap(), b"one");
+        lay_out(&both[..1], &spool, &tree, 0).unwrap();
+        assert_eq!(std::fs::read(tree.join("same")).unwrap(), b"one");
+        // What a crash has left goes at the next start, what is whole stays.
+        for left in [MAKING, GOING] {
+            std::fs::create_dir_all(tree.with_extension(left).join("sub")).unwrap();
         }
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        let good = archive("./sub/file", tar::EntryType::Regular);
-        unpack(&good[..], dir.path(), &mut 0).unwrap();
-        assert_eq!(std::fs::read(dir.path().join("sub/file")).unwrap(), b"hi");
+        sweep(tree.parent().unwrap()).unwrap();
+        let left: Vec<_> = std::fs::read_dir(tree.parent().unwrap()).unwrap().collect();
+        assert_eq!((left.len(), tree.exists()), (1, true));
     }
 
     #[test]

@@ -1,10 +1,16 @@
-//! A client of the registry door.
+//! A client of the registry door: one request at a time over a connection that is used again.
+//!
+//! It knows neither what is wanted nor where bytes go, and tries nothing twice, but for a request whose
+//! kept connection had gone meanwhile.
 
+use berth_agent_core::transfer::Failure;
+use berth_proto::ids::Digest;
 use berth_proto::tls::{self, TlsError};
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming;
+use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use parking_lot::RwLock;
 use rustls::ClientConfig;
@@ -13,12 +19,12 @@ use std::time::Duration;
 
 /// Reaching the registry and getting the head of an answer.
 const HEAD: Duration = Duration::from_secs(20);
-/// Bytes must keep coming: pulls are limited by stall, never in total.
-const STALL: Duration = Duration::from_secs(30);
-/// A manifest has at most so many bytes.
+/// All of a manifest, which is small.
+const SMALL: Duration = Duration::from_secs(30);
+/// A manifest has at most so many bytes: as much as the registry takes.
 const MANIFEST: usize = 4 * 1024 * 1024;
-/// Tries of one blob before the caller's own backoff takes over.
-const TRIES: u32 = 8;
+/// What a connection reads ahead: pieces of this size are written to the disk soon after.
+const READ_AHEAD: usize = 128 * 1024;
 
 /// Media types of what may be asked for.
 const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, \
@@ -35,8 +41,8 @@ pub enum FetchError {
     /// It broke.
     #[error("the connection to the registry broke")]
     Broke(#[source] hyper::Error),
-    /// No bytes for too long.
-    #[error("the registry sent nothing for {} s", .0.as_secs())]
+    /// No answer for too long.
+    #[error("the registry did not answer within {} s", .0.as_secs())]
     Stalled(Duration),
     /// It says no.
     #[error("the registry answered {status} for {what}")]
@@ -58,19 +64,43 @@ pub enum FetchError {
     /// What came cannot be used.
     #[error("{0}")]
     Unusable(String),
+    /// A transfer was given up.
+    #[error(transparent)]
+    Transfer(#[from] Failure),
 }
 
-/// Where a blob's bytes go.
-pub trait Into: Send {
-    /// Takes the next piece.
-    fn take(&mut self, piece: Bytes) -> impl Future<Output = Result<(), FetchError>> + Send;
-}
-
-impl Into for tokio::sync::mpsc::Sender<Result<Bytes, std::io::Error>> {
-    async fn take(&mut self, piece: Bytes) -> Result<(), FetchError> {
-        let gone = |_| FetchError::Unusable("the engine has hung up".to_owned());
-        self.send(Ok(piece)).await.map_err(gone)
+impl FetchError {
+    /// Whether the same may go well a little later, by itself.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Connect(_) | Self::Broke(_) | Self::Stalled(_) => true,
+            Self::Refused { status, .. } => {
+                status.is_server_error()
+                    || *status == StatusCode::TOO_MANY_REQUESTS
+                    || *status == StatusCode::REQUEST_TIMEOUT
+            }
+            Self::Wrong(_)
+            | Self::TooLarge(_)
+            | Self::Disk(_)
+            | Self::Unusable(_)
+            | Self::Transfer(_) => false,
+        }
     }
+}
+
+/// A connection that is kept between two requests.
+#[derive(Default)]
+pub struct Link(Option<SendRequest<Empty<Bytes>>>);
+
+/// A blob's or manifest's answer: from which byte on, and the body.
+pub struct Answer {
+    /// The first byte that comes.
+    pub from: u64,
+    /// The media type it says.
+    pub media_type: String,
+    /// The bytes.
+    pub body: Incoming,
 }
 
 /// The registry's address and the credentials, which are renewed.
@@ -86,126 +116,114 @@ impl Client {
         Self { target: Arc::new(RwLock::new((address, config))) }
     }
 
-    /// New credentials or another address from now on.
+    /// New credentials or another address from the next connection on.
     pub fn retarget(&self, address: String, config: Arc<ClientConfig>) {
         *self.target.write() = (address, config);
     }
 
-    /// Sends one request and answers with the head and the streamed body.
+    async fn connect(&self) -> Result<SendRequest<Empty<Bytes>>, FetchError> {
+        let (address, config) = self.target.read().clone();
+        let stream = tls::connect(&address, config, HEAD).await?;
+        let (sender, connection) = hyper::client::conn::http1::Builder::new()
+            .max_buf_size(READ_AHEAD)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(FetchError::Broke)?;
+        tokio::spawn(connection);
+        Ok(sender)
+    }
+
+    async fn send(
+        &self,
+        sender: &mut SendRequest<Empty<Bytes>>,
+        path: &str,
+        range: Option<(u64, u64)>,
+    ) -> Result<Response<Incoming>, FetchError> {
+        let mut request = Request::builder()
+            .method(Method::GET)
+            .uri(path)
+            .header(header::HOST, &self.target.read().0)
+            .header(header::ACCEPT, ACCEPT);
+        if let Some((from, to)) = range {
+            request = request.header(header::RANGE, format!("bytes={from}-{}", to - 1));
+        }
+        let request = request
+            .body(Empty::<Bytes>::new())
+            .map_err(|_| FetchError::Unusable(format!("{path} is not a path")))?;
+        tokio::time::timeout(HEAD, sender.send_request(request))
+            .await
+            .map_err(|_| FetchError::Stalled(HEAD))?
+            .map_err(FetchError::Broke)
+    }
+
+    /// Asks for `path`, or for its bytes `range.0..range.1`, which are at least one.
     ///
     /// # Errors
     /// When the registry cannot be reached or says no.
     pub async fn ask(
         &self,
-        method: Method,
+        link: &mut Link,
         path: &str,
-        from: u64,
-    ) -> Result<Response<Incoming>, FetchError> {
-        let (address, config) = self.target.read().clone();
-        let stream = tls::connect(&address, config, HEAD).await?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(FetchError::Broke)?;
-        tokio::spawn(connection);
-        let mut request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header(header::HOST, &address)
-            .header(header::ACCEPT, ACCEPT);
-        if from > 0 {
-            request = request.header(header::RANGE, format!("bytes={from}-"));
+        range: Option<(u64, u64)>,
+    ) -> Result<Answer, FetchError> {
+        let kept = link.0.take();
+        let mut response = None;
+        if let Some(mut sender) = kept
+            && sender.is_ready()
+            && let Ok(answer) = self.send(&mut sender, path, range).await
+        {
+            // A kept connection may have gone at the moment it was used: then a new one is tried.
+            link.0 = Some(sender);
+            response = Some(answer);
         }
-        let request = request
-            .body(Empty::<Bytes>::new())
-            .map_err(|_| FetchError::Unusable(format!("{path} is not a path")))?;
-        let response = tokio::time::timeout(HEAD, sender.send_request(request))
-            .await
-            .map_err(|_| FetchError::Stalled(HEAD))?
-            .map_err(FetchError::Broke)?;
-        let good = response.status() == StatusCode::OK
-            || (from > 0 && response.status() == StatusCode::PARTIAL_CONTENT);
-        if !good {
-            let what = path.to_owned();
-            return Err(FetchError::Refused { status: response.status(), what });
-        }
-        Ok(response)
+        let response = match response {
+            Some(response) => response,
+            None => {
+                let mut sender = self.connect().await?;
+                let response = self.send(&mut sender, path, range).await?;
+                link.0 = Some(sender);
+                response
+            }
+        };
+        let status = response.status();
+        let from = match (status, range) {
+            (StatusCode::OK, _) => 0,
+            (StatusCode::PARTIAL_CONTENT, Some((from, _))) => {
+                let said = response.headers().get(header::CONTENT_RANGE);
+                let said = said.and_then(|v| v.to_str().ok()?.strip_prefix("bytes "));
+                let first = said.and_then(|v| v.split_once('-')?.0.parse().ok());
+                first.unwrap_or(from)
+            }
+            _ => {
+                link.0 = None;
+                return Err(FetchError::Refused { status, what: path.to_owned() });
+            }
+        };
+        let media_type = response.headers().get(header::CONTENT_TYPE);
+        let media_type = media_type.and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        Ok(Answer { from, media_type, body: response.into_body() })
     }
 
-    /// A manifest, verified.
+    /// A manifest, verified, and its media type.
     ///
     /// # Errors
     /// When it does not come or is another.
     pub async fn manifest(
         &self,
         repository: &str,
-        digest: &berth_proto::ids::Digest,
-    ) -> Result<Bytes, FetchError> {
+        digest: &Digest,
+    ) -> Result<(Bytes, String), FetchError> {
         let path = format!("/v2/{repository}/manifests/{digest}");
-        let body = self.ask(Method::GET, &path, 0).await?.into_body();
-        let bytes =
-            tokio::time::timeout(STALL, http_body_util::Limited::new(body, MANIFEST).collect())
-                .await
-                .map_err(|_| FetchError::Stalled(STALL))?
-                .map_err(|_| FetchError::TooLarge(path.clone()))?
-                .to_bytes();
-        if berth_proto::ids::Digest::of(&bytes) != *digest {
+        let answer = self.ask(&mut Link::default(), &path, None).await?;
+        let body = http_body_util::Limited::new(answer.body, MANIFEST);
+        let bytes = tokio::time::timeout(SMALL, body.collect())
+            .await
+            .map_err(|_| FetchError::Stalled(SMALL))?
+            .map_err(|_| FetchError::TooLarge(path.clone()))?
+            .to_bytes();
+        if Digest::of(&bytes) != *digest {
             return Err(FetchError::Wrong(path));
         }
-        Ok(bytes)
-    }
-
-    /// A blob from byte `from` on, handed over piece by piece. A stream that breaks is gone on with.
-    ///
-    /// # Errors
-    /// When it cannot be had after some tries, or `into` says so.
-    pub async fn blob(
-        &self,
-        repository: &str,
-        digest: &str,
-        mut from: u64,
-        size: u64,
-        into: &mut impl Into,
-    ) -> Result<(), FetchError> {
-        let path = format!("/v2/{repository}/blobs/{digest}");
-        let mut failures = 0;
-        while from < size {
-            let broke = match self.ask(Method::GET, &path, from).await {
-                Err(error @ FetchError::Refused { .. }) => return Err(error),
-                Err(error) => error,
-                Ok(response) => {
-                    let mut body = response.into_body();
-                    loop {
-                        match tokio::time::timeout(STALL, body.frame()).await {
-                            Err(_) => break FetchError::Stalled(STALL),
-                            Ok(None) => {
-                                if from >= size {
-                                    return Ok(());
-                                }
-                                break FetchError::Stalled(STALL);
-                            }
-                            Ok(Some(Err(error))) => break FetchError::Broke(error),
-                            Ok(Some(Ok(frame))) => {
-                                if let Ok(data) = frame.into_data() {
-                                    from += data.len() as u64;
-                                    if from > size {
-                                        return Err(FetchError::TooLarge(path));
-                                    }
-                                    failures = 0;
-                                    into.take(data).await?;
-                                }
-                            }
-                        }
-                    }
-                }
-            };
-            failures += 1;
-            if failures >= TRIES {
-                return Err(broke);
-            }
-            tracing::debug!(path, from, error = %broke, "a transfer broke and goes on");
-            // Not a wait for something, but a pause so as not to ask a struggling server at once.
-            tokio::time::sleep(Duration::from_millis(100 << failures.min(6))).await;
-        }
-        Ok(())
+        Ok((bytes, answer.media_type))
     }
 }

@@ -1,8 +1,17 @@
 //! Bringing bytes: from the server's registry, with the host's own certificate.
 //!
-//! What was begun is gone on with: a blob whose stream broke is asked for again from the byte it was
-//! at, and what a file holds of one survives the agent. Nothing is used before its digest is right.
+//! What was begun is gone on with, whatever was interrupted: the link, the registry, the engine or the
+//! agent. Nothing is used before its digest is right. What nobody needs any more goes when the disk is
+//! short.
 
+pub mod archive;
 pub mod artifact;
+pub mod bring;
 pub mod client;
 pub mod door;
+pub mod images;
+pub mod keep;
+pub mod spool;
+#[cfg(test)]
+mod testing;
+pub mod transfer;

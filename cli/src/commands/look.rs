@@ -1,29 +1,90 @@
-//! Looking: replicas, logs, events, predictions, commands in replicas.
+//! Looking: replicas, and what hosts and replicas use.
 
-use super::{ask, connect};
-use crate::args::{Global, Infer, Logs, Output};
-use crate::client::{context, https};
-use crate::error::{Error, Kind, Result};
-use crate::output::{age, moment, print, put, remote, rfc3339, word};
+use super::host::labels_of;
+use super::{ask, connect, pages};
+use crate::args::{Global, Output, TopOf};
+use crate::client::Client;
+use crate::error::Result;
+use crate::output::{age, moment, print, transfer, waits, word};
 use berth_proto::api::*;
-use bytes::Bytes;
-use http_body_util::Full;
+use berth_proto::escape::for_terminal;
+use berth_proto::quantity::{format_cpu, human_bytes};
 use serde_json::{Value, json};
-use std::io::{Read as _, Write as _};
-use std::time::Duration;
+use std::collections::BTreeSet;
 
-/// How long a prediction may take.
-const INFER: Duration = Duration::from_secs(300);
+/// Deployments that meet the selector, by namespace and name; `None` without one.
+async fn selected(global: &Global, client: &Client) -> Result<Option<BTreeSet<(String, String)>>> {
+    if global.selector.is_none() {
+        return Ok(None);
+    }
+    // --filter is for the replicas that are asked for.
+    let all = Global { filter: None, ..global.clone() };
+    let global = &all;
+    let mut deployments = client.deployments();
+    let all = pages!(global, deployments, |page| deployments
+        .list_deployments(ListDeploymentsRequest { namespace: client.namespace.clone(), page }));
+    let metas = all.into_iter().filter_map(|d| d.meta);
+    let chosen = metas.filter(|m| global.selects(&m.labels));
+    Ok(Some(chosen.map(|m| (m.namespace, m.name)).collect()))
+}
 
-pub async fn ps(global: &Global, deployment: Option<&str>) -> Result<()> {
+/// Rows for the slots that have no replica, because no host fits: `deployment list -o json` has them as
+/// `pending`.
+async fn placeless(global: &Global, client: &Client, name: &str) -> Result<Vec<Vec<String>>> {
+    if global.filter.is_some() {
+        return Ok(Vec::new());
+    }
+    let mut deployments = client.deployments();
+    let all = pages!(global, deployments, |page| deployments
+        .list_deployments(ListDeploymentsRequest { namespace: client.namespace.clone(), page }));
+    let mut rows = Vec::new();
+    for deployment in all {
+        let meta = deployment.meta.unwrap_or_default();
+        if (!name.is_empty() && meta.name != name) || !global.selects(&meta.labels) {
+            continue;
+        }
+        let status = deployment.status.unwrap_or_default();
+        for pending in status.pending.iter().filter(|p| p.reason == "NO_HOST_FITS") {
+            let slots = match pending.count {
+                1 => "1 slot".to_owned(),
+                many => format!("{many} slots"),
+            };
+            rows.push(vec![
+                meta.namespace.clone(),
+                meta.name.clone(),
+                slots,
+                String::new(),
+                status.release.to_string(),
+                "pending".to_owned(),
+                String::new(),
+                String::new(),
+                pending.message.clone(),
+            ]);
+        }
+    }
+    Ok(rows)
+}
+
+pub async fn ps(global: &Global, deployment: Option<String>, host: Option<String>) -> Result<()> {
     let client = connect(global).await?;
-    let request = ListReplicasRequest {
+    let selected = selected(global, &client).await?;
+    let mut deployments = client.deployments();
+    let (name, host) = (deployment.unwrap_or_default(), host.unwrap_or_default());
+    if !name.is_empty() {
+        // So that a name that does not exist is an error, not an empty list.
+        let request =
+            GetDeploymentRequest { namespace: client.namespace.clone(), name: name.clone() };
+        ask(global, deployments.get_deployment(request)).await?;
+    }
+    let mut all = pages!(global, replicas, |page| deployments.list_replicas(ListReplicasRequest {
         namespace: client.namespace.clone(),
-        deployment: deployment.unwrap_or_default().to_owned(),
-        host: String::new(),
-        page: Some(Page { page_size: 1000, ..Page::default() }),
-    };
-    let all = ask(global, client.deployments().list_replicas(request)).await?.replicas;
+        deployment: name.clone(),
+        host: host.clone(),
+        page,
+    }));
+    if let Some(selected) = selected {
+        all.retain(|r| selected.contains(&(r.namespace.clone(), r.deployment.clone())));
+    }
     let state = |r: &Replica| {
         let s = r.status.clone().unwrap_or_default();
         if r.host_presence() != HostPresence::Present {
@@ -32,14 +93,19 @@ pub async fn ps(global: &Global, deployment: Option<&str>) -> Result<()> {
             "stopping".to_owned()
         } else if s.ready {
             "ready".to_owned()
-        } else if let Some(p) = s.progress.as_ref().filter(|p| p.total_bytes > 0) {
-            let rate = berth_proto::quantity::human_bytes(p.rate_bytes_per_second);
-            format!("fetching {} % at {rate}/s", p.done_bytes.saturating_mul(100) / p.total_bytes)
         } else {
             word(s.phase().as_str_name(), "REPLICA_PHASE_")
         }
     };
-    let rows = all
+    // For people; programs find the numbers in `progress`.
+    let shown = |r: &Replica| {
+        let progress = r.status.as_ref().and_then(|s| s.progress.as_ref());
+        match progress.filter(|p| p.total_bytes > 0) {
+            Some(p) if state(r) == "fetching" => format!("fetching {}", transfer(p)),
+            Some(_) | None => state(r),
+        }
+    };
+    let mut rows: Vec<Vec<String>> = all
         .iter()
         .map(|r| {
             let s = r.status.clone().unwrap_or_default();
@@ -49,15 +115,19 @@ pub async fn ps(global: &Global, deployment: Option<&str>) -> Result<()> {
                 r.slot.to_string(),
                 r.host.clone(),
                 r.release.to_string(),
-                state(r),
+                shown(r),
                 s.attempt.to_string(),
                 age(s.start_time.as_ref()),
-                s.message.clone(),
+                waits(&s),
                 r.uid.clone(),
                 s.container_id,
             ]
         })
         .collect();
+    if matches!(global.output, Output::Table | Output::Wide) && host.is_empty() {
+        rows.extend(placeless(global, &client, &name).await?);
+        rows.sort_by(|a, b| (&a[0], &a[1]).cmp(&(&b[0], &b[1])));
+    }
     let value = all
         .iter()
         .map(|r| {
@@ -70,7 +140,17 @@ pub async fn ps(global: &Global, deployment: Option<&str>) -> Result<()> {
                 "hostPresence": word(r.host_presence().as_str_name(), "HOST_PRESENCE_"),
                 "reason": s.reason, "message": s.message, "containerId": s.container_id,
                 "startTime": moment(s.start_time.as_ref()), "createTime": moment(r.create_time.as_ref()),
-                "lastExit": s.last_exit.map(|e| json!({"attempt": e.attempt, "code": e.code, "outOfMemory": e.out_of_memory})),
+                "firstReadyTime": moment(r.first_ready_time.as_ref()),
+                "nextAttemptTime": moment(s.next_attempt_time.as_ref()),
+                "progress": s.progress.map(|p| json!({
+                    "what": p.what, "doneBytes": p.done_bytes, "totalBytes": p.total_bytes,
+                    "bytesPerSecond": p.rate_bytes_per_second, "part": p.part, "parts": p.parts,
+                    "timeLeftMs": p.time_left_ms,
+                })),
+                "lastExit": s.last_exit.map(|e| json!({
+                    "attempt": e.attempt, "code": e.code, "outOfMemory": e.out_of_memory,
+                    "time": moment(e.time.as_ref()),
+                })),
             })
         })
         .collect();
@@ -90,233 +170,122 @@ pub async fn ps(global: &Global, deployment: Option<&str>) -> Result<()> {
     print(global, &heads, 9, rows, &Value::Array(value))
 }
 
-fn since(text: &str) -> Result<prost_types::Timestamp> {
-    if let Ok(ms) = berth_proto::quantity::parse_duration_ms(text) {
-        let at = time::OffsetDateTime::now_utc().unix_timestamp()
-            - i64::try_from(ms / 1000).unwrap_or(0);
-        return Ok(prost_types::Timestamp { seconds: at, nanos: 0 });
+pub async fn top(global: &Global, of: TopOf, deployment: Option<String>) -> Result<()> {
+    match of {
+        TopOf::Hosts => top_hosts(global).await,
+        TopOf::Replicas => top_replicas(global, deployment).await,
     }
-    let at = time::OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339)
-        .map_err(|_| {
-            Error::user(format!("\"{text}\" is neither a duration (10m) nor a time (RFC 3339)"))
-        })?;
-    Ok(prost_types::Timestamp {
-        seconds: at.unix_timestamp(),
-        nanos: i32::try_from(at.nanosecond()).unwrap_or(0),
-    })
 }
 
-pub async fn logs(global: &Global, args: Logs) -> Result<()> {
-    let client = connect(global).await?;
-    let request = StreamLogsRequest {
-        namespace: client.namespace.clone(),
-        deployment: args.deployment.clone(),
-        replica: args.replica.unwrap_or_default(),
-        host: args.host.unwrap_or_default(),
-        follow: args.follow,
-        since: args.since.as_deref().map(since).transpose()?,
-        tail: args.tail,
-        previous: args.previous,
-    };
-    let mut stream = ask(global, client.logs().stream_logs(request)).await?;
-    while let Some(message) = stream.message().await? {
-        match message.item {
-            Some(stream_logs_response::Item::Line(line)) => {
-                let text = remote(&String::from_utf8_lossy(&line.text));
-                let time = line.time.as_ref().map(rfc3339).unwrap_or_default();
-                if global.output == Output::Json {
-                    let value = json!({
-                        "time": time, "replica": line.replica_uid, "slot": line.slot,
-                        "host": line.host, "attempt": line.attempt, "text": text,
-                        "stream": word(line.stream().as_str_name(), "OUTPUT_STREAM_"),
-                    });
-                    put(&format!("{value}\n"))?;
-                } else {
-                    let stamp = if args.timestamps { format!("{time} ") } else { String::new() };
-                    put(&format!(
-                        "{}/{} {} | {stamp}{text}\n",
-                        args.deployment, line.slot, line.host
-                    ))?;
-                }
-            }
-            Some(stream_logs_response::Item::Source(source))
-                if source.condition() == LogSourceCondition::Unreachable =>
-            {
-                let words = berth_proto::escape::for_terminal(&source.message);
-                eprintln!(
-                    "{}/{} {}: not reached: {words}",
-                    args.deployment, source.slot, source.host
-                );
-            }
-            Some(stream_logs_response::Item::Source(_)) | None => {}
-        }
+/// `used` of `all` in words, with its share.
+fn share(used: String, all: String, share: Option<u64>) -> String {
+    match share {
+        Some(percent) => format!("{used}/{all} {percent}%"),
+        None => format!("{used}/{all}"),
     }
-    Ok(())
 }
 
-pub async fn events(
-    global: &Global,
-    follow: bool,
-    deployment: Option<String>,
-    host: Option<String>,
-) -> Result<()> {
+fn percent(used: u64, all: u64) -> Option<u64> {
+    used.saturating_mul(100).checked_div(all)
+}
+
+async fn top_hosts(global: &Global) -> Result<()> {
     let client = connect(global).await?;
-    let request = WatchEventsRequest {
+    let mut hosts = client.hosts();
+    let mut all = pages!(global, hosts, |page| hosts.list_hosts(ListHostsRequest { page }));
+    all.retain(|h| global.selects(&labels_of(h)));
+    let (mut rows, mut values) = (Vec::new(), Vec::new());
+    for h in all {
+        let name = h.meta.unwrap_or_default().name;
+        let s = h.status.unwrap_or_default();
+        let facts = s.facts.clone().unwrap_or_default();
+        let (have, used) = (facts.capacity.unwrap_or_default(), s.allocated.unwrap_or_default());
+        rows.push(vec![
+            name.clone(),
+            word(s.presence().as_str_name(), "HOST_PRESENCE_"),
+            share(
+                format_cpu(used.cpu_millis),
+                format_cpu(have.cpu_millis),
+                percent(used.cpu_millis, have.cpu_millis),
+            ),
+            share(
+                human_bytes(used.memory_bytes),
+                human_bytes(have.memory_bytes),
+                percent(used.memory_bytes, have.memory_bytes),
+            ),
+            format!("{}/{}", s.ready, s.replicas),
+            human_bytes(facts.disk_free_bytes),
+        ]);
+        values.push(json!({
+            "name": name, "presence": word(s.presence().as_str_name(), "HOST_PRESENCE_"),
+            "replicas": s.replicas, "ready": s.ready,
+            "reserved": {
+                "cpuMillis": used.cpu_millis, "memoryBytes": used.memory_bytes,
+                "gpuMemoryBytes": used.gpu_memory_bytes,
+            },
+            "capacity": {
+                "cpuMillis": have.cpu_millis, "memoryBytes": have.memory_bytes,
+                "gpuMemoryBytes": have.gpu_memory_bytes,
+            },
+            "diskFreeBytes": facts.disk_free_bytes,
+        }));
+    }
+    let heads = ["HOST", "STATE", "CPU RESERVED", "MEMORY RESERVED", "REPLICAS READY", "DISK FREE"];
+    print(global, &heads, heads.len(), rows, &Value::Array(values))
+}
+
+async fn top_replicas(global: &Global, deployment: Option<String>) -> Result<()> {
+    let client = connect(global).await?;
+    let selected = selected(global, &client).await?;
+    let request = ReadUsageRequest {
         namespace: client.namespace.clone(),
         deployment: deployment.unwrap_or_default(),
-        host: host.unwrap_or_default(),
-        follow,
-        ..WatchEventsRequest::default()
+        host: String::new(),
     };
-    let mut stream = ask(global, client.events().watch_events(request)).await?;
-    while let Some(message) = stream.message().await? {
-        let Some(event) = message.event else { continue };
-        let time = event.time.as_ref().map(rfc3339).unwrap_or_default();
-        let severity = word(event.severity().as_str_name(), "EVENT_SEVERITY_");
-        if global.output == Output::Json {
-            let value = json!({
-                "sequence": event.sequence, "time": time, "severity": severity, "kind": event.kind,
-                "name": event.name, "namespace": event.namespace, "reason": event.reason,
-                "message": event.message, "actor": event.actor, "host": event.host,
-            });
-            put(&format!("{value}\n"))?;
-        } else {
-            let line = format!(
-                "{time} {severity:<7} {}/{} {} {}",
-                event.kind, event.name, event.reason, event.message
-            );
-            put(&format!("{}\n", remote(&line)))?;
-        }
+    let mut answer = ask(global, client.logs().read_usage(request)).await?;
+    if let Some(selected) = selected {
+        answer.usages.retain(|u| selected.contains(&(u.namespace.clone(), u.deployment.clone())));
     }
-    Ok(())
-}
-
-pub async fn exec(
-    global: &Global,
-    deployment: String,
-    replica: Option<String>,
-    command: Vec<String>,
-) -> Result<u8> {
-    let client = connect(global).await?;
-    let start = ExecStart {
-        namespace: client.namespace.clone(),
-        deployment,
-        replica: replica.unwrap_or_default(),
-        command,
-        ..ExecStart::default()
-    };
-    let message = |item| ExecRequest { item: Some(item) };
-    let first =
-        [message(exec_request::Item::Start(start)), message(exec_request::Item::Stdin(Vec::new()))];
-    let mut stream = client.logs().exec(tokio_stream::iter(first)).await?.into_inner();
-    while let Some(message) = stream.message().await? {
-        match message.item {
-            Some(exec_response::Item::Stdout(bytes)) => std::io::stdout().write_all(&bytes)?,
-            Some(exec_response::Item::Stderr(bytes)) => std::io::stderr().write_all(&bytes)?,
-            Some(exec_response::Item::ExitCode(code)) => {
-                return Ok(u8::try_from(code.clamp(0, 255)).unwrap_or(1));
-            }
-            None => {}
-        }
+    for (host, words) in &answer.unreachable {
+        eprintln!("{}: not reached: {}", for_terminal(host), for_terminal(words));
     }
-    Err(Error::new(Kind::Unavailable, "the command's end was not told"))
-}
-
-fn numbers(value: &Value, out: &mut Vec<f64>) {
-    match value {
-        Value::Number(n) => out.extend(n.as_f64()),
-        Value::Array(items) => items.iter().for_each(|item| numbers(item, out)),
-        Value::Null | Value::Bool(_) | Value::String(_) | Value::Object(_) => {}
-    }
-}
-
-/// Outputs that both answers name, compared number by number.
-fn differs(got: &Value, want: &Value) -> Option<String> {
-    let list = |v: &Value| v["outputs"].as_array().cloned().unwrap_or_default();
-    let (got, want) = (list(got), list(want));
-    let mut compared = 0;
-    for right in &want {
-        let Some(ours) = got.iter().find(|o| o["name"] == right["name"]) else { continue };
-        let (mut a, mut b) = (Vec::new(), Vec::new());
-        numbers(&ours["data"], &mut a);
-        numbers(&right["data"], &mut b);
-        if a.len() != b.len() {
-            return Some(format!(
-                "output {} has {} numbers, not {}",
-                right["name"],
-                a.len(),
-                b.len()
-            ));
-        }
-        if let Some((x, y)) = a.iter().zip(&b).find(|(x, y)| (*x - *y).abs() > 1e-4) {
-            return Some(format!("output {} has {x} where {y} is right", right["name"]));
-        }
-        compared += 1;
-    }
-    (compared == 0).then(|| "the answers name no output in common".to_owned())
-}
-
-pub async fn infer(global: &Global, args: Infer) -> Result<()> {
-    let body = if args.input.as_os_str() == "-" {
-        let mut bytes = Vec::new();
-        std::io::stdin().read_to_end(&mut bytes)?;
-        bytes
-    } else {
-        std::fs::read(&args.input)
-            .map_err(|e| Error::user(format!("cannot read {}: {e}", args.input.display())))?
-    };
-    let context = context(global)?;
-    let namespace = global.namespace.as_deref().filter(|n| *n != "default");
-    let model = match namespace {
-        Some(namespace) => format!("{namespace}.{}", args.deployment),
-        None => args.deployment.clone(),
-    };
-    let version = args.model_version.map(|v| format!("/versions/{v}")).unwrap_or_default();
-    let request = http::Request::post(format!("/v2/models/{model}{version}/infer"))
-        .header(http::header::HOST, &context.gateway)
-        .header(http::header::CONTENT_TYPE, "application/json")
-        .body(Full::new(Bytes::from(body)))?;
-    let answer = https(&context, &context.gateway, request, INFER).await?;
-    let value: Value = serde_json::from_slice(answer.body())
-        .unwrap_or_else(|_| json!({"error": String::from_utf8_lossy(answer.body())}));
-    if !answer.status().is_success() {
-        let kind = match answer.status().as_u16() {
-            401 | 403 => Kind::Denied,
-            502..=504 => Kind::Unavailable,
-            _ => Kind::User,
+    let (mut rows, mut values) = (Vec::new(), Vec::new());
+    for u in answer.usages {
+        let limit = match u.memory_limit_bytes {
+            0 => String::new(),
+            n => human_bytes(n),
         };
-        let words = value["error"].as_str().unwrap_or("no reason was given");
-        let words = berth_proto::escape::for_terminal(words);
-        return Err(Error::new(kind, format!("{} ({})", words, answer.status().as_u16())));
+        rows.push(vec![
+            u.namespace.clone(),
+            u.deployment.clone(),
+            u.slot.to_string(),
+            u.host.clone(),
+            format!("{}m", u.cpu_millis),
+            human_bytes(u.memory_bytes),
+            limit,
+            human_bytes(u.received_bytes),
+            human_bytes(u.sent_bytes),
+            u.replica_uid.clone(),
+        ]);
+        values.push(json!({
+            "uid": u.replica_uid, "namespace": u.namespace, "deployment": u.deployment,
+            "slot": u.slot, "host": u.host, "cpuMillis": u.cpu_millis,
+            "memoryBytes": u.memory_bytes, "memoryLimitBytes": u.memory_limit_bytes,
+            "receivedBytes": u.received_bytes, "sentBytes": u.sent_bytes,
+            "processes": u.processes,
+        }));
     }
-    put(&format!("{}\n", serde_json::to_string(&value)?))?;
-    if let Some(path) = args.expect {
-        let want: Value = serde_json::from_slice(&std::fs::read(path)?)?;
-        if let Some(difference) = differs(&value, &want) {
-            return Err(Error::user(format!("the answer is not the expected one: {difference}")));
-        }
-        eprintln!("the answer is the expected one");
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_wrong_number_a_missing_one_and_no_output_at_all_are_told() {
-        let answer = |data: Value| json!({"outputs": [{"name": "p", "data": data}]});
-        assert_eq!(differs(&answer(json!([[1.0, 2.0]])), &answer(json!([1.0, 2.00001]))), None);
-        assert!(differs(&answer(json!([1.0])), &answer(json!([1.1]))).is_some());
-        assert!(differs(&answer(json!([1.0])), &answer(json!([1.0, 1.0]))).is_some());
-        assert!(differs(&json!({}), &answer(json!([1.0]))).is_some());
-    }
-
-    #[test]
-    fn since_is_a_duration_or_a_time() {
-        assert_eq!(since("2026-01-01T00:00:00Z").unwrap().seconds, 1_767_225_600);
-        assert!(since("10m").is_ok());
-        assert!(since("yesterday").is_err());
-    }
+    let heads = [
+        "NAMESPACE",
+        "DEPLOYMENT",
+        "SLOT",
+        "HOST",
+        "CPU",
+        "MEMORY",
+        "LIMIT",
+        "RECEIVED",
+        "SENT",
+        "REPLICA",
+    ];
+    print(global, &heads, 9, rows, &Value::Array(values))
 }

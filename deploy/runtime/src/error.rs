@@ -89,6 +89,13 @@ pub enum Error {
     #[error("the request's body could not be read")]
     Body(#[source] axum::Error),
 
+    /// The body is compressed.
+    #[error("the body is encoded with {encoding}; this server reads plain ones")]
+    Encoded {
+        /// What the header says.
+        encoding: String,
+    },
+
     /// The body is not the JSON that it should be.
     #[error("the request is not a valid inference request")]
     Json(#[source] serde_path_to_error::Error<serde_json::Error>),
@@ -211,6 +218,7 @@ impl Error {
             Self::TooLate { .. } => Outcome::TooLate,
             Self::TooLarge { .. } => Outcome::TooLarge,
             Self::Body(_)
+            | Self::Encoded { .. }
             | Self::Json(_)
             | Self::Malformed(_)
             | Self::Input(_)
@@ -224,6 +232,9 @@ impl Error {
     pub fn http_status(&self) -> StatusCode {
         if matches!(self, Self::WrongMethod { .. }) {
             return StatusCode::METHOD_NOT_ALLOWED;
+        }
+        if matches!(self, Self::Encoded { .. }) {
+            return StatusCode::UNSUPPORTED_MEDIA_TYPE;
         }
         match self.outcome() {
             Outcome::Ok => StatusCode::OK,
@@ -311,6 +322,7 @@ mod tests {
             Error::Crashed(String::new()),
             Error::UnknownPath { path: String::new() },
             Error::WrongMethod { path: String::new(), method: String::new() },
+            Error::Encoded { encoding: String::new() },
         ] {
             assert_eq!(Outcome::of_http(error.http_status()), error.outcome());
             assert_eq!(Outcome::of_grpc(error.code()), error.outcome());

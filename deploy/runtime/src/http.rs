@@ -9,7 +9,7 @@ use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::header::{CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Serialize;
@@ -153,6 +153,7 @@ async fn answer(
     // Held until the answer is written.
     let _place = service.admit()?;
     let (head, body) = request.into_parts();
+    plain(&head.headers)?;
     let json_length = json_length(&head.headers)?;
     let body = read_body(body, service.settings().max_body).await?;
     let infer = json::read(&body, json_length, signature)?;
@@ -181,6 +182,17 @@ async fn answer(
         body,
     )
         .into_response())
+}
+
+/// Refuses a compressed body: in a few kilobytes it could hold gigabytes.
+fn plain(headers: &HeaderMap) -> Result<(), Error> {
+    match headers.get(CONTENT_ENCODING).map(HeaderValue::as_bytes) {
+        None | Some(b"identity") => Ok(()),
+        Some(other) => {
+            let encoding = String::from_utf8_lossy(other).chars().take(40).collect();
+            Err(Error::Encoded { encoding })
+        }
+    }
 }
 
 fn json_length(headers: &HeaderMap) -> Result<Option<usize>, Error> {

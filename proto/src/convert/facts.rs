@@ -50,6 +50,7 @@ pub fn host_facts_from_api(from: &api::HostFacts) -> HostFacts {
                 .iter()
                 .filter_map(|a| a.parse().ok())
                 .collect(),
+            allow_container_traffic: policy.allow_container_traffic,
         },
         disk_free_bytes: from.disk_free_bytes,
         kernel: from.kernel.clone(),
@@ -83,6 +84,7 @@ pub fn host_facts_to_api(from: &HostFacts) -> api::HostFacts {
                 .iter()
                 .map(ToString::to_string)
                 .collect(),
+            allow_container_traffic: from.policy.allow_container_traffic,
         }),
         disk_free_bytes: from.disk_free_bytes,
         kernel: from.kernel.clone(),
@@ -103,6 +105,7 @@ mod tests {
             policy: HostPolicy {
                 publish_addresses: ["127.0.0.1".parse().unwrap()].into(),
                 forbid_exec: true,
+                allow_container_traffic: true,
                 ..HostPolicy::default()
             },
             used_ports: [22, 80].into(),

@@ -12,7 +12,10 @@ pub use facts::{host_facts_from_api, host_facts_to_api, resources_from_api, reso
 pub use release::{
     assignment_body_from_bytes, assignment_body_to_agent, resolved_from_api, resolved_to_api,
 };
-pub use spec::{deployment_spec_from_api, deployment_spec_to_api};
+pub use spec::{
+    MIN_CPU_MILLIS, MIN_MEMORY_BYTES, deployment_spec_from_api, deployment_spec_to_api,
+    deployment_spec_to_write,
+};
 pub use status::{exit_from_api, exit_to_api, replica_status_from_api, replica_status_to_api};
 
 use crate::ids::Wall;

@@ -13,6 +13,43 @@ const DAY_MS: u64 = 86_400_000;
 /// A year: a host may be away for a season.
 const YEAR_MS: u64 = 365 * DAY_MS;
 
+/// Least share of a processor that an engine gives (0.01), in thousandths.
+pub const MIN_CPU_MILLIS: u64 = 10;
+/// Least memory that an engine limits a container to (6 MiB): its runtime needs as much to start one.
+pub const MIN_MEMORY_BYTES: u64 = 6 * 1024 * 1024;
+
+/// Reads a spec as somebody writes it now: with [`deployment_spec_from_api`]'s bounds and those that
+/// what is stored and what hosts hold is not measured by, because it was written before they were
+/// known.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn deployment_spec_to_write(from: &api::DeploymentSpec) -> Result<DeploymentSpec, Problems> {
+    let mut p = Problems::default();
+    let asked = resources_from_api(from.resources.as_ref());
+    if (1..MIN_CPU_MILLIS).contains(&asked.cpu_millis) {
+        p.add_hint(
+            "spec.resources.cpu",
+            format!("must be at least {}", crate::quantity::format_cpu(MIN_CPU_MILLIS)),
+            "engines give no smaller share; left out, nothing is reserved and nothing limited",
+        );
+    }
+    if (1..MIN_MEMORY_BYTES).contains(&asked.memory_bytes) {
+        p.add_hint(
+            "spec.resources.memory",
+            format!("must be at least {}", crate::quantity::format_bytes(MIN_MEMORY_BYTES)),
+            "engines start no container with less; left out, nothing is reserved and nothing limited",
+        );
+    }
+    match deployment_spec_from_api(from) {
+        Ok(spec) => p.finish(spec),
+        Err(found) => {
+            p.0.extend(found.0);
+            Err(p)
+        }
+    }
+}
+
 /// Reads a spec; paths of problems begin with `spec.`.
 ///
 /// # Errors
@@ -516,6 +553,30 @@ mod tests {
             "spec.placement.require[0]",
         ] {
             assert!(paths.contains(&path), "{path} is not among {paths:?}");
+        }
+    }
+
+    #[test]
+    fn less_than_an_engine_gives_is_refused_when_written_and_read_when_stored() {
+        let with = |cpu_millis, memory_bytes| api::DeploymentSpec {
+            resources: Some(api::Resources { cpu_millis, memory_bytes, gpu_memory_bytes: 0 }),
+            ..model()
+        };
+        let little = with(MIN_CPU_MILLIS - 1, MIN_MEMORY_BYTES - 1);
+        let problems = deployment_spec_to_write(&little).unwrap_err();
+        assert_eq!(
+            problems.to_string().lines().collect::<Vec<_>>(),
+            [
+                "spec.resources.cpu: must be at least 10m (engines give no smaller share; left out, \
+                 nothing is reserved and nothing limited)",
+                "spec.resources.memory: must be at least 6MiB (engines start no container with less; \
+                 left out, nothing is reserved and nothing limited)",
+            ]
+        );
+        // What an earlier server took must not keep this one from starting.
+        assert!(deployment_spec_from_api(&little).is_ok());
+        for enough in [with(0, 0), with(MIN_CPU_MILLIS, MIN_MEMORY_BYTES)] {
+            assert_eq!(deployment_spec_to_write(&enough), deployment_spec_from_api(&enough));
         }
     }
 

@@ -146,8 +146,16 @@ pub fn public_key(certificate: &CertificateDer<'_>) -> Result<Vec<u8>, TlsError>
 pub fn validity(pem: &str) -> Result<(i64, i64), TlsError> {
     let first =
         certificates(pem)?.into_iter().next().ok_or(TlsError::Pem { what: "certificate" })?;
+    validity_of(&first)
+}
+
+/// From when until when a certificate is good, in seconds since 1970.
+///
+/// # Errors
+/// When it is no certificate.
+pub fn validity_of(certificate: &CertificateDer<'_>) -> Result<(i64, i64), TlsError> {
     let (_, parsed) =
-        x509_parser::parse_x509_certificate(&first).map_err(|_| TlsError::NoIdentity)?;
+        x509_parser::parse_x509_certificate(certificate).map_err(|_| TlsError::NoIdentity)?;
     let validity = parsed.validity();
     Ok((validity.not_before.timestamp(), validity.not_after.timestamp()))
 }
@@ -329,6 +337,11 @@ pub fn client_config(
     Ok(Arc::new(config))
 }
 
+/// The name that our own clients ask a server for, wherever it is. They recognise it by its cluster's
+/// root and the URI in its certificate; by this name it knows whom it shows that certificate. Of the
+/// domain that RFC 2606 keeps free, so that no host has it.
+pub const SERVER_NAME: &str = "server.berth.invalid";
+
 /// Connects to `host:port` within `deadline`.
 ///
 /// # Errors
@@ -342,8 +355,7 @@ pub async fn connect(
         let failed = |source| TlsError::Connect { endpoint: endpoint.to_owned(), source };
         let tcp = TcpStream::connect(endpoint).await.map_err(failed)?;
         tcp.set_nodelay(true).map_err(failed)?;
-        // The name is not what the server is recognised by; it only has to be one.
-        let name = ServerName::try_from("berth").map_err(|_| TlsError::NoIdentity)?;
+        let name = ServerName::try_from(SERVER_NAME).map_err(|_| TlsError::NoIdentity)?;
         TlsConnector::from(config).connect(name, tcp).await.map_err(failed)
     };
     match tokio::time::timeout(deadline, connecting).await {

@@ -11,14 +11,58 @@
 //! numbers.
 
 use crate::change::{Change, Encoded};
+use crate::objects::Replica;
 use crate::view::{ObjectKey, View};
+use berth_proto::api::ReplicaIntent;
 use berth_proto::ids::{Epoch, Generation, HostUid, Revision};
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-/// Operations in one revision: what an etcd transaction takes with room to spare (its limit is 128).
-pub const MAX_OPS: usize = 100;
-/// Bytes in one revision: below etcd's 1.5 MiB.
-pub const MAX_BYTES: usize = 1024 * 1024;
+/// What one revision may hold; a proposal is one revision, so no request can be larger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Operations.
+    pub ops: usize,
+    /// Bytes of their keys and values.
+    pub bytes: usize,
+}
+
+impl Limits {
+    /// What every store takes: an etcd transaction has 128 operations and 1.5 MiB, and this leaves
+    /// room to spare. What the server writes by itself is cut to fit.
+    pub const ANY: Self = Self { ops: 100, bytes: 1024 * 1024 };
+    /// What a journal of our own takes: an apply of 500 deployments, each with a release of a few KiB.
+    /// A record of it stays below what the journal reads (4 MiB).
+    pub const JOURNAL: Self = Self { ops: 2_000, bytes: 3 * 1024 * 1024 };
+
+    /// Whether that much fits.
+    ///
+    /// # Errors
+    /// [`Refusal::TooLarge`] when it does not.
+    pub fn check(self, size: Size) -> Result<(), Refusal> {
+        if size.ops > self.ops || size.bytes > self.bytes {
+            return Err(Refusal::TooLarge { size, limits: self });
+        }
+        Ok(())
+    }
+}
+
+/// How large a change is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Size {
+    /// Operations.
+    pub ops: usize,
+    /// Bytes of their keys and values.
+    pub bytes: usize,
+}
+
+impl Size {
+    fn of(ops: &[Encoded]) -> Self {
+        let bytes = ops.iter().map(|(k, v)| k.len() + v.as_ref().map_or(0, Vec::len)).sum();
+        Self { ops: ops.len(), bytes }
+    }
+}
+
 /// Proposals in one group: bounds how long an acknowledgement can wait for others.
 pub const MAX_GROUP: usize = 512;
 /// Proposals that may wait; beyond that the caller is told to come back.
@@ -44,6 +88,14 @@ pub struct Proposal {
     pub changes: Vec<Change>,
 }
 
+impl Proposal {
+    /// How large it is; the batching machine adds an operation for each host whose set it changes.
+    #[must_use]
+    pub fn size(&self) -> Size {
+        Size::of(&self.changes.iter().map(Change::encode).collect::<Vec<_>>())
+    }
+}
+
 /// Why a proposal was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -67,17 +119,21 @@ pub enum Refusal {
     },
     /// More than one commit can hold.
     #[error(
-        "the change has {ops} operations and {bytes} bytes; at most {MAX_OPS} and {MAX_BYTES} fit"
+        "the change has {} operations and {} bytes; at most {} and {} fit",
+        size.ops, size.bytes, limits.ops, limits.bytes
     )]
     TooLarge {
-        /// Operations.
-        ops: usize,
-        /// Bytes.
-        bytes: usize,
+        /// What it has.
+        size: Size,
+        /// What fits.
+        limits: Limits,
     },
     /// Too many wait.
     #[error("too many writes are waiting")]
     Busy,
+    /// It took too long, and may be done yet.
+    #[error("the write takes too long; whether it will be done is not known")]
+    Unsure,
     /// The store has failed; the process stops.
     #[error("the store has failed")]
     Failed,
@@ -139,6 +195,7 @@ struct Group {
 /// The machine.
 #[derive(Debug)]
 pub struct Batching {
+    limits: Limits,
     ahead: View,
     durable: View,
     in_flight: Option<Group>,
@@ -150,10 +207,11 @@ pub struct Batching {
 }
 
 impl Batching {
-    /// A machine that goes on from a loaded view.
+    /// A machine that goes on from a loaded view and keeps within what the store takes.
     #[must_use]
-    pub fn new(view: View) -> Self {
+    pub fn new(view: View, limits: Limits) -> Self {
         Self {
+            limits,
             ahead: view.clone(),
             durable: view,
             in_flight: None,
@@ -197,14 +255,19 @@ impl Batching {
         let mut next = self.ahead.clone();
         let changes = prepare(&mut next, proposal.changes, revision);
         let ops: Vec<Encoded> = changes.iter().map(Change::encode).collect();
-        let bytes = ops.iter().map(|(k, v)| k.len() + v.as_ref().map_or(0, Vec::len)).sum();
-        if ops.len() > MAX_OPS || bytes > MAX_BYTES {
-            return reject(Refusal::TooLarge { ops: ops.len(), bytes });
+        if let Err(why) = self.limits.check(Size::of(&ops)) {
+            return reject(why);
         }
         self.ahead = next;
         self.waiting_ids.push((id, revision));
         self.waiting.push(Batch { revision, ops });
         self.waiting_changes.extend(changes.into_iter().map(|change| (revision, change)));
+        if bug!(WriteAcknowledgedUndurable) {
+            let mut out = vec![Effect::Acknowledge { id, revision }];
+            self.waiting_ids.retain(|(waiting, _)| *waiting != id);
+            out.extend(self.launch());
+            return out;
+        }
         self.launch()
     }
 
@@ -224,6 +287,9 @@ impl Batching {
     }
 
     fn check(&self, preconditions: &[Precondition]) -> Result<(), Refusal> {
+        if bug!(PreconditionsUnasked) {
+            return Ok(());
+        }
         for precondition in preconditions {
             match precondition {
                 Precondition::At(object, expected) => {
@@ -304,7 +370,9 @@ impl Batching {
         let Some(group) = self.in_flight.take_if(|group| group.token == token) else {
             return Vec::new();
         };
-        self.ahead = self.durable.clone();
+        if !bug!(FullDiskForgotten) {
+            self.ahead = self.durable.clone();
+        }
         let ids = group.ids.into_iter().chain(std::mem::take(&mut self.waiting_ids));
         let out = ids.map(|(id, _)| Effect::Reject { id, why: Refusal::Full }).collect();
         self.waiting.clear();
@@ -324,7 +392,7 @@ impl Batching {
     }
 }
 
-/// Numbers events and audit entries, raises the generations of hosts whose set changes, and applies.
+/// Numbers events, audit entries and moves of aliases, raises the generations of hosts whose set changes, and applies.
 fn prepare(view: &mut View, changes: Vec<Change>, revision: Revision) -> Vec<Change> {
     let mut out = Vec::with_capacity(changes.len() + 1);
     let mut touched: BTreeSet<HostUid> = BTreeSet::new();
@@ -332,9 +400,15 @@ fn prepare(view: &mut View, changes: Vec<Change>, revision: Revision) -> Vec<Cha
         match &mut change {
             Change::AppendEvent(event) => event.sequence = view.next_event.max(1),
             Change::AppendAudit(audit) => audit.revision = revision.0,
+            Change::AppendAliasMove(moved) => moved.revision = revision.0,
             Change::PutReplica(replica) => {
                 let old = view.replica(&replica.uid);
-                if old.and_then(|old| old.set_entry()) != replica.set_entry() {
+                // An orphan keeps its host from getting sets: that changes with it.
+                let orphan = |r: &Arc<Replica>| r.intent == ReplicaIntent::Orphan;
+                let changed = old.and_then(|old| old.set_entry()) != replica.set_entry()
+                    || old.is_some_and(orphan) != orphan(replica);
+                let lost = bug!(GenerationNotRaised) && replica.intent == ReplicaIntent::Stop;
+                if changed && !lost {
                     touched.insert(replica.host.clone());
                 }
                 if let Some(old) = old
@@ -345,7 +419,7 @@ fn prepare(view: &mut View, changes: Vec<Change>, revision: Revision) -> Vec<Cha
             }
             Change::DeleteReplica(uid) => {
                 if let Some(old) = view.replica(uid)
-                    && old.set_entry().is_some()
+                    && (old.set_entry().is_some() || old.intent == ReplicaIntent::Orphan)
                 {
                     touched.insert(old.host.clone());
                 }
@@ -360,14 +434,14 @@ fn prepare(view: &mut View, changes: Vec<Change>, revision: Revision) -> Vec<Cha
             | Change::PutModel(_)
             | Change::PutVersion(_)
             | Change::DeleteVersion(..)
-            | Change::AppendAliasMove(_)
             | Change::PutJoinToken(_)
             | Change::DeleteJoinToken(_)
             | Change::PutUser(_)
             | Change::PutUserToken(_)
             | Change::PutRequest(_)
             | Change::DeleteRequest(_)
-            | Change::DeleteEvent(_) => {}
+            | Change::DeleteEvent(_)
+            | Change::DeleteAudit(_) => {}
         }
         view.apply(&change, revision);
         out.push(change);

@@ -39,7 +39,7 @@ fn acknowledged(effects: &[Effect]) -> Vec<u64> {
 
 #[test]
 fn nothing_is_acknowledged_before_it_is_durable_and_a_group_gathers_meanwhile() {
-    let mut b = Batching::new(View::default());
+    let mut b = Batching::new(View::default(), Limits::ANY);
     let first = b.propose(1, change(vec![replica("a", "h")]));
     let token = persist_token(&first).unwrap();
     assert!(acknowledged(&first).is_empty());
@@ -57,7 +57,7 @@ fn nothing_is_acknowledged_before_it_is_durable_and_a_group_gathers_meanwhile() 
 
 #[test]
 fn a_change_of_a_hosts_replicas_raises_its_generation_in_the_same_batch() {
-    let mut b = Batching::new(View::default());
+    let mut b = Batching::new(View::default(), Limits::ANY);
     let host: HostUid = "h".parse().unwrap();
     b.propose(1, change(vec![replica("a", "h"), replica("b", "h")]));
     assert_eq!(b.ahead().generation(&host), Generation(1));
@@ -70,7 +70,7 @@ fn a_change_of_a_hosts_replicas_raises_its_generation_in_the_same_batch() {
 
 #[test]
 fn a_precondition_is_checked_against_what_was_submitted() {
-    let mut b = Batching::new(View::default());
+    let mut b = Batching::new(View::default(), Limits::ANY);
     let key = ObjectKey::Replica("a".parse().unwrap());
     let create = |id: u64, b: &mut Batching| {
         b.propose(
@@ -90,18 +90,29 @@ fn a_precondition_is_checked_against_what_was_submitted() {
 
 #[test]
 fn a_proposal_too_large_for_one_commit_is_refused_and_changes_nothing() {
-    let mut b = Batching::new(View::default());
-    let changes = (0..=MAX_OPS).map(|i| replica(&format!("r{i}"), "h")).collect();
+    let changes = || (0..=Limits::ANY.ops).map(|i| replica(&format!("r{i}"), "h")).collect();
+    let mut b = Batching::new(View::default(), Limits::ANY);
     assert!(matches!(
-        b.propose(1, change(changes)).as_slice(),
+        b.propose(1, change(changes())).as_slice(),
         [Effect::Reject { why: Refusal::TooLarge { .. }, .. }]
     ));
     assert_eq!(b.ahead().revision, Revision(0));
+    // The same fits where the store takes more.
+    let mut b = Batching::new(View::default(), Limits::JOURNAL);
+    assert!(persist_token(&b.propose(1, change(changes()))).is_some());
+    let large = berth_proto::api::Event {
+        message: "x".repeat(Limits::JOURNAL.bytes),
+        ..Default::default()
+    };
+    assert!(matches!(
+        b.propose(2, change(vec![Change::AppendEvent(large)])).as_slice(),
+        [Effect::Reject { id: 2, why: Refusal::TooLarge { .. } }]
+    ));
 }
 
 #[test]
 fn a_full_disk_takes_back_what_was_submitted_and_the_machine_goes_on() {
-    let mut b = Batching::new(View::default());
+    let mut b = Batching::new(View::default(), Limits::ANY);
     let token = persist_token(&b.propose(1, change(vec![replica("a", "h")]))).unwrap();
     b.propose(2, change(vec![replica("b", "h")]));
     let out = b.full(token);
@@ -113,7 +124,7 @@ fn a_full_disk_takes_back_what_was_submitted_and_the_machine_goes_on() {
 
 #[test]
 fn after_a_failed_store_nobody_is_acknowledged() {
-    let mut b = Batching::new(View::default());
+    let mut b = Batching::new(View::default(), Limits::ANY);
     b.propose(1, change(vec![replica("a", "h")]));
     let out = b.failed();
     assert!(matches!(out.as_slice(), [Effect::Reject { id: 1, why: Refusal::Failed }]));
@@ -126,7 +137,7 @@ fn after_a_failed_store_nobody_is_acknowledged() {
 
 #[test]
 fn what_is_stored_loads_back_to_the_same_view() {
-    let mut b = Batching::new(View::default());
+    let mut b = Batching::new(View::default(), Limits::ANY);
     let event = berth_proto::api::Event::default();
     let token = persist_token(&b.propose(
         1,
@@ -150,5 +161,35 @@ fn what_is_stored_loads_back_to_the_same_view() {
     assert_eq!(all(&view), all(b.durable()));
     assert_eq!(view.next_event, b.durable().next_event);
     assert_eq!(view.generation(&"h".parse().unwrap()), Generation(1));
-    assert_eq!(view.rebuilt_use().len(), 2);
+    assert_eq!(view.rebuilt_capacity().contents().used.len(), 2);
+}
+
+#[test]
+fn two_moves_of_an_alias_in_one_millisecond_are_two() {
+    let mut b = Batching::new(View::default(), Limits::ANY);
+    let moved = |to: &str| {
+        let time = Some(berth_proto::convert::timestamp(berth_proto::ids::Wall(9)));
+        let to_version = to.to_owned();
+        let moved = berth_proto::api::AliasMove {
+            alias: "a".into(),
+            to_version,
+            time,
+            ..Default::default()
+        };
+        let record =
+            record::AliasMoveRecord { model_uid: "m".into(), r#move: Some(moved), revision: 0 };
+        change(vec![Change::AppendAliasMove(record)])
+    };
+    let first = b.propose(1, moved("1"));
+    b.propose(2, moved("2"));
+    let second = b.persisted(persist_token(&first).unwrap());
+    let keys: Vec<Vec<u8>> = [first, second]
+        .iter()
+        .flatten()
+        .filter_map(|e| if let Effect::Persist { batches, .. } = e { Some(batches) } else { None })
+        .flatten()
+        .flat_map(|batch| batch.ops.iter().map(|(key, _)| key.clone()))
+        .collect();
+    assert_eq!(keys.len(), 2);
+    assert!(keys[0] < keys[1], "in the order of their moves: {keys:?}");
 }

@@ -37,7 +37,7 @@ pub enum Change {
     PutVersion(Arc<record::ModelVersionRecord>),
     /// A version is gone: model's uid and version's name.
     DeleteVersion(String, String),
-    /// A move of an alias, kept for ever.
+    /// A move of an alias, kept for ever. The batching machine gives the revision.
     AppendAliasMove(record::AliasMoveRecord),
     /// A join token is as given.
     PutJoinToken(Arc<record::JoinTokenRecord>),
@@ -57,12 +57,93 @@ pub enum Change {
     DeleteEvent(u64),
     /// Somebody changed something. The batching machine gives the revision.
     AppendAudit(record::AuditRecord),
+    /// An audit entry is forgotten.
+    DeleteAudit(u64),
+}
+
+/// An object as the audit log names it: `kind/namespace/name@uid`, without a namespace
+/// `kind/name@uid`. A later holder of the name is another one.
+#[must_use]
+pub fn audited(kind: &str, namespace: Option<&str>, name: &str, uid: &str) -> String {
+    match namespace {
+        Some(namespace) => format!("{kind}/{namespace}/{name}@{uid}"),
+        None => format!("{kind}/{name}@{uid}"),
+    }
+}
+
+/// What a change is about, put or deleted alike: for whoever asks no more than that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subject<'a> {
+    /// The cluster's own record.
+    Cluster,
+    /// A deployment.
+    Deployment(&'a DeploymentUid),
+    /// A release of this deployment.
+    Release(&'a DeploymentUid),
+    /// A replica.
+    Replica(&'a ReplicaUid),
+    /// A host.
+    Host(&'a HostUid),
+    /// The number of this host's set.
+    HostSet(&'a HostUid),
+    /// Models, their versions and aliases.
+    Models,
+    /// Who may do what: users and tokens.
+    Access,
+    /// What has happened: kept answers, events, the audit log.
+    Past,
 }
 
 /// A stored key and its bytes; `None`: the key is deleted.
 pub type Encoded = (Vec<u8>, Option<Vec<u8>>);
 
 impl Change {
+    /// What it is about.
+    #[must_use]
+    pub fn subject(&self) -> Subject<'_> {
+        match self {
+            Self::PutCluster(_) => Subject::Cluster,
+            Self::PutDeployment(d) => Subject::Deployment(&d.uid),
+            Self::DeleteDeployment(uid) => Subject::Deployment(uid),
+            Self::PutRelease(r) => Subject::Release(&r.deployment),
+            Self::DeleteRelease(uid, _) => Subject::Release(uid),
+            Self::PutReplica(r) => Subject::Replica(&r.uid),
+            Self::DeleteReplica(uid) => Subject::Replica(uid),
+            Self::PutHost(h) => Subject::Host(&h.uid),
+            Self::SetGeneration(host, _) => Subject::HostSet(host),
+            Self::PutModel(_)
+            | Self::PutVersion(_)
+            | Self::DeleteVersion(..)
+            | Self::AppendAliasMove(_) => Subject::Models,
+            Self::PutJoinToken(_)
+            | Self::DeleteJoinToken(_)
+            | Self::PutUser(_)
+            | Self::PutUserToken(_) => Subject::Access,
+            Self::PutRequest(_)
+            | Self::DeleteRequest(_)
+            | Self::AppendEvent(_)
+            | Self::DeleteEvent(_)
+            | Self::AppendAudit(_)
+            | Self::DeleteAudit(_) => Subject::Past,
+        }
+    }
+
+    /// The replica it writes, if it writes one.
+    #[must_use]
+    pub fn replica(&self) -> Option<&ReplicaUid> {
+        match self.subject() {
+            Subject::Replica(uid) => Some(uid),
+            Subject::Cluster
+            | Subject::Deployment(_)
+            | Subject::Release(_)
+            | Subject::Host(_)
+            | Subject::HostSet(_)
+            | Subject::Models
+            | Subject::Access
+            | Subject::Past => None,
+        }
+    }
+
     /// The key.
     #[must_use]
     pub fn key(&self) -> String {
@@ -85,7 +166,8 @@ impl Change {
             Self::AppendAliasMove(m) => {
                 let time = m.move_time_unix_ms();
                 let alias = m.r#move.as_ref().map(|m| m.alias.as_str()).unwrap_or_default();
-                format!("aliasmove/{}/{time:020}/{alias}", m.model_uid)
+                // By time first, as it was when only the time told moves apart.
+                format!("aliasmove/{}/{time:020}/{:020}/{alias}", m.model_uid, m.revision)
             }
             Self::PutJoinToken(t) => {
                 let id = t.token.as_ref().map(|t| t.id.as_str()).unwrap_or_default();
@@ -99,6 +181,7 @@ impl Change {
             Self::AppendEvent(e) => format!("event/{:020}", e.sequence),
             Self::DeleteEvent(sequence) => format!("event/{sequence:020}"),
             Self::AppendAudit(a) => format!("audit/{:020}", a.revision),
+            Self::DeleteAudit(revision) => format!("audit/{revision:020}"),
         }
     }
 
@@ -132,7 +215,8 @@ impl Change {
             | Self::DeleteVersion(..)
             | Self::DeleteJoinToken(_)
             | Self::DeleteRequest(_)
-            | Self::DeleteEvent(_) => None,
+            | Self::DeleteEvent(_)
+            | Self::DeleteAudit(_) => None,
         };
         (self.key().into_bytes(), value)
     }

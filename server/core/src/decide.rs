@@ -110,6 +110,13 @@ fn newest(view: &View, uid: &DeploymentUid) -> ReleaseNumber {
     view.releases_of(uid).last().map(|r| r.number).unwrap_or_default()
 }
 
+/// The number of the next release. A number that an orphan has was given before a restore, and is not
+/// given again.
+fn next_number(view: &View, uid: &DeploymentUid) -> ReleaseNumber {
+    let seen = view.replicas_of(uid).map(|r| r.release).max().unwrap_or_default();
+    newest(view, uid).max(seen).next()
+}
+
 /// Releases beyond the kept ones that nothing uses.
 fn forget_old(view: &View, deployment: &Deployment) -> Vec<Change> {
     let used: Vec<ReleaseNumber> = view.replicas_of(&deployment.uid).map(|r| r.release).collect();
@@ -133,7 +140,7 @@ fn take_release(
 ) -> Result<(Arc<Deployment>, Vec<Change>), Refused> {
     let mut deployment = Deployment::new(record)?;
     let before = deployment.release();
-    let number = newest(view, &deployment.uid).next();
+    let number = next_number(view, &deployment.uid);
     let draft = Draft {
         deployment: &deployment,
         number,
@@ -146,6 +153,7 @@ fn take_release(
     let release = release::draft(&draft)?;
     deployment.record.release = number.0;
     deployment.record.rollout = RolloutState::Rolling as i32;
+    written(&mut deployment.record, asked.now);
     deployment.record.rollout_unix_ms = asked.now.0;
     deployment.record.progress_left_ms = 0;
     deployment.record.reason.clear();
@@ -261,6 +269,13 @@ pub fn apply(
     Ok(Decision { proposal, action: ApplyAction::Adjusted, deployment })
 }
 
+/// Notes when what is wanted was written.
+fn written(record: &mut DeploymentRecord, now: Wall) {
+    if let Some(meta) = &mut record.meta {
+        meta.update_unix_ms = now.0;
+    }
+}
+
 fn still(deployment: &Deployment) -> Vec<Precondition> {
     let key = ObjectKey::Deployment(deployment.uid.clone());
     vec![Precondition::At(key, deployment.revision)]
@@ -288,6 +303,9 @@ pub fn scale(
         && spec.replicas.is_some()
     {
         spec.replicas = Some(replicas);
+    }
+    if before != replicas {
+        written(&mut record, asked.now);
     }
     let next = Arc::new(Deployment::new(record)?);
     let changes = if before == replicas {
@@ -333,7 +351,7 @@ pub fn undo(
     let to = if to == ReleaseNumber(0) {
         view.releases_of(&deployment.uid)
             .filter(|r| r.number < deployment.release())
-            .filter(|r| matches!(r.state(), ReleaseState::Complete | ReleaseState::Superseded))
+            .filter(|r| r.state() == ReleaseState::Complete)
             .map(|r| r.number)
             .last()
             .ok_or_else(|| Refused::NoEarlierRelease(deployment.name.clone()))?
@@ -382,6 +400,7 @@ pub fn delete(deployment: &Deployment, asked: &Asked<'_>) -> Result<Decision, Re
     let mut record = deployment.record.clone();
     if let Some(meta) = &mut record.meta {
         meta.delete_unix_ms = asked.now.0.max(1);
+        meta.update_unix_ms = asked.now.0;
     }
     record.rollout = RolloutState::Deleting as i32;
     let next = Arc::new(Deployment::new(record)?);

@@ -2,11 +2,14 @@
 //!
 //! After a server start every host is unknown, which is neither healthy nor failed. Reports are taken
 //! in an order that cannot be turned back: by (host instance, agent start, sequence) between
-//! messages, by (attempt, phase) within a replica.
+//! messages, by (attempt, phase) within a replica. Everything is in persistent maps, so a copy costs
+//! next to nothing however large the fleet is.
 
+use crate::view::View;
 use berth_proto::ids::{DeploymentUid, HostUid, Mono, ReleaseNumber, ReplicaUid, SetNumber, Wall};
 use berth_proto::values::{Phase, ReplicaStatus};
 use rpds::RedBlackTreeMapSync as Map;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// Whether a host can be spoken to.
@@ -58,10 +61,19 @@ pub struct RolloutClock {
     pub release: ReleaseNumber,
     /// Most healthy replicas of it so far.
     pub best: u32,
-    /// Time left of the progress deadline at `at`.
+    /// Time left of the progress deadline, at `running`.
     pub left_ms: u64,
-    /// When that was.
-    pub at: Mono,
+    /// Since when it runs; `None`: it stands still.
+    pub running: Option<Mono>,
+}
+
+/// What has changed in a way that planning looks at. Progress, messages and clocks are not among it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Moved {
+    /// A host came, went, or began anew.
+    Host(HostUid),
+    /// A replica became ready or unready, or nothing is known of it any more.
+    Replica(ReplicaUid),
 }
 
 /// All of it; cheap to copy.
@@ -70,6 +82,8 @@ pub struct Live {
     hosts: Map<HostUid, Arc<HostLive>>,
     replicas: Map<ReplicaUid, Arc<ReplicaLive>>,
     clocks: Map<DeploymentUid, Arc<RolloutClock>>,
+    /// Since they were last taken; at most one entry for each host and replica.
+    moved: BTreeSet<Moved>,
 }
 
 /// What a report was taken for.
@@ -105,13 +119,24 @@ impl Live {
     /// Changes what is known of a host.
     pub fn edit_host(&mut self, uid: &HostUid, edit: impl FnOnce(&mut HostLive)) {
         let mut host = self.hosts.get(uid).map(|h| HostLive::clone(h)).unwrap_or_default();
+        let before = host.presence;
         edit(&mut host);
+        if host.presence != before {
+            self.moved.insert(Moved::Host(uid.clone()));
+        }
         self.hosts.insert_mut(uid.clone(), Arc::new(host));
     }
 
     /// Forgets a host.
     pub fn remove_host(&mut self, uid: &HostUid) {
-        self.hosts.remove_mut(uid);
+        if self.hosts.remove_mut(uid) {
+            self.moved.insert(Moved::Host(uid.clone()));
+        }
+    }
+
+    /// What has moved since this was last asked.
+    pub fn take_moved(&mut self) -> BTreeSet<Moved> {
+        std::mem::take(&mut self.moved)
     }
 
     /// A replica.
@@ -122,7 +147,18 @@ impl Live {
 
     /// Forgets a replica.
     pub fn remove_replica(&mut self, uid: &ReplicaUid) {
-        self.replicas.remove_mut(uid);
+        if self.replicas.remove_mut(uid) {
+            self.moved.insert(Moved::Replica(uid.clone()));
+        }
+    }
+
+    /// Forgets replicas the ledger does not hold any more, so that what is known stays bounded by it.
+    pub fn forget_deleted(&mut self, view: &View) {
+        let gone: Vec<ReplicaUid> =
+            self.replicas.keys().filter(|uid| view.replica(uid).is_none()).cloned().collect();
+        for uid in gone {
+            self.remove_replica(&uid);
+        }
     }
 
     /// A rollout's clock.
@@ -185,6 +221,9 @@ impl Live {
             .and_then(|k| k.ready_since)
             .or(Some(now));
         let ready_since = if running { since } else { None };
+        if known.and_then(|k| k.ready_since) != ready_since {
+            self.moved.insert(Moved::Replica(uid.clone()));
+        }
         self.replicas.insert_mut(uid.clone(), Arc::new(ReplicaLive { status, ready_since }));
         Taken::Newer
     }

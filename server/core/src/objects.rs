@@ -212,6 +212,8 @@ pub struct Replica {
     pub failed: bool,
     /// Why it failed.
     pub reason: String,
+    /// Of an orphan: the body it was found to run, when its host said so.
+    pub found_body: Option<Digest>,
     /// Last written at.
     pub revision: Revision,
 }
@@ -234,6 +236,9 @@ impl Replica {
         let host = p.take("host_uid", record.host_uid.parse());
         let replaces = optional(&mut p, "replaces", &record.replaces);
         let stands_in_for = optional(&mut p, "stands_in_for", &record.stands_in_for);
+        let body = &record.body_digest;
+        let found_body =
+            if body.is_empty() { None } else { p.take("body_digest", body.parse::<Digest>()) };
         let (Some(uid), Some(deployment), Some(host), true) =
             (uid, deployment, host, p.0.is_empty())
         else {
@@ -255,6 +260,7 @@ impl Replica {
             exits: record.exits.clone(),
             failed: record.failed,
             reason: record.reason.clone(),
+            found_body,
             revision: Revision(0),
         })
     }
@@ -272,12 +278,16 @@ impl Replica {
             intent: self.intent as i32,
             replaces: text(&self.replaces).unwrap_or_default(),
             create_unix_ms: self.created.0,
-            first_ready_unix_ms: self.first_ready.map_or(0, |w| w.0),
+            first_ready_unix_ms: self
+                .first_ready
+                .filter(|_| !bug!(ReadinessNotStored))
+                .map_or(0, |w| w.0),
             attempt_floor: self.attempt_floor,
             exits: self.exits.clone(),
             stands_in_for: text(&self.stands_in_for).unwrap_or_default(),
             failed: self.failed,
             reason: self.reason.clone(),
+            body_digest: self.found_body.as_ref().map(ToString::to_string).unwrap_or_default(),
         }
     }
 

@@ -11,6 +11,8 @@
 //! 3. A body the agent holds is not sent again.
 //! 4. A status is acknowledged only after [`Input::Taken`] has said that it is kept.
 //! 5. Silence for longer than the idle timeout ends the session, and nothing else.
+//! 6. Whoever has just been heard is not asked whether it is there: an idle session costs one ping of
+//!    the agent and its answer in each interval.
 
 use berth_proto::agent::{
     self, Hello, ReplicaReport, SetAck, SetBegin, SetEnd, SetEntry, SetId, SetPage, SetVerdict,
@@ -27,15 +29,24 @@ pub const PAGE_BYTES: usize = 256 * 1024;
 /// Pages of an observed set: at 500 reports each this is 50,000 replicas on one host, far above
 /// what an engine runs.
 pub const MAX_OBSERVED_PAGES: u32 = 100;
+/// Encoded bytes of a hello with all its pages: 50,000 reports of some 600 bytes. Held in memory until
+/// the last page is here, by whoever has a host's certificate.
+pub const MAX_HELLO_BYTES: usize = 32 * 1024 * 1024;
 /// Reports in one message, as the contract says.
 pub const MAX_REPORTS: usize = 500;
 /// How long a hello with its pages may take: a slow link carries 1 MiB in 30 s at 280 kbit/s.
 pub const HELLO_DEADLINE_MS: u64 = 30_000;
 /// Wait before a set that the agent could not make durable is sent again.
 pub const RETRY_SET_MS: u64 = 5_000;
+/// A set that is not acknowledged for so long will not be: 2 MiB in that time take 30 kbit/s. Silence
+/// ends a session sooner; this is for an agent that speaks and does not answer.
+pub const SET_DEADLINE_MS: u64 = 600_000;
 /// Status messages that may wait to be kept. The agent sends the next only every 100 ms, so this is
 /// two seconds of them; more means that the ledger has stopped.
 pub const MAX_UNTAKEN: usize = 20;
+/// A clock's offset that has changed by less is not told again: a person who compares logs does not
+/// see it, and each telling costs everybody who watches hosts.
+pub const CLOCK_STEP_MS: i64 = 500;
 
 /// A host's whole set, ready to be sent.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,12 +94,14 @@ pub struct Terms {
     pub version: String,
     /// Features the server knows.
     pub features: Vec<String>,
+    /// Roots and addresses; told to an agent that holds an older bundle.
+    pub trust: agent::Trust,
 }
 
 /// Why a session gets no sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hold {
-    /// Since a restore; an operator has to decide about orphans.
+    /// Since a restore; not all that runs is known and decided about.
     Observing,
     /// Two boots share the identity.
     Quarantined,
@@ -102,7 +115,8 @@ impl Hold {
     pub fn words(self) -> &'static str {
         match self {
             Self::Observing => {
-                "the server was restored from a backup; an operator has to decide about orphans"
+                "the server was restored from a backup; nothing changes here until all that runs is \
+                 known and decided about"
             }
             Self::Quarantined => {
                 "two hosts use this identity; an operator has to release the quarantine"
@@ -121,8 +135,6 @@ pub enum Input {
     Newest(Result<Arc<HostSet>, Hold>),
     /// The statuses up to this sequence are kept.
     Taken(u64),
-    /// Roots or endpoints have changed.
-    Trust(agent::Trust),
     /// The host was removed.
     Removed {
         /// Its containers, artifacts and keys shall go.
@@ -153,7 +165,13 @@ pub enum Effect {
     /// The host's facts have changed.
     Facts(Box<berth_proto::api::HostFacts>),
     /// The agent has made this set durable.
-    Acknowledged(SetNumber),
+    Acknowledged {
+        /// Which.
+        number: SetNumber,
+        /// Every replica that it may have something of: it was there at the hello, or was in a set that
+        /// it took since. `None`: that is not known, because the hello did not tell what the engine shows.
+        known: Option<BTreeSet<String>>,
+    },
     /// The agent refused a set. What it holds is in `held`; a person must look when `held` is newer
     /// than anything this server made.
     Refused {
@@ -220,12 +238,15 @@ pub enum Closed {
     /// Too many statuses wait to be kept.
     #[error("too many statuses wait to be kept")]
     Overrun,
+    /// A set was neither acknowledged nor refused.
+    #[error("the agent has not answered a set for {0} ms")]
+    Unanswered(u64),
 }
 
 #[derive(Debug)]
 enum State {
     AwaitHello,
-    AwaitPages { hello: Box<Hello>, next: u32 },
+    AwaitPages { hello: Box<Hello>, next: u32, bytes: usize },
     Live,
     Over,
 }
@@ -233,7 +254,9 @@ enum State {
 #[derive(Debug)]
 struct Flight {
     number: SetNumber,
+    since: Mono,
     bodies: BTreeSet<String>,
+    replicas: Vec<String>,
 }
 
 /// The server's end of one session.
@@ -246,14 +269,16 @@ pub struct Session {
     heard: Mono,
     pinged: Mono,
     ping_id: u64,
+    clock: Option<i64>,
     newest: Option<Result<Arc<HostSet>, Hold>>,
     held: Option<(SetNumber, String)>,
     held_bodies: BTreeSet<String>,
+    /// Replicas that the agent may have something of; `None`: not known.
+    known: Option<BTreeSet<String>>,
     flight: Option<Flight>,
     not_before: Mono,
     refused: Option<SetNumber>,
     untaken: VecDeque<u64>,
-    trust: Option<agent::Trust>,
 }
 
 impl Session {
@@ -268,14 +293,15 @@ impl Session {
             heard: now,
             pinged: now,
             ping_id: 0,
+            clock: None,
             newest: None,
             held: None,
             held_bodies: BTreeSet::new(),
+            known: None,
             flight: None,
             not_before: now,
             refused: None,
             untaken: VecDeque::new(),
-            trust: None,
         }
     }
 
@@ -293,7 +319,10 @@ impl Session {
             State::AwaitHello | State::AwaitPages { .. } => {
                 idle.min(self.started.plus_ms(HELLO_DEADLINE_MS))
             }
-            State::Live => idle.min(self.pinged.plus_ms(self.terms.ping_interval_ms)),
+            State::Live => {
+                let answer = self.flight.as_ref().map(|f| f.since.plus_ms(SET_DEADLINE_MS));
+                idle.min(self.ping_due()).min(answer.unwrap_or(idle))
+            }
             State::Over => return None,
         };
         if self.wants_to_send() {
@@ -322,13 +351,6 @@ impl Session {
                 }
                 send(&mut out, session_response::Item::StatusAck(agent::StatusAck { sequence }));
             }
-            Input::Trust(trust) => {
-                if self.is_live() {
-                    send(&mut out, session_response::Item::Trust(trust));
-                } else {
-                    self.trust = Some(trust);
-                }
-            }
             Input::Removed { wipe } => {
                 send(&mut out, session_response::Item::Removed(agent::Removed { wipe }));
                 self.close(Closed::Removed, &mut out);
@@ -349,6 +371,20 @@ impl Session {
         matches!(self.state, State::Live)
     }
 
+    /// The agent pings first; half an interval late it is asked.
+    fn ping_due(&self) -> Mono {
+        let interval = self.terms.ping_interval_ms;
+        self.heard.plus_ms(interval + interval / 2).max(self.pinged.plus_ms(interval))
+    }
+
+    /// Tells the offset of the agent's clock when it has changed.
+    fn clock(&mut self, offset_ms: i64, out: &mut Vec<Effect>) {
+        if self.clock.is_none_or(|told| told.abs_diff(offset_ms) >= CLOCK_STEP_MS.unsigned_abs()) {
+            self.clock = Some(offset_ms);
+            out.push(Effect::ClockOffset(offset_ms));
+        }
+    }
+
     fn close(&mut self, why: Closed, out: &mut Vec<Effect>) {
         self.state = State::Over;
         out.push(Effect::Close(why));
@@ -366,7 +402,11 @@ impl Session {
                 }
             }
             State::Live => {
-                if now.mono.since_ms(self.pinged) >= self.terms.ping_interval_ms {
+                let unanswered = self.flight.as_ref().map_or(0, |f| now.mono.since_ms(f.since));
+                if unanswered >= SET_DEADLINE_MS {
+                    return self.close(Closed::Unanswered(unanswered), out);
+                }
+                if now.mono >= self.ping_due() {
                     self.pinged = now.mono;
                     self.ping_id += 1;
                     let ping = agent::Ping { id: self.ping_id, time: Some(timestamp(now)) };
@@ -388,7 +428,11 @@ impl Session {
             (State::AwaitHello, _) => {
                 self.close(Closed::Protocol("the first message was not a hello"), out);
             }
-            (State::AwaitPages { hello, next }, Item::Observed(page)) => {
+            (State::AwaitPages { hello, next, bytes }, Item::Observed(page)) => {
+                *bytes += page.encoded_len();
+                if *bytes > MAX_HELLO_BYTES {
+                    return self.close(Closed::Protocol("the observed set is too large"), out);
+                }
                 if page.number != *next || page.observed.len() > MAX_REPORTS {
                     return self.close(
                         Closed::Protocol("the observed set's pages are out of order or too long"),
@@ -421,7 +465,8 @@ impl Session {
         if hello.observed_pages == 0 {
             return self.register(now, hello, out);
         }
-        self.state = State::AwaitPages { hello: Box::new(hello), next: 1 };
+        let bytes = hello.encoded_len();
+        self.state = State::AwaitPages { hello: Box::new(hello), next: 1, bytes };
     }
 
     fn register(&mut self, now: Now, hello: Hello, out: &mut Vec<Effect>) {
@@ -430,8 +475,10 @@ impl Session {
         let held = hello.held.as_ref().map(number);
         self.held = held.map(|number| (number, hello.held_digest.clone()));
         self.held_bodies = hello.bodies.into_iter().collect();
+        let observed = || hello.observed.iter().map(|r| r.replica_uid.clone()).collect();
+        self.known = hello.engine_observed.then(observed);
         if let Some(time) = &hello.time {
-            out.push(Effect::ClockOffset(millis(time) - now.wall.0));
+            self.clock(millis(time).saturating_sub(now.wall.0), out);
         }
         out.push(Effect::Register(Box::new(Registration {
             instance: hello.instance,
@@ -465,10 +512,8 @@ impl Session {
                 features: self.terms.features.clone(),
             }),
         );
-        if let Some(trust) = self.trust.take()
-            && trust.version > hello.trust_version
-        {
-            send(out, session_response::Item::Trust(trust));
+        if self.terms.trust.version > hello.trust_version {
+            send(out, session_response::Item::Trust(self.terms.trust.clone()));
         }
     }
 
@@ -486,6 +531,17 @@ impl Session {
                     return self.close(Closed::Overrun, out);
                 }
                 self.untaken.push_back(statuses.sequence);
+                if let Some(known) = &mut self.known {
+                    known.extend(statuses.reports.iter().map(|r| r.replica_uid.clone()));
+                    for gone in &statuses.absent {
+                        known.remove(gone);
+                    }
+                }
+                if bug!(StatusAcknowledgedUnkept) {
+                    let sequence = statuses.sequence;
+                    let ack = agent::StatusAck { sequence };
+                    send(out, session_response::Item::StatusAck(ack));
+                }
                 out.push(Effect::Take {
                     sequence: statuses.sequence,
                     reports: statuses.reports,
@@ -494,6 +550,10 @@ impl Session {
             }
             Item::Facts(facts) => out.push(Effect::Facts(Box::new(facts))),
             Item::Ping(ping) => {
+                // Late by the way here, which is within the resolution that matters to a person.
+                if let Some(time) = &ping.time {
+                    self.clock(millis(time).saturating_sub(now.wall.0), out);
+                }
                 let pong = agent::Pong { id: ping.id, time: Some(timestamp(now)) };
                 send(out, session_response::Item::Pong(pong));
             }
@@ -503,7 +563,8 @@ impl Session {
                     && pong.id == self.ping_id
                 {
                     let half = i64::try_from(now.mono.since_ms(self.pinged) / 2).unwrap_or(0);
-                    out.push(Effect::ClockOffset(millis(time) + half - now.wall.0));
+                    let offset = millis(time).saturating_add(half).saturating_sub(now.wall.0);
+                    self.clock(offset, out);
                 }
             }
             Item::TrustAck(ack) => out.push(Effect::TrustAcknowledged(ack.version)),
@@ -527,10 +588,17 @@ impl Session {
                 self.held = Some((flight.number, digest));
                 self.held_bodies = flight.bodies;
                 self.refused = None;
-                out.push(Effect::Acknowledged(flight.number));
+                if let Some(known) = &mut self.known {
+                    known.extend(flight.replicas);
+                }
+                let (number, known) = (flight.number, self.known.clone());
+                out.push(Effect::Acknowledged { number, known });
             }
             SetVerdict::NotDurable | SetVerdict::Broken => {
                 // A body it said to hold may be what was missing: send all of them next time.
+                if bug!(BodiesTakenForHeld) {
+                    self.held_bodies.clone_from(&flight.bodies);
+                }
                 if ack.verdict() == SetVerdict::Broken {
                     self.held_bodies.clear();
                 }
@@ -547,7 +615,10 @@ impl Session {
 
     fn wants_to_send(&self) -> bool {
         let Some(Ok(set)) = &self.newest else { return false };
-        if !self.is_live() || self.flight.is_some() || self.refused == Some(set.number) {
+        if !self.is_live()
+            || (self.flight.is_some() && !bug!(SetsInterleaved))
+            || self.refused == Some(set.number)
+        {
             return false;
         }
         match &self.held {
@@ -586,7 +657,9 @@ impl Session {
         send(out, session_response::Item::SetEnd(SetEnd { id, digest: set.digest.to_string() }));
         self.flight = Some(Flight {
             number: set.number,
+            since: now.mono,
             bodies: set.bodies.keys().map(ToString::to_string).collect(),
+            replicas: set.entries.iter().map(|entry| entry.replica_uid.clone()).collect(),
         });
     }
 }

@@ -15,6 +15,7 @@ fn terms() -> Terms {
         reconnect_window_ms: 1_000,
         version: "0".into(),
         features: vec![],
+        trust: agent::Trust::default(),
     }
 }
 
@@ -56,7 +57,7 @@ fn sets_sent(effects: &[Effect]) -> Vec<u64> {
             Effect::Register(_)
             | Effect::Take { .. }
             | Effect::Facts(_)
-            | Effect::Acknowledged(_)
+            | Effect::Acknowledged { .. }
             | Effect::Refused { .. }
             | Effect::TrustAcknowledged(_)
             | Effect::ClockOffset(_)
@@ -147,7 +148,10 @@ fn one_set_is_on_its_way_and_only_the_newest_follows() {
     assert!(sets_sent(&s.step(at(3), Input::Newest(Ok(set(3, &["b"]))))).is_empty());
     let out = s.step(at(4), ack(1, SetVerdict::Taken));
     assert_eq!(sets_sent(&out), [3]);
-    assert!(out.iter().any(|e| matches!(e, Effect::Acknowledged(n) if n.generation.0 == 1)));
+    assert!(
+        out.iter()
+            .any(|e| matches!(e, Effect::Acknowledged { number, .. } if number.generation.0 == 1))
+    );
     assert!(sets_sent(&s.step(at(5), ack(3, SetVerdict::Taken))).is_empty());
 }
 
@@ -250,14 +254,40 @@ fn statuses_that_nobody_keeps_end_the_session_instead_of_filling_memory() {
 #[test]
 fn silence_ends_the_session_and_speech_keeps_it() {
     let mut s = live();
-    assert_eq!(s.deadline(), Some(Mono(10_000)));
-    let out = s.step(at(10_000), Input::Tick);
+    // The agent pings every 10 s; only one that is late is asked.
+    assert_eq!(s.deadline(), Some(Mono(15_000)));
+    s.step(at(9_000), message(session_request::Item::Ping(agent::Ping::default())));
+    assert_eq!(s.deadline(), Some(Mono(24_000)));
+    let out = s.step(at(24_000), Input::Tick);
     assert!(matches!(out.as_slice(), [Effect::Send(_)]));
-    s.step(at(12_000), message(session_request::Item::Ping(agent::Ping::default())));
+    s.step(at(26_000), message(session_request::Item::Ping(agent::Ping::default())));
     let closes = |out: Vec<Effect>| out.iter().any(|e| matches!(e, Effect::Close(_)));
-    assert!(!closes(s.step(at(41_999), Input::Tick)));
-    assert!(closes(s.step(at(42_000), Input::Tick)));
+    assert!(!closes(s.step(at(55_999), Input::Tick)));
+    assert!(closes(s.step(at(56_000), Input::Tick)));
     assert_eq!(s.deadline(), None);
+}
+
+#[test]
+fn a_clocks_offset_is_told_once_and_again_when_it_changes() {
+    let mut s = live();
+    let mut told = |ms: u64, ahead: i64| {
+        let wall = at(ms).wall.0 + ahead;
+        let time = Some(prost_types::Timestamp {
+            seconds: wall.div_euclid(1000),
+            nanos: i32::try_from(wall.rem_euclid(1000) * 1_000_000).unwrap(),
+        });
+        let ping = message(session_request::Item::Ping(agent::Ping { id: 1, time }));
+        s.step(at(ms), ping)
+            .into_iter()
+            .filter_map(|e| match e {
+                Effect::ClockOffset(ms) => Some(ms),
+                _ => None,
+            })
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(told(1, 60_000), [60_000]);
+    assert!(told(2, 60_000 + CLOCK_STEP_MS - 1).is_empty());
+    assert_eq!(told(3, 60_000 - CLOCK_STEP_MS), [60_000 - CLOCK_STEP_MS]);
 }
 
 #[test]
@@ -287,4 +317,60 @@ fn a_removed_host_is_told_once_and_the_session_ends() {
     let out = s.step(at(1), Input::Removed { wipe: true });
     assert!(matches!(out.as_slice(), [Effect::Send(_), Effect::Close(Closed::Removed)]));
     assert!(s.step(at(2), Input::Removed { wipe: true }).is_empty());
+}
+
+#[test]
+fn an_agent_with_older_roots_and_addresses_is_told_the_newer_after_the_welcome() {
+    let trust = agent::Trust { version: 5, registry: "r:1".into(), ..Default::default() };
+    for (held, told) in [(0, true), (4, true), (5, false), (6, false)] {
+        let terms = Terms { trust: trust.clone(), ..terms() };
+        let mut session = Session::new("h1".parse().unwrap(), terms, Mono(0));
+        let hello = Hello { trust_version: held, ..hello() };
+        let out = session.step(at(1), message(session_request::Item::Hello(hello)));
+        let sent: Vec<_> = out
+            .into_iter()
+            .filter_map(|effect| match effect {
+                Effect::Send(m) => m.item,
+                _ => None,
+            })
+            .filter(|item| !matches!(item, session_response::Item::Ping(_)))
+            .collect();
+        assert!(matches!(sent.first(), Some(session_response::Item::Welcome(_))));
+        let trusts = sent.iter().filter(|i| matches!(i, session_response::Item::Trust(_))).count();
+        assert_eq!(trusts == 1, told, "{held}");
+    }
+}
+
+#[test]
+fn an_acknowledgement_says_all_that_the_agent_may_have_something_of() {
+    let known = |effects: &[Effect]| {
+        effects.iter().find_map(|e| match e {
+            Effect::Acknowledged { known, .. } => Some(known.clone()),
+            _ => None,
+        })
+    };
+    let set_of = |generation, names: &[&str]| {
+        let entry = |name: &&str| SetEntry { replica_uid: (*name).into(), ..SetEntry::default() };
+        let generation = Generation(generation);
+        let number = SetNumber { epoch: Epoch(7), generation };
+        let entries = names.iter().map(entry).collect();
+        Input::Newest(Ok(Arc::new(HostSet::new(number, entries, BTreeMap::new()))))
+    };
+    let observed = ReplicaReport { replica_uid: "seen".into(), ..ReplicaReport::default() };
+    for engine_observed in [true, false] {
+        let mut s = session();
+        let hello = Hello { observed: vec![observed.clone()], engine_observed, ..hello() };
+        s.step(at(0), message(session_request::Item::Hello(hello)));
+        s.step(at(1), set_of(1, &["lost"]));
+        s.step(at(2), ack(1, SetVerdict::NotDurable));
+        s.step(at(3), set_of(2, &["taken"]));
+        s.step(at(10_000), Input::Tick);
+        let out = s.step(at(10_001), ack(2, SetVerdict::Taken));
+        let all = ["seen", "taken"].map(str::to_owned).into();
+        assert_eq!(
+            known(&out),
+            Some(engine_observed.then_some(all)),
+            "what it did not take is not there"
+        );
+    }
 }

@@ -8,7 +8,7 @@ use berth_proto::api::{self, HostPresence, ReplicaIntent};
 use berth_proto::convert::{
     duration, host_facts_to_api, replica_status_to_api, resources_to_api, timestamp,
 };
-use berth_proto::ids::{Mono, Wall};
+use berth_proto::ids::{Mono, Now, Wall};
 use berth_proto::values::Phase;
 use std::collections::BTreeMap;
 
@@ -110,7 +110,8 @@ pub fn deployment(
     }
 }
 
-fn why_not_ready(
+/// Why a replica that shall run is not ready: the stable word, and words for people.
+pub(crate) fn why_not_ready(
     replica: &Replica,
     status: Option<&berth_proto::values::ReplicaStatus>,
     host: Presence,
@@ -181,9 +182,13 @@ pub fn replica(view: &View, live: &Live, replica: &Replica, now: Mono) -> api::R
 
 /// A host as shown.
 #[must_use]
-pub fn host(view: &View, live: &Live, host: &Host, now: Mono) -> api::Host {
+pub fn host(view: &View, live: &Live, host: &Host, now: Now) -> api::Host {
     let record = &host.record;
     let known = live.host(&host.uid);
+    let at = live.presence(&host.uid);
+    // While a session stands its pings are answered: what they are heard by is not written here.
+    let last_seen =
+        if at == Presence::Present { Some(now.wall) } else { known.and_then(|k| k.last_seen) };
     let used = view.host_use(&host.uid);
     let mut facts = host_facts_to_api(&host.facts);
     facts.labels.clone_from(&host.labels);
@@ -193,18 +198,27 @@ pub fn host(view: &View, live: &Live, host: &Host, now: Mono) -> api::Host {
         .count();
     let replicas =
         view.replicas_on(&host.uid).filter(|r| r.intent != ReplicaIntent::Orphan).count();
+    let offset = known.map_or(0, |k| k.clock_offset_ms);
     let reason = if record.quarantined {
         "two boots use this identity; berth host release-quarantine".to_owned()
     } else if record.waiting_for_approval {
         format!("waiting for approval: berth host approve {}", host.name)
     } else if let Some(refusal) = known.map(|k| k.refusal.clone()).filter(|r| !r.is_empty()) {
         refusal
+    } else if view.is_held_back(&host.uid) && !view.is_unobserved(&host.uid) {
+        format!(
+            "{} replicas were found after a restore: berth orphan list",
+            view.orphans_on(&host.uid).count()
+        )
     } else if !host.facts.engine_available {
         "its engine does not answer".to_owned()
+    } else if host.record.facts.is_some() && !host.facts.container_network_reachable {
+        "its agent does not reach container addresses: health checks by network and the gateway fail \
+         there"
+            .to_owned()
     } else {
-        String::new()
+        clock_words(offset)
     };
-    let offset = known.map_or(0, |k| k.clock_offset_ms);
     let mut clock_offset = duration(offset.unsigned_abs());
     if offset < 0 {
         clock_offset.seconds = -clock_offset.seconds;
@@ -214,8 +228,8 @@ pub fn host(view: &View, live: &Live, host: &Host, now: Mono) -> api::Host {
         meta: record.meta.as_ref().map(|m| meta(m, host.revision.0)),
         spec: record.spec,
         status: Some(api::HostStatus {
-            presence: presence(live.presence(&host.uid), now) as i32,
-            last_seen_time: known.and_then(|k| k.last_seen).map(timestamp),
+            presence: presence(at, now.mono) as i32,
+            last_seen_time: last_seen.map(timestamp),
             facts: Some(facts),
             allocated: Some(resources_to_api(&used.used)),
             replicas: u32::try_from(replicas).unwrap_or(u32::MAX),
@@ -235,6 +249,17 @@ pub fn host(view: &View, live: &Live, host: &Host, now: Mono) -> api::Host {
     }
 }
 
+/// What is said of a clock that is off by more than a minute: it dates lines wrongly, and certificates.
+/// Empty: it is right.
+fn clock_words(ahead_ms: i64) -> String {
+    let off = ahead_ms.unsigned_abs();
+    if off <= 60_000 {
+        return String::new();
+    }
+    let side = if ahead_ms > 0 { "ahead" } else { "behind" };
+    format!("its clock is {} {side}", berth_proto::quantity::format_duration_ms(off - off % 1000))
+}
+
 /// A release as shown.
 #[must_use]
 pub fn release(deployment: &Deployment, release: &Release) -> api::Release {
@@ -252,5 +277,31 @@ pub fn release(deployment: &Deployment, release: &Release) -> api::Release {
         cause: record.cause.clone(),
         state: record.state,
         copied_from: record.copied_from,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_that_is_present_was_seen_just_now_and_an_away_one_when_it_last_spoke() {
+        let mut w = crate::miniature::World::new(1);
+        let uid = "h0".parse().unwrap();
+        w.live.edit_host(&uid, |h| h.last_seen = Some(Wall(5)));
+        let seen = |w: &crate::miniature::World| {
+            let shown = host(&w.view, &w.live, w.view.host(&uid).unwrap(), w.now);
+            shown.status.unwrap().last_seen_time
+        };
+        assert_eq!(seen(&w), Some(timestamp(w.now.wall)));
+        w.presence(0, Presence::Away(Mono(1)));
+        assert_eq!(seen(&w), Some(timestamp(Wall(5))));
+    }
+
+    #[test]
+    fn a_clock_that_is_off_is_named_with_its_offset() {
+        assert_eq!(clock_words(60_000), "");
+        assert_eq!(clock_words(3_725_900), "its clock is 1h2m5s ahead");
+        assert_eq!(clock_words(-120_000), "its clock is 2m behind");
     }
 }

@@ -4,15 +4,17 @@
 //! indexes and the hosts' used capacity inside. It is changed only by [`View::apply`], which keeps
 //! every index; what an index holds always equals what could be rebuilt from the objects.
 
+use crate::capacity::Capacity;
+pub use crate::capacity::HostUse;
 use crate::change::Change;
 use crate::objects::{BadRecord, Deployment, Host, Release, Replica};
+use berth_proto::api::ReplicaIntent;
 use berth_proto::ids::{
     DeploymentUid, Epoch, Generation, HostUid, Name, Namespace, ReleaseNumber, ReplicaUid, Revision,
 };
 use berth_proto::record;
-use berth_proto::values::Resources;
 use rpds::{RedBlackTreeMapSync as Map, RedBlackTreeSetSync as Set};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// A record and the revision it was last written at.
@@ -22,17 +24,6 @@ pub struct Kept<T> {
     pub record: Arc<T>,
     /// Last written at.
     pub revision: Revision,
-}
-
-/// What is used of a host by the replicas assigned to it.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct HostUse {
-    /// Reserved amounts.
-    pub used: Resources,
-    /// Published host ports.
-    pub ports: BTreeSet<u16>,
-    /// Replicas, those that shall go included.
-    pub replicas: u32,
 }
 
 /// Everything the ledger holds.
@@ -47,7 +38,7 @@ pub struct View {
     hosts: Map<HostUid, Arc<Host>>,
     host_names: Map<Name, HostUid>,
     generations: Map<HostUid, Generation>,
-    host_use: Map<HostUid, Arc<HostUse>>,
+    capacity: Capacity,
     deployments: Map<DeploymentUid, Arc<Deployment>>,
     deployment_names: Map<(Namespace, Name), DeploymentUid>,
     releases: Map<(DeploymentUid, ReleaseNumber), Arc<Release>>,
@@ -143,7 +134,9 @@ impl View {
                     self.replicas.remove_mut(uid);
                     index_remove(&mut self.by_host, &old.host, uid);
                     index_remove(&mut self.by_deployment, &old.deployment, uid);
-                    self.reckon(&old.host);
+                    if !bug!(CapacityNotGivenBack) {
+                        self.reckon(&old.host);
+                    }
                 }
             }
             Change::PutHost(host) => {
@@ -159,7 +152,9 @@ impl View {
                 if !host.is_removed() {
                     self.host_names.insert_mut(host.name.clone(), host.uid.clone());
                 }
-                self.hosts.insert_mut(host.uid.clone(), Arc::new(host));
+                let host = Arc::new(host);
+                self.capacity.put_host(self.hosts.get(&host.uid), &host);
+                self.hosts.insert_mut(host.uid.clone(), host);
             }
             Change::SetGeneration(host, generation) => {
                 self.generations.insert_mut(host.clone(), *generation);
@@ -205,51 +200,107 @@ impl View {
             Change::AppendEvent(event) => {
                 self.next_event = self.next_event.max(event.sequence + 1);
             }
-            Change::DeleteEvent(_) | Change::AppendAudit(_) | Change::AppendAliasMove(_) => {}
+            Change::DeleteEvent(_)
+            | Change::AppendAudit(_)
+            | Change::DeleteAudit(_)
+            | Change::AppendAliasMove(_) => {}
         }
     }
 
     fn put_replica(&mut self, replica: &Replica, revision: Revision) {
         let mut replica = replica.clone();
         replica.revision = revision;
-        let (uid, host) = (replica.uid.clone(), replica.host.clone());
-        if let Some(old) = self.replicas.get(&uid).cloned()
-            && old.host != host
-        {
-            index_remove(&mut self.by_host, &old.host, &uid);
-            self.replicas.remove_mut(&uid);
+        let replica = Arc::new(replica);
+        let uid = &replica.uid;
+        let old = self.replicas.get(uid).cloned();
+        self.replicas.insert_mut(uid.clone(), Arc::clone(&replica));
+        let Some(old) = old else {
+            index_insert(&mut self.by_host, &replica.host, uid);
+            index_insert(&mut self.by_deployment, &replica.deployment, uid);
+            return self.add_use(&replica);
+        };
+        if old.deployment != replica.deployment {
+            index_remove(&mut self.by_deployment, &old.deployment, uid);
+            index_insert(&mut self.by_deployment, &replica.deployment, uid);
+        }
+        if old.host != replica.host {
+            index_remove(&mut self.by_host, &old.host, uid);
+            index_insert(&mut self.by_host, &replica.host, uid);
             self.reckon(&old.host);
         }
-        index_insert(&mut self.by_host, &host, &uid);
-        index_insert(&mut self.by_deployment, &replica.deployment, &uid);
-        self.replicas.insert_mut(uid, Arc::new(replica));
-        self.reckon(&host);
+        if taken(&old) != taken(&replica) {
+            self.reckon(&replica.host);
+        }
+    }
+
+    /// Adds a new replica to its host's use; what cannot be added alone is worked out anew.
+    fn add_use(&mut self, replica: &Replica) {
+        let held = self.capacity.used(&replica.host);
+        if replica.replaces.is_some() || held.is_some_and(|u| u.replacing > 0) {
+            return self.reckon(&replica.host);
+        }
+        let mut used = held.map(|u| HostUse::clone(u)).unwrap_or_default();
+        used.replicas += 1;
+        if let Some(release) = self.amounts_of(replica) {
+            used.add_amounts(&release.spec);
+        }
+        self.capacity.put_use(&replica.host, self.hosts.get(&replica.host), used);
+    }
+
+    /// The release whose amounts a replica takes; what an orphan takes is not known.
+    fn amounts_of(&self, replica: &Replica) -> Option<&Arc<Release>> {
+        match replica.intent {
+            ReplicaIntent::Orphan => None,
+            ReplicaIntent::Stop if bug!(CapacityGivenBackEarly) => None,
+            ReplicaIntent::Unspecified | ReplicaIntent::Run | ReplicaIntent::Stop => {
+                self.release(&replica.deployment, replica.release)
+            }
+        }
+    }
+
+    /// What would be used of a host if this replica were not there.
+    #[must_use]
+    pub fn use_beside(&self, host: &HostUid, replica: &ReplicaUid) -> HostUse {
+        self.work_out(host, BTreeSet::from([replica.clone()]))
+    }
+
+    fn worked_out(&self, host: &HostUid) -> HostUse {
+        self.work_out(host, BTreeSet::new())
+    }
+
+    fn work_out(&self, host: &HostUid, mut replaced: BTreeSet<ReplicaUid>) -> HostUse {
+        let mut used = HostUse::default();
+        for replica in self.replicas_on(host) {
+            used.replicas += 1;
+            if let Some(old) = &replica.replaces {
+                used.replacing += 1;
+                replaced.insert(old.clone());
+            }
+        }
+        for replica in self.replicas_on(host).filter(|r| !replaced.contains(&r.uid)) {
+            let Some(release) = self.amounts_of(replica) else { continue };
+            let mut amounts = HostUse::default();
+            amounts.add_amounts(&release.spec);
+            // The two never run side by side, but either may: the new one, or the old one again.
+            let old = replica.replaces.as_ref().and_then(|old| self.replicas.get(old));
+            if let Some(before) = old.and_then(|old| self.amounts_of(old)) {
+                let most = before.spec.resources;
+                let now = &mut amounts.used;
+                now.cpu_millis = now.cpu_millis.max(most.cpu_millis);
+                now.memory_bytes = now.memory_bytes.max(most.memory_bytes);
+                now.gpu_memory_bytes = now.gpu_memory_bytes.max(most.gpu_memory_bytes);
+                let ports = &before.spec.ports;
+                amounts.ports.extend(ports.iter().filter_map(|p| Some(p.publish.as_ref()?.port)));
+            }
+            used.add_all(&amounts);
+        }
+        used
     }
 
     /// Works out a host's use anew from the replicas on it.
     fn reckon(&mut self, host: &HostUid) {
-        let mut used = HostUse::default();
-        let mut replaced = BTreeSet::new();
-        let here: Vec<Arc<Replica>> = self.replicas_on(host).cloned().collect();
-        for replica in &here {
-            used.replicas += 1;
-            // The old one's amounts pass to the one that takes its place; an orphan's are unknown.
-            if let Some(old) = &replica.replaces {
-                replaced.insert(old.clone());
-            }
-        }
-        for replica in here.iter().filter(|r| !replaced.contains(&r.uid)) {
-            let Some(release) = self.release(&replica.deployment, replica.release) else {
-                continue;
-            };
-            let amounts = &release.spec.resources;
-            used.used.cpu_millis += amounts.cpu_millis;
-            used.used.memory_bytes += amounts.memory_bytes;
-            used.used.gpu_memory_bytes += amounts.gpu_memory_bytes;
-            used.ports
-                .extend(release.spec.ports.iter().filter_map(|p| Some(p.publish.as_ref()?.port)));
-        }
-        self.host_use.insert_mut(host.clone(), Arc::new(used));
+        let used = self.worked_out(host);
+        self.capacity.put_use(host, self.hosts.get(host), used);
     }
 
     /// The epoch.
@@ -276,6 +327,12 @@ impl View {
         self.hosts.values().filter(|h| !h.is_removed())
     }
 
+    /// Hosts that were ever known, removed ones included.
+    #[must_use]
+    pub fn host_count(&self) -> usize {
+        self.hosts.size()
+    }
+
     /// Number of a host's set.
     #[must_use]
     pub fn generation(&self, host: &HostUid) -> Generation {
@@ -285,7 +342,13 @@ impl View {
     /// What is used of a host.
     #[must_use]
     pub fn host_use(&self, host: &HostUid) -> Arc<HostUse> {
-        self.host_use.get(host).cloned().unwrap_or_default()
+        self.capacity.used(host).cloned().unwrap_or_default()
+    }
+
+    /// Hosts by room and by label.
+    #[must_use]
+    pub fn capacity(&self) -> &Capacity {
+        &self.capacity
     }
 
     /// A deployment.
@@ -460,16 +523,27 @@ impl View {
         found.unwrap_or_default()
     }
 
-    /// Use of every host, worked out anew; must equal the index.
+    /// The capacity index, built anew from hosts, releases and replicas; must equal the one kept.
     #[must_use]
-    pub fn rebuilt_use(&self) -> BTreeMap<HostUid, HostUse> {
-        let mut copy = self.clone();
-        copy.host_use = Map::default();
-        for host in self.by_host.keys() {
-            copy.reckon(host);
+    pub fn rebuilt_capacity(&self) -> Capacity {
+        let mut capacity = Capacity::default();
+        for host in self.hosts.values() {
+            capacity.put_host(None, host);
         }
-        copy.host_use.iter().map(|(uid, used)| (uid.clone(), HostUse::clone(used))).collect()
+        for host in self.by_host.keys() {
+            capacity.put_use(host, self.hosts.get(host), self.worked_out(host));
+        }
+        capacity
     }
+}
+
+/// What of a replica decides what it takes of its host.
+fn taken(
+    replica: &Replica,
+) -> (&HostUid, &DeploymentUid, ReleaseNumber, Option<&ReplicaUid>, bool) {
+    let orphan = replica.intent == ReplicaIntent::Orphan
+        || (bug!(CapacityGivenBackEarly) && replica.intent == ReplicaIntent::Stop);
+    (&replica.host, &replica.deployment, replica.release, replica.replaces.as_ref(), orphan)
 }
 
 /// Names an object in a precondition.

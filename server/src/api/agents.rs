@@ -1,7 +1,9 @@
 //! What agents call.
 
-use super::{Api, auth};
+use super::writes::MAX_REQUEST_ID;
+use super::{Api, audit, auth};
 use crate::cluster::{ClusterDesk, wall_now};
+use crate::doors::PeerAddr;
 use crate::error::{Error, Kind};
 use crate::identity::ca::HOST_DAYS;
 use crate::identity::tokens::{self, Renewal};
@@ -13,13 +15,15 @@ use berth_proto::agent::*;
 use berth_proto::api::EventSeverity;
 use berth_proto::convert::timestamp;
 use berth_proto::ids::{Name, Wall};
-use berth_proto::record::{HostRecord, JoinTokenRecord, Meta};
+use berth_proto::record::{HostRecord, JoinTokenRecord, Meta, RequestRecord};
 use berth_proto::tls::Subject;
 use berth_server_core::batching::{Precondition, Proposal, Refusal};
-use berth_server_core::change::Change;
+use berth_server_core::change::{Change, audited};
 use berth_server_core::objects::Host;
 use berth_server_core::session::Terms;
 use berth_server_core::view::ObjectKey;
+use berth_server_core::view::View;
+use prost::Message as _;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_stream::wrappers::ReceiverStream;
@@ -43,23 +47,19 @@ impl AgentService for Api {
             Error::denied("HOST_NEEDED", "only a host's agent may open a session")
         })?;
         let view = self.0.ledger.view();
-        if let Some(held) = view.host(&host)
-            && let Some(next) = tokens::use_key(&held.record, &caller.public_key)
-            && let Ok(next) = Host::new(next)
-        {
-            let proposal = Proposal {
-                preconditions: Vec::new(),
-                changes: vec![Change::PutHost(Arc::new(next))],
-            };
-            self.0
-                .ledger
-                .propose(proposal)
-                .await
-                .map_err(|why| refused(why, Kind::Host, host.as_str()))?;
+        let first_use = |view: &View| {
+            let held = view.host(&host).filter(|held| !held.is_removed());
+            let next = held.and_then(|held| tokens::use_key(&held.record, &caller.public_key));
+            let next = next.and_then(|next| Host::new(next).ok());
+            next.map(|next| Change::PutHost(Arc::new(next))).into_iter().collect()
+        };
+        if !self.0.keep_made(first_use).await {
+            let words = "the key's first use could not be kept; dial again";
+            return Err(Error::unavailable("LEDGER_BUSY", words).into());
         }
         let settings = &self.0.settings;
         let ms = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
-        let hosts = view.hosts().count() as u64;
+        let hosts = view.host_count() as u64;
         let terms = Terms {
             epoch: view.epoch(),
             cluster: self.0.ca.cluster().to_string(),
@@ -69,6 +69,7 @@ impl AgentService for Api {
             reconnect_window_ms: (1000 * hosts / HOSTS_PER_SECOND).clamp(1000, 60_000),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             features: berth_server_core::release::FEATURES.map(str::to_owned).to_vec(),
+            trust: self.0.trust(),
         };
         let desk = Arc::new(ClusterDesk(Arc::clone(&self.0)));
         let outgoing = pump::start(desk, host, terms, request.into_inner());
@@ -76,7 +77,55 @@ impl AgentService for Api {
     }
 }
 
+/// A join that may have been made before, its answer lost.
+struct Repeated {
+    /// `None`: the agent did not choose a request id.
+    key: Option<String>,
+    request_sha256: Vec<u8>,
+}
+
+impl Repeated {
+    /// The secret was judged by then: nobody else's answer is given away.
+    fn of(token: &str, request: &JoinRequest) -> Result<Self, Error> {
+        use sha2::Digest as _;
+        let id = &request.request_id;
+        if id.chars().count() > MAX_REQUEST_ID {
+            let words = format!("must have at most {MAX_REQUEST_ID} characters");
+            return Err(Error::field("request_id", words));
+        }
+        // Facts may have changed meanwhile.
+        let same = JoinRequest { facts: None, ..request.clone() };
+        Ok(Self {
+            key: (!id.is_empty()).then(|| format!("join/{token}:{id}")),
+            request_sha256: sha2::Sha256::digest(same.encode_to_vec()).to_vec(),
+        })
+    }
+
+    fn keeps(&self, answer: &JoinResponse) -> Option<Change> {
+        let record = RequestRecord {
+            key: self.key.clone()?,
+            time_unix_ms: wall_now().0,
+            request_sha256: self.request_sha256.clone(),
+            response: answer.encode_to_vec(),
+        };
+        Some(Change::PutRequest(Arc::new(record)))
+    }
+}
+
 impl Api {
+    /// What was answered to the same join before.
+    fn kept_join(&self, asked: &Repeated) -> Result<Option<JoinResponse>, Error> {
+        let Some(key) = &asked.key else { return Ok(None) };
+        let view = self.0.ledger.view();
+        let Some(kept) = view.request(key) else { return Ok(None) };
+        if kept.record.request_sha256 != asked.request_sha256 {
+            return Err(Error::RequestReused(asked.key.clone().unwrap_or_default()));
+        }
+        let answer = JoinResponse::decode(kept.record.response.as_slice())
+            .map_err(|e| Error::internal("cannot read a kept answer", e))?;
+        Ok(Some(answer))
+    }
+
     /// What a challenge is: when it ends, and a keyed hash over that and the host.
     fn challenge(&self, host: &str, ends: Wall) -> Vec<u8> {
         let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, self.0.ca.key_pem().as_bytes());
@@ -95,9 +144,22 @@ impl Api {
     }
 }
 
+fn peer<T>(request: &Request<T>) -> String {
+    request.extensions().get::<PeerAddr>().map(|a| a.0.to_string()).unwrap_or_default()
+}
+
+/// An audit entry for what a host's agent does for its own identity.
+fn by_host(host: &Host, peer: String, method: &str, request_id: &str) -> Change {
+    let subject = format!("host/{}", host.uid);
+    let caller = auth::Caller { subject, peer, ..auth::Caller::default() };
+    let object = audited("host", None, host.name.as_str(), host.uid.as_str());
+    audit(&caller, method, request_id, vec![object])
+}
+
 #[tonic::async_trait]
 impl JoinService for Api {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
+        let peer = peer(&request);
         let r = request.into_inner();
         let denied = |why: tokens::BadToken| {
             Error::denied(why.reason(), format!("{why}; `berth host token create` makes a new one"))
@@ -106,8 +168,18 @@ impl JoinService for Api {
             tokens::read_join(&r.token).ok_or_else(|| denied(tokens::BadToken::Unknown))?;
         let view = self.0.ledger.ahead();
         let kept = view.join_token(id).cloned();
-        tokens::judge_join(kept.as_ref().map(|k| &*k.record), secret, wall_now())
-            .map_err(denied)?;
+        let judged = tokens::judge_join(kept.as_ref().map(|k| &*k.record), secret, wall_now());
+        let repeated = Repeated::of(id, &r)?;
+        match judged {
+            // What was taken may not be asked for again, and its end is no reason to say nothing.
+            Ok(()) | Err(tokens::BadToken::UsedUp | tokens::BadToken::Expired) => {
+                if let Some(answer) = self.kept_join(&repeated)? {
+                    return Ok(Response::new(answer));
+                }
+            }
+            Err(tokens::BadToken::Unknown | tokens::BadToken::Revoked) => {}
+        }
+        judged.map_err(denied)?;
         let kept = kept.ok_or_else(|| denied(tokens::BadToken::Unknown))?;
         let token = kept.record.token.clone().unwrap_or_default();
         let name: Name = r
@@ -167,6 +239,9 @@ impl JoinService for Api {
             certificate_expire_unix_ms: until.saturating_mul(1000),
             waiting_for_approval: token.require_approval,
             token_labels: token.labels.clone(),
+            // The machine that had the name before may still be there: its keys end here, and are
+            // known when they come back.
+            retired_keys: tokens::retired_at_rejoin(&before),
             ..HostRecord::default()
         };
         let host =
@@ -182,16 +257,26 @@ impl JoinService for Api {
             format!("with token {id}, made by {}", token.created_by),
         );
         let at = existing.as_ref().map(|h| h.revision).unwrap_or_default();
+        let answer = JoinResponse {
+            host_uid: uid,
+            name: name.to_string(),
+            instance: record.instance,
+            cluster: self.0.ca.cluster().to_string(),
+            certificate_pem,
+            trust: Some(self.0.trust()),
+            waiting_for_approval: token.require_approval,
+            registry: self.0.registry_address.clone(),
+        };
+        let audit = by_host(&host, peer, "JoinService/Join", &r.request_id);
+        let used = Change::PutJoinToken(Arc::new(used));
+        let mut changes = vec![Change::PutHost(Arc::new(host)), used, joined, audit];
+        changes.extend(repeated.keeps(&answer));
         let proposal = Proposal {
             preconditions: vec![
                 Precondition::At(ObjectKey::JoinToken(id.to_owned()), kept.revision),
                 Precondition::At(ObjectKey::HostName(name.clone()), at),
             ],
-            changes: vec![
-                Change::PutHost(Arc::new(host)),
-                Change::PutJoinToken(Arc::new(used)),
-                joined,
-            ],
+            changes,
         };
         self.0.ledger.propose(proposal).await.map_err(|why| {
             if matches!(why, Refusal::Conflict { .. }) {
@@ -201,16 +286,7 @@ impl JoinService for Api {
                 refused(why, Kind::Host, name.as_str())
             }
         })?;
-        Ok(Response::new(JoinResponse {
-            host_uid: uid,
-            name: name.to_string(),
-            instance: record.instance,
-            cluster: self.0.ca.cluster().to_string(),
-            certificate_pem,
-            trust: Some(self.0.trust()),
-            waiting_for_approval: token.require_approval,
-            registry: self.0.registry_address.clone(),
-        }))
+        Ok(Response::new(answer))
     }
 
     async fn begin_renewal(
@@ -230,6 +306,7 @@ impl JoinService for Api {
         &self,
         request: Request<RenewRequest>,
     ) -> Result<Response<RenewResponse>, Status> {
+        let peer = peer(&request);
         let r = request.into_inner();
         if !self.challenge_is_good(&r.host_uid, &r.challenge) {
             return Err(
@@ -253,13 +330,15 @@ impl JoinService for Api {
         let view = self.0.ledger.ahead();
         let host = r.host_uid.parse().ok().and_then(|uid| view.host(&uid).cloned());
         let Some(host) = host else {
-            return Err(Error::denied("HOST_REMOVED", "no such host is known").into());
+            let words = "no such host is known; let it join again, or restore a newer backup";
+            return Err(Error::denied("HOST_UNKNOWN", words).into());
         };
         let grace = self.0.settings.rekey_grace;
         match tokens::judge_renewal(&host.record, &r.public_key, grace, wall_now()) {
             Renewal::Grant => {}
             Renewal::Removed => {
-                return Err(Error::denied("HOST_REMOVED", "this host was removed").into());
+                let removed = Some(Removed { wipe: host.record.wipe });
+                return Ok(Response::new(RenewResponse { removed, ..Default::default() }));
             }
             Renewal::GraceOver => {
                 return Err(Error::denied(
@@ -269,21 +348,7 @@ impl JoinService for Api {
                 .into());
             }
             Renewal::RetiredKey => {
-                if let Ok(next) = host.edited(|record| record.quarantined = true) {
-                    let words = "a retired key was used: two copies of the host are alive";
-                    let event = self.0.host_event(
-                        &host,
-                        EventSeverity::Error,
-                        "HOST_QUARANTINED",
-                        words.to_owned(),
-                    );
-                    let changes = vec![Change::PutHost(Arc::new(next)), event];
-                    let _ = self
-                        .0
-                        .ledger
-                        .propose(Proposal { preconditions: Vec::new(), changes })
-                        .await;
-                }
+                self.0.quarantine(&host.uid, auth::RETIRED).await;
                 return Err(Error::denied("KEY_RETIRED", "this key was retired").into());
             }
             Renewal::UnknownKey => {
@@ -312,14 +377,18 @@ impl JoinService for Api {
         let key = ObjectKey::Host(host.uid.clone());
         let proposal = Proposal {
             preconditions: vec![Precondition::At(key, host.revision)],
-            changes: vec![Change::PutHost(Arc::new(next))],
+            changes: vec![
+                Change::PutHost(Arc::new(next)),
+                by_host(&host, peer, "JoinService/Renew", ""),
+            ],
         };
         self.0
             .ledger
             .propose(proposal)
             .await
             .map_err(|why| refused(why, Kind::Host, host.name.as_str()))?;
-        Ok(Response::new(RenewResponse { certificate_pem, trust: Some(self.0.trust()) }))
+        let trust = Some(self.0.trust());
+        Ok(Response::new(RenewResponse { certificate_pem, trust, removed: None }))
     }
 }
 

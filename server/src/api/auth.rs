@@ -1,20 +1,29 @@
 //! Who calls, and whether they may: before any handler runs, and for the other doors.
 
+use super::standing::Standing;
 use crate::cluster::{Cluster, wall_now};
 use crate::doors::{PeerAddr, PeerCerts};
 use crate::error::Error;
 use crate::gateway::http::{Forbidden, Guard};
+use crate::identity::ca::BACKDATE_SECONDS;
 use crate::identity::roles::{self, Needs};
 use crate::identity::tokens;
-use crate::registry::access::{Access, AccessError, Action, Credentials, Principal, Protected};
+use crate::registry::access::{
+    Access, AccessError, Action, Credentials, Noted, PeerCertificates, Principal, Protected, Reach,
+    credentials,
+};
 use crate::registry::names::{Reference, RepoName};
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use berth_proto::api::{ReplicaIntent, Role, RoleBinding};
-use berth_proto::ids::HostUid;
+use berth_proto::ids::{Digest, HostUid};
+use berth_proto::record::UserRecord;
 use berth_proto::tls::{self, SpiffeId, Subject};
+use berth_server_core::batching::Proposal;
+use berth_server_core::view::Kept;
 use rustls::pki_types::CertificateDer;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use tonic::Status;
 
@@ -29,8 +38,13 @@ pub struct Caller {
     pub public_key: Vec<u8>,
     /// What a user may do.
     pub bindings: Vec<RoleBinding>,
-    /// When the grant ends, milliseconds since 1970; 0: not a user.
+    /// When what was shown ends (grant, token and certificate: the first), milliseconds since 1970;
+    /// 0: not a user.
     pub expires: i64,
+    /// Uid of the user, when it is one.
+    pub uid: String,
+    /// Public part of the token that was shown; empty: none.
+    pub token: String,
     /// Only this deployment's gateway; empty: all.
     pub deployment: String,
     /// Address.
@@ -61,6 +75,19 @@ impl Caller {
         ))
     }
 
+    /// Whether it may have a repository's contents run (whoever may pull them) or registered (whoever
+    /// may push there: a registered version cannot be overwritten any more).
+    ///
+    /// # Errors
+    /// When it may not.
+    pub fn require_repository(&self, repository: &RepoName, action: Action) -> Result<(), Error> {
+        if roles::may_in_repository(&self.bindings, repository, action) {
+            return Ok(());
+        }
+        let message = format!("{} may not use what is in {repository}", self.subject);
+        Err(Error::denied("ROLE_NEEDED", message))
+    }
+
     /// Whether a namespace may be read.
     #[must_use]
     pub fn sees(&self, namespace: &str) -> bool {
@@ -68,40 +95,78 @@ impl Caller {
     }
 }
 
-fn user(cluster: &Cluster, name: &str) -> Result<Caller, Error> {
-    let view = cluster.ledger.view();
-    let unknown = || Error::Unauthenticated {
+fn unknown_user(name: &str) -> Error {
+    Error::Unauthenticated {
         reason: "USER_UNKNOWN",
         message: format!("the user \"{name}\" is not known here, revoked or expired"),
-    };
-    let kept = view.user(name).ok_or_else(unknown)?;
-    if kept.record.revoked || kept.record.expire_unix_ms <= wall_now().0 {
-        return Err(unknown());
+    }
+}
+
+fn user_of(kept: &Kept<UserRecord>) -> Result<Caller, Error> {
+    let record = &kept.record;
+    let meta = record.meta.clone().unwrap_or_default();
+    if record.revoked || record.expire_unix_ms <= wall_now().0 {
+        return Err(unknown_user(&meta.name));
     }
     Ok(Caller {
-        subject: format!("user/{name}"),
-        bindings: kept.record.bindings.clone(),
-        expires: kept.record.expire_unix_ms,
+        subject: format!("user/{}", meta.name),
+        bindings: record.bindings.clone(),
+        expires: record.expire_unix_ms,
+        uid: meta.uid,
         ..Caller::default()
     })
 }
 
+fn user(cluster: &Cluster, name: &str) -> Result<Caller, Error> {
+    let view = cluster.ledger.view();
+    user_of(view.user(name).ok_or_else(|| unknown_user(name))?)
+}
+
+fn bad_token(why: tokens::BadToken) -> Error {
+    Error::Unauthenticated { reason: why.reason(), message: why.to_string() }
+}
+
 fn by_token(cluster: &Cluster, text: &str) -> Result<Caller, Error> {
-    let bad = |why: tokens::BadToken| Error::Unauthenticated {
-        reason: why.reason(),
-        message: why.to_string(),
-    };
-    let (id, secret) = tokens::read_user(text).ok_or_else(|| bad(tokens::BadToken::Unknown))?;
+    let unknown = || bad_token(tokens::BadToken::Unknown);
+    let (id, secret) = tokens::read_user(text).ok_or_else(unknown)?;
     let view = cluster.ledger.view();
     let record = view.user_token(id).map(|kept| Arc::clone(&kept.record));
-    tokens::judge_user(record.as_deref(), secret, wall_now()).map_err(bad)?;
-    let record = record.ok_or_else(|| bad(tokens::BadToken::Unknown))?;
-    let owner = view
-        .user_by_uid(&record.user_uid)
-        .and_then(|u| u.record.meta.as_ref())
-        .map(|m| m.name.clone())
-        .unwrap_or_default();
-    Ok(Caller { deployment: record.deployment.clone(), ..user(cluster, &owner)? })
+    tokens::judge_user(record.as_deref(), secret, wall_now()).map_err(bad_token)?;
+    let record = record.ok_or_else(unknown)?;
+    // By uid: a new user of the same name has not been given the old one's tokens.
+    let owner = user_of(view.user_by_uid(&record.user_uid).ok_or_else(unknown)?)?;
+    Ok(Caller {
+        deployment: record.deployment.clone(),
+        expires: owner.expires.min(record.expire_unix_ms),
+        token: record.id.clone(),
+        ..owner
+    })
+}
+
+/// Judges a user or host again that was let in before.
+///
+/// # Errors
+/// Why it would not be let in now.
+pub fn still_stands(cluster: &Cluster, caller: &Caller) -> Result<(), Error> {
+    let view = cluster.ledger.view();
+    if let Some(uid) = &caller.host {
+        return match view.host(uid).is_none_or(|host| host.is_removed()) {
+            true => Err(Error::denied("HOST_REMOVED", "the host was removed from its cluster")),
+            false => Ok(()),
+        };
+    }
+    let name = caller.subject.strip_prefix("user/").unwrap_or_default();
+    user_of(view.user_by_uid(&caller.uid).ok_or_else(|| unknown_user(name))?)?;
+    if !caller.token.is_empty() {
+        let record = view.user_token(&caller.token).map(|kept| &kept.record);
+        if record.is_none_or(|record| record.revoked) {
+            return Err(bad_token(tokens::BadToken::Revoked));
+        }
+    }
+    if caller.expires <= wall_now().0 {
+        return Err(bad_token(tokens::BadToken::Expired));
+    }
+    Ok(())
 }
 
 fn by_certificate(cluster: &Cluster, chain: &[CertificateDer<'static>]) -> Result<Caller, Error> {
@@ -116,16 +181,36 @@ fn by_certificate(cluster: &Cluster, chain: &[CertificateDer<'static>]) -> Resul
     }
     match id.subject {
         Subject::Server => Err(unknown("a server's certificate is no caller's".to_owned())),
-        Subject::User(name) => user(cluster, name.as_str()),
+        Subject::User(name) => {
+            let caller = user(cluster, name.as_str())?;
+            let (from, until) = tls::validity_of(leaf).map_err(|e| unknown(e.to_string()))?;
+            // A certificate made for an earlier user of the name, who was revoked.
+            let made =
+                cluster.ledger.view().user_by_uid(&caller.uid).and_then(|kept| {
+                    kept.record.meta.as_ref().map(|meta| meta.create_unix_ms / 1000)
+                });
+            if from + BACKDATE_SECONDS < made.unwrap_or_default() {
+                return Err(unknown_user(name.as_str()));
+            }
+            Ok(Caller { expires: caller.expires.min(until.saturating_mul(1000)), ..caller })
+        }
         Subject::Host(uid) => {
             let public_key = tls::public_key(leaf).map_err(|e| unknown(e.to_string()))?;
             let view = cluster.ledger.view();
             let Some(host) = view.host(&uid) else {
-                return Err(unknown("no host with this certificate is known".to_owned()));
+                let since = match view.cluster.observing {
+                    true => "; if it joined after the backup that was restored, let it join again",
+                    false => "",
+                };
+                return Err(unknown(format!("no host with this certificate is known{since}")));
             };
             let record = &host.record;
             let known = record.public_key == public_key
                 || (!record.next_public_key.is_empty() && record.next_public_key == public_key);
+            let made = tls::validity_of(leaf).map_err(|e| unknown(e.to_string()))?.0;
+            let made = made + BACKDATE_SECONDS;
+            let cluster = &view.cluster;
+            let known = known || tokens::is_newer_than_backup(cluster, record, &public_key, made);
             if !known && !host.is_removed() {
                 return Err(unknown("this key of the host was retired".to_owned()));
             }
@@ -165,18 +250,63 @@ pub fn caller(
     Ok(found.map(|c| Caller { peer, ..c }))
 }
 
+/// Who shows these headers and certificates to a door that takes Basic credentials as well; nobody
+/// when they are not good.
+pub(super) fn shown(
+    cluster: &Cluster,
+    headers: &http::HeaderMap,
+    extensions: &http::Extensions,
+) -> Option<Caller> {
+    let chain = extensions.get::<PeerCerts>().map(|certs| certs.0.as_slice());
+    let chain = chain.map(|chain| PeerCertificates(chain.into()));
+    let shown = credentials(headers, chain.as_ref()).ok()?;
+    by_credentials(cluster, &shown).ok()
+}
+
+fn by_credentials(cluster: &Cluster, shown: &Credentials) -> Result<Caller, Error> {
+    match shown {
+        Credentials::Basic { password, .. } => by_token(cluster, password),
+        Credentials::Bearer(token) => by_token(cluster, token),
+        Credentials::Certificate(chain) => by_certificate(cluster, &chain.0),
+    }
+}
+
+/// Why a host whose retired key is shown is quarantined.
+pub const RETIRED: &str = "a retired key was used: two copies of the host are alive";
+
+/// The host whose retired key this certificate holds, if it does: a copied disk shows itself so.
+fn retired_host(cluster: &Cluster, extensions: &http::Extensions) -> Option<HostUid> {
+    let leaf = extensions.get::<PeerCerts>()?.0.first()?;
+    let id = SpiffeId::of(leaf).ok().filter(|id| id.cluster == *cluster.ca.cluster())?;
+    let Subject::Host(uid) = id.subject else { return None };
+    let key = tls::public_key(leaf).ok()?;
+    let view = cluster.ledger.view();
+    let record = &view.host(&uid).filter(|host| !host.is_removed())?.record;
+    (tokens::is_retired(record, &key) && !record.quarantined).then_some(uid)
+}
+
 /// Checks every call on the control door against the table.
 pub async fn check(
     State(cluster): State<Arc<Cluster>>,
     mut request: Request,
     next: Next,
 ) -> Response {
+    let kind = request.headers().get(http::header::CONTENT_TYPE);
+    if kind.is_some_and(|kind| !kind.as_bytes().starts_with(b"application/grpc")) {
+        let words = "this door speaks gRPC; with buf curl: --protocol grpc\n";
+        return (http::StatusCode::UNSUPPORTED_MEDIA_TYPE, words).into_response();
+    }
     match admit(&cluster, &request) {
         Ok(caller) => {
-            request.extensions_mut().insert(caller);
-            next.run(request).await
+            request.extensions_mut().insert(caller.clone());
+            next.run(request).await.map(|body| Standing::wrap(&cluster, caller, body))
         }
-        Err(error) => Status::from(error).into_http::<axum::body::Body>().into_response(),
+        Err(error) => {
+            if let Some(host) = retired_host(&cluster, request.extensions()) {
+                cluster.quarantine(&host, RETIRED).await;
+            }
+            Status::from(error).into_http::<axum::body::Body>().into_response()
+        }
     }
 }
 
@@ -211,6 +341,14 @@ fn admit(cluster: &Cluster, request: &Request) -> Result<Caller, Error> {
             }
             Ok(caller)
         }
+        Needs::Everywhere(role) => {
+            let caller = caller.filter(|c| c.host.is_none()).ok_or_else(needed)?;
+            if !caller.deployment.is_empty() {
+                return Err(Error::denied("TOKEN_LIMITED", "this token is for a gateway only"));
+            }
+            caller.require(role, "")?;
+            Ok(caller)
+        }
         Needs::Exec => {
             let caller = caller.filter(|c| c.host.is_none()).ok_or_else(needed)?;
             if caller.bindings.iter().any(|b| b.exec) && caller.deployment.is_empty() {
@@ -241,16 +379,17 @@ impl Guard for Doorkeeper {
         let caller = match caller(&self.0, headers, extensions) {
             Ok(Some(caller)) if caller.host.is_none() => caller,
             Ok(_) => return Err(Forbidden::Anonymous),
-            Err(error) => return Err(Forbidden::NotPermitted(error.to_string())),
+            Err(error) => return Err(Forbidden::NotGood(error.to_string())),
         };
         let Some(model) = model else { return Ok(()) };
-        let (namespace, name) = model.split_once('.').unwrap_or(("default", model));
-        if !caller.deployment.is_empty() && caller.deployment != name {
+        // Such a token names its deployment as callers do, namespace included.
+        if !caller.deployment.is_empty() && caller.deployment != model {
             return Err(Forbidden::NotPermitted(format!(
                 "this token is for deployment \"{}\" only",
                 caller.deployment
             )));
         }
+        let (namespace, _) = model.split_once('.').unwrap_or(("default", model));
         caller.require(Role::Viewer, namespace).map_err(|e| Forbidden::NotPermitted(e.to_string()))
     }
 }
@@ -258,12 +397,7 @@ impl Guard for Doorkeeper {
 #[async_trait::async_trait]
 impl Access for Doorkeeper {
     async fn authenticate(&self, credentials: Credentials) -> Result<Principal, AccessError> {
-        let caller = match &credentials {
-            Credentials::Basic { password, .. } => by_token(&self.0, password),
-            Credentials::Bearer(token) => by_token(&self.0, token),
-            Credentials::Certificate(chain) => by_certificate(&self.0, &chain.0),
-        };
-        let caller = caller.map_err(|_| AccessError::Refused)?;
+        let caller = by_credentials(&self.0, &credentials).map_err(|_| AccessError::Refused)?;
         if !caller.deployment.is_empty() {
             return Err(AccessError::Refused);
         }
@@ -272,34 +406,71 @@ impl Access for Doorkeeper {
 
     fn allows(&self, principal: &Principal, repository: &RepoName, action: Action) -> bool {
         if let Some(host) = principal.subject.strip_prefix("host/") {
-            return action == Action::Pull && self.host_needs(host, repository.as_str());
+            return action == Action::Pull && !self.assigned(host, repository.as_str()).is_empty();
         }
         let Some(name) = principal.subject.strip_prefix("user/") else { return false };
         let Ok(caller) = user(&self.0, name) else { return false };
-        let needed = match action {
-            Action::Pull => Role::Viewer,
-            Action::Push | Action::Delete => Role::Operator,
+        roles::may_in_repository(&caller.bindings, repository, action)
+    }
+
+    fn reach(&self, principal: &Principal, repository: &RepoName) -> Reach {
+        match principal.subject.strip_prefix("host/") {
+            Some(host) => Reach::Below(self.assigned(host, repository.as_str())),
+            None => Reach::Whole,
+        }
+    }
+
+    async fn note(&self, noted: Noted<'_>) -> Result<(), AccessError> {
+        let method = match noted.action {
+            Action::Push => "registry/PutManifest",
+            Action::Delete => "registry/DeleteManifest",
+            Action::Pull => return Ok(()),
         };
-        caller.bindings.iter().any(|b| b.role() as i32 >= needed as i32)
+        let repository = noted.repository;
+        let object = match (noted.reference, &noted.digest) {
+            (Reference::Tag(tag), Some(digest)) => format!("image/{repository}:{tag}@{digest}"),
+            (Reference::Tag(tag), None) => format!("image/{repository}:{tag}"),
+            (Reference::Digest(digest), _) => format!("image/{repository}@{digest}"),
+        };
+        let peer = noted.extensions.get::<PeerAddr>().map(|a| a.0.to_string()).unwrap_or_default();
+        let subject = noted.principal.subject.clone();
+        let caller = Caller { subject, peer, ..Caller::default() };
+        let changes = vec![super::audit(&caller, method, "", vec![object])];
+        let proposal = Proposal { preconditions: Vec::new(), changes };
+        match self.0.ledger.propose(proposal).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                tracing::warn!(%error, method, "it cannot be written down who does this");
+                Err(AccessError::Unavailable)
+            }
+        }
     }
 }
 
 impl Doorkeeper {
-    /// An agent reads only what its own assignments name.
-    fn host_needs(&self, host: &str, repository: &str) -> bool {
-        let Ok(uid) = host.parse::<HostUid>() else { return false };
+    /// What a host's own assignments name in a repository; it reads nothing else.
+    fn assigned(&self, host: &str, repository: &str) -> Vec<Digest> {
+        let Ok(uid) = host.parse::<HostUid>() else { return Vec::new() };
         let view = self.0.ledger.view();
         if view.host(&uid).is_none_or(|h| h.is_removed()) {
-            return false;
+            return Vec::new();
         }
-        view.replicas_on(&uid)
+        let digests: BTreeSet<Digest> = view
+            .replicas_on(&uid)
             .filter(|r| r.intent != ReplicaIntent::Orphan)
             .filter_map(|r| view.release(&r.deployment, r.release))
-            .any(|release| {
-                let source = &release.source;
-                source.image.repository == repository
-                    || source.artifact.as_ref().is_some_and(|a| a.repository == repository)
+            .flat_map(|release| {
+                let (image, artifact) = (&release.source.image, release.source.artifact.as_ref());
+                let whole = (image.repository == repository).then_some(image);
+                let images = whole.into_iter().flat_map(|image| {
+                    let platforms = image.platforms.iter().map(|p| p.manifest_digest.clone());
+                    platforms.chain([image.digest.clone()])
+                });
+                let artifact = artifact.filter(|artifact| artifact.repository == repository);
+                images.chain(artifact.map(|artifact| artifact.digest.clone()))
             })
+            .collect();
+        digests.into_iter().collect()
     }
 }
 

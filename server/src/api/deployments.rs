@@ -1,21 +1,24 @@
 //! Deployments, releases and replicas.
 
-use super::{Api, audit, auth, namespace, page};
-use crate::error::{Error, Kind};
-use crate::ledger::refused;
+use super::foresee::{changes, foresee};
+use super::lists::{Asked as Asking, label, word};
+use super::writes::{self, Answer, Begun, Call, Step};
+use super::{Api, auth, namespace};
+use crate::error::{Error, FieldError, Kind};
+use crate::ledger::{refused, too_large};
+use crate::registry::access::Action;
 use berth_proto::api::deployment_service_server::DeploymentService;
 use berth_proto::api::*;
-use berth_proto::convert;
-use berth_proto::ids::{Name, Namespace, ReleaseNumber, ReplicaUid};
-use berth_proto::record::RequestRecord;
-use berth_server_core::batching::{Precondition, Proposal};
-use berth_server_core::change::Change;
+use berth_proto::convert::{self, Problems};
+use berth_proto::ids::{Name, Namespace, ReleaseNumber};
+use berth_proto::selector::check_labels;
+use berth_server_core::batching::{Proposal, Refusal};
+use berth_server_core::change::audited;
 use berth_server_core::decide::{self, Asked, Decision, Refused, Wanted};
 use berth_server_core::objects::Deployment as Held;
-use berth_server_core::view::{ObjectKey, View};
-use berth_server_core::{planner, status};
-use prost::Message;
-use std::collections::{BTreeMap, BTreeSet};
+use berth_server_core::status;
+use berth_server_core::view::View;
+use prost::Message as _;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,8 +32,6 @@ const MAX_APPLY: usize = 500;
 const WATCH_PAUSE: Duration = Duration::from_millis(100);
 /// Replicas in one message of a watch.
 const WATCH_REPLICAS: usize = 1000;
-/// Tries of a write that others keep getting in front of.
-const TRIES: usize = 5;
 
 impl From<Refused> for Error {
     fn from(refused: Refused) -> Self {
@@ -49,6 +50,15 @@ impl From<Refused> for Error {
 struct Target {
     namespace: Namespace,
     name: Name,
+}
+
+/// How paths into one deployment of a request begin: as its author finds it.
+fn prefix(input: &DeploymentInput, index: usize) -> String {
+    if input.origin.is_empty() {
+        format!("deployments[{index}].")
+    } else {
+        format!("{}: ", input.origin)
+    }
 }
 
 impl Api {
@@ -71,86 +81,56 @@ impl Api {
         status::deployment(view, &live, held, report.as_ref())
     }
 
-    /// The kept answer of an earlier call with the same request id.
-    fn replay<M: Message + Default>(
+    /// A decision as a step of a write of one deployment.
+    fn step<A>(
         &self,
-        caller: &auth::Caller,
-        write: Option<&WriteOptions>,
-        request: &impl Message,
-    ) -> Result<Option<M>, Error> {
-        let Some(id) = write.map(|w| w.request_id.as_str()).filter(|id| !id.is_empty()) else {
-            return Ok(None);
-        };
-        if id.len() > 64 {
-            return Err(Error::field("write.request_id", "must have at most 64 characters"));
+        view: &View,
+        call: &Call<'_>,
+        target: &Target,
+        decision: Decision,
+        answer: impl FnOnce(Deployment) -> A,
+    ) -> Step<A> {
+        let mut proposal = decision.proposal;
+        if let Some(expected) = call.expected() {
+            let at = decide::expected(&target.namespace, &target.name, expected.0);
+            proposal.preconditions.push(at);
         }
-        let view = self.0.ledger.view();
-        let Some(kept) = view.request(&request_key(caller, id)) else { return Ok(None) };
-        if kept.record.request_sha256 != sha256(request) {
-            return Err(Error::RequestReused(id.to_owned()));
+        let mut shown = self.shown(view, &decision.deployment);
+        if let Some(meta) = shown.meta.as_mut().filter(|_| !proposal.changes.is_empty()) {
+            meta.revision = 0;
         }
-        M::decode(kept.record.response.as_slice())
-            .map(Some)
-            .map_err(|e| Error::internal("cannot read a kept answer", e))
+        let (namespace, uid) = (Some(target.namespace.as_str()), &decision.deployment.uid);
+        let object = audited("deployment", namespace, target.name.as_str(), uid.as_str());
+        Step { proposal, answer: answer(shown), objects: vec![object] }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "all of one call, named at each of four uses")]
-    async fn write(
+    /// Writes one deployment, which must be there.
+    async fn change<A: Answer>(
         &self,
-        caller: &auth::Caller,
-        write: Option<&WriteOptions>,
-        method: &str,
+        call: &Call<'_>,
         target: &Target,
-        request: &impl Message,
         decide: impl Fn(&View, &Held, &Asked<'_>) -> Result<Decision, Refused>,
-        answer: impl Fn(Deployment) -> Vec<u8>,
-    ) -> Result<Deployment, Error> {
-        let mut tries = 0;
-        loop {
-            let view = self.0.ledger.ahead();
-            let held = Self::held(&view, target)?;
-            let asked = Asked { actor: &caller.subject, now: crate::cluster::wall_now() };
-            let decision = decide(&view, &held, &asked)?;
-            let mut proposal = decision.proposal;
-            let expected = write.and_then(|w| w.expected_revision);
-            if let Some(expected) = expected {
-                proposal.preconditions.push(decide::expected(
-                    &target.namespace,
-                    &target.name,
-                    expected,
-                ));
-            }
-            let shown = self.shown(&view, &decision.deployment);
-            if write.is_some_and(|w| w.validate_only) {
-                return Ok(shown);
-            }
-            let bytes = answer(shown.clone());
-            finish(
-                &mut proposal,
-                caller,
-                write,
-                method,
-                request,
-                bytes,
-                vec![format!("deployment/{}/{}", target.namespace, target.name)],
-            );
-            match self.0.ledger.propose(proposal).await {
-                Ok(_) => {
-                    let view = self.0.ledger.view();
-                    return Ok(view
-                        .deployment(&decision.deployment.uid)
-                        .map_or(shown, |held| self.shown(&view, held)));
-                }
-                Err(refusal) => {
-                    tries += 1;
-                    let conflict =
-                        matches!(refusal, berth_server_core::batching::Refusal::Conflict { .. });
-                    if !conflict || expected.is_some() || tries >= TRIES {
-                        return Err(refused(refusal, Kind::Deployment, target.name.as_str()));
-                    }
-                }
-            }
-        }
+        answer: impl Fn(Deployment) -> A,
+    ) -> Result<A, Error> {
+        self.write(call, Kind::Deployment, target.name.as_str(), |view| {
+            let held = Self::held(view, target)?;
+            let asked = Asked { actor: &call.caller.subject, now: crate::cluster::wall_now() };
+            let decision = decide(view, &held, &asked)?;
+            Ok(self.step(view, call, target, decision, &answer))
+        })
+        .await
+    }
+
+    /// Whether what is to be written of so many deployments is small enough for one write.
+    fn fits(&self, proposal: &Proposal, deployments: usize) -> Result<(), Error> {
+        let Err(refusal) = self.0.ledger.fits(proposal) else { return Ok(()) };
+        let Refusal::TooLarge { size, limits } = refusal else {
+            return Err(refused(refusal, Kind::Deployment, ""));
+        };
+        let part = |most: usize, found: usize| deployments * most / found.max(1);
+        let some = part(limits.ops, size.ops).min(part(limits.bytes, size.bytes)).max(1);
+        let words = too_large(size, limits);
+        Err(Error::field("deployments", format!("{words}; apply about {some} at a time")))
     }
 
     async fn wanted(
@@ -161,26 +141,27 @@ impl Api {
         index: usize,
         role: Role,
     ) -> Result<Wanted, Error> {
-        let path = if input.origin.is_empty() {
-            format!("deployments[{index}].")
-        } else {
-            format!("{}: ", input.origin)
-        };
+        let path = prefix(input, index);
         let meta = input.meta.clone().unwrap_or_default();
-        let name: Name = meta.name.parse().map_err(|e: berth_proto::ids::InvalidId| {
-            Error::field(format!("{path}metadata.name"), e.to_string())
-        })?;
-        let namespace = namespace(&meta.namespace)?;
+        let namespace = super::namespace_at(&format!("{path}metadata.namespace"), &meta.namespace)?;
         caller.require(role, namespace.as_str())?;
+        let mut p = Problems::default();
+        let name = p.take("metadata.name", meta.name.parse::<Name>());
+        check_labels(&meta.labels, "metadata.labels", &mut p);
         let written = input.spec.clone().unwrap_or_default();
-        let spec = convert::deployment_spec_from_api(&written).map_err(|mut problems| {
-            for problem in &mut problems.0 {
+        let spec = convert::deployment_spec_to_write(&written);
+        p.0.extend(spec.as_ref().err().into_iter().flat_map(|found| found.0.iter().cloned()));
+        let (Some(name), Ok(spec), true) = (name, spec, p.0.is_empty()) else {
+            for problem in &mut p.0 {
                 problem.path = format!("{path}{}", problem.path);
             }
-            Error::from(problems)
-        })?;
+            return Err(p.into());
+        };
         let (resolved, words) =
             crate::resolve::source(&self.0, view, namespace.as_str(), &spec, &path).await?;
+        for repository in crate::resolve::chosen(&spec, &resolved) {
+            caller.require_repository(&repository, Action::Pull)?;
+        }
         Ok(Wanted {
             name,
             namespace,
@@ -198,19 +179,40 @@ impl Api {
         role: Role,
     ) -> Result<(Arc<View>, Vec<(Wanted, Decision)>), Error> {
         if inputs.is_empty() || inputs.len() > MAX_APPLY {
-            return Err(Error::field("deployments", format!("must hold 1 to {MAX_APPLY}")));
+            let words = format!("must hold 1 to {MAX_APPLY}, not {}", inputs.len());
+            return Err(Error::field("deployments", words));
         }
         let view = self.0.ledger.ahead();
-        let mut wanted = Vec::new();
+        let mut wanted: Vec<Wanted> = Vec::new();
         let mut problems = Vec::new();
+        let mut missing = Vec::new();
         for (i, input) in inputs.iter().enumerate() {
             match self.wanted(caller, &view, input, i, role).await {
+                // Twice in one write would be two deployments of one name.
+                Ok(one)
+                    if wanted
+                        .iter()
+                        .any(|o| (&o.namespace, &o.name) == (&one.namespace, &one.name)) =>
+                {
+                    problems.push(FieldError {
+                        path: format!("{}metadata.name", prefix(input, i)),
+                        message: format!("\"{}\" is named twice", one.name),
+                    });
+                }
                 Ok(one) => wanted.push(one),
                 // Every problem of every document at once.
                 Err(Error::Invalid(fields)) => problems.extend(fields),
+                Err(Error::Precondition { reason, message }) => missing.push((reason, message)),
                 Err(other) => return Err(other),
             }
         }
+        if let (true, Some((reason, _))) = (problems.is_empty(), missing.first()) {
+            let words: Vec<&str> = missing.iter().map(|(_, message)| message.as_str()).collect();
+            return Err(Error::precondition(reason, words.join("; ")));
+        }
+        problems.extend(
+            missing.into_iter().map(|(_, message)| FieldError { path: String::new(), message }),
+        );
         if !problems.is_empty() {
             return Err(Error::Invalid(problems));
         }
@@ -228,100 +230,6 @@ impl Api {
     }
 }
 
-fn sha256(request: &impl Message) -> Vec<u8> {
-    use sha2::Digest as _;
-    sha2::Sha256::digest(request.encode_to_vec()).to_vec()
-}
-
-fn request_key(caller: &auth::Caller, id: &str) -> String {
-    format!("{}:{id}", caller.subject)
-}
-
-/// Adds the audit entry and, for a request with an id, its answer.
-fn finish(
-    proposal: &mut Proposal,
-    caller: &auth::Caller,
-    write: Option<&WriteOptions>,
-    method: &str,
-    request: &impl Message,
-    response: Vec<u8>,
-    objects: Vec<String>,
-) {
-    let id = write.map(|w| w.request_id.clone()).unwrap_or_default();
-    if !id.is_empty() {
-        let key = request_key(caller, &id);
-        proposal
-            .preconditions
-            .push(Precondition::At(ObjectKey::Request(key.clone()), Default::default()));
-        proposal.changes.push(Change::PutRequest(Arc::new(RequestRecord {
-            key,
-            time_unix_ms: crate::cluster::wall_now().0,
-            request_sha256: sha256(request),
-            response,
-        })));
-    }
-    if !proposal.changes.is_empty() {
-        proposal.changes.push(audit(caller, method, &id, objects));
-    }
-}
-
-/// Leaves of a manifest's spec by their path; lists are told as a whole.
-fn leaves(value: &serde_json::Value, path: &str, out: &mut BTreeMap<String, String>) {
-    match value {
-        serde_json::Value::Object(map) => {
-            for (key, value) in map {
-                leaves(value, &format!("{path}.{key}"), out);
-            }
-        }
-        serde_json::Value::String(text) => {
-            out.insert(path.to_owned(), text.clone());
-        }
-        serde_json::Value::Null
-        | serde_json::Value::Bool(_)
-        | serde_json::Value::Number(_)
-        | serde_json::Value::Array(_) => {
-            out.insert(path.to_owned(), value.to_string());
-        }
-    }
-}
-
-/// Differences between two specs, as people write them.
-fn changes(before: Option<&DeploymentSpec>, after: &DeploymentSpec) -> Vec<FieldChange> {
-    let flat = |spec: &DeploymentSpec| {
-        let mut out = BTreeMap::new();
-        leaves(&berth_proto::manifest::spec_to_json(spec), "spec", &mut out);
-        out
-    };
-    let before = before.map(flat).unwrap_or_default();
-    let after = flat(after);
-    let keys: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
-    keys.into_iter()
-        .filter(|key| before.get(*key) != after.get(*key))
-        .map(|key| FieldChange {
-            path: key.clone(),
-            before: before.get(key).cloned().unwrap_or_default(),
-            after: after.get(key).cloned().unwrap_or_default(),
-        })
-        .collect()
-}
-
-/// A pass of the planner over a view with the decision applied: what would be done first.
-fn foresee(api: &Api, view: &View, decision: &Decision) -> planner::Plan {
-    let mut next = view.clone();
-    let revision = next.revision.next();
-    for change in &decision.proposal.changes {
-        next.apply(change, revision);
-    }
-    let live = api.0.live.load_full();
-    let mut number = 0_u32;
-    let mut mint = || -> ReplicaUid {
-        number += 1;
-        #[expect(clippy::expect_used, reason = "the text is a uid by its form")]
-        format!("planned-{number}").parse().expect("a uid")
-    };
-    planner::plan(&next, &live, &decision.deployment.uid, api.0.time(), &mut mint)
-}
-
 #[tonic::async_trait]
 impl DeploymentService for Api {
     async fn apply(
@@ -330,12 +238,12 @@ impl DeploymentService for Api {
     ) -> Result<Response<ApplyResponse>, Status> {
         let caller = auth::of(&request);
         let request = request.into_inner();
-        let write = request.write.clone();
-        if let Some(kept) = self.replay::<ApplyResponse>(&caller, write.as_ref(), &request)? {
-            return Ok(Response::new(kept));
-        }
-        let expected = write.as_ref().and_then(|w| w.expected_revision);
-        if expected.is_some() && request.deployments.len() != 1 {
+        let method = "DeploymentService/Apply";
+        let call = match self.begin(&caller, request.write.as_ref(), method, &request)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
+        };
+        if call.expected().is_some() && request.deployments.len() != 1 {
             return Err(
                 Error::field("write.expected_revision", "goes with a single deployment").into()
             );
@@ -345,53 +253,37 @@ impl DeploymentService for Api {
             let (view, decided) =
                 self.decide_all(&caller, &request.deployments, Role::Operator).await?;
             let mut proposal = Proposal::default();
-            let mut results = Vec::new();
+            let mut answer = ApplyResponse::default();
             let mut objects = Vec::new();
+            let first = decided.first().map(|(wanted, _)| wanted.name.to_string());
+            let name = first.unwrap_or_default();
             for (wanted, decision) in decided {
-                objects.push(format!("deployment/{}/{}", wanted.namespace, wanted.name));
-                if let Some(expected) = expected {
-                    proposal.preconditions.push(decide::expected(
-                        &wanted.namespace,
-                        &wanted.name,
-                        expected,
-                    ));
-                }
-                proposal.preconditions.extend(decision.proposal.preconditions);
-                proposal.changes.extend(decision.proposal.changes);
-                results.push((decision.deployment, decision.action));
+                let action = decision.action as i32;
+                let target = Target { namespace: wanted.namespace, name: wanted.name };
+                let step = self.step(&view, &call, &target, decision, |deployment| ApplyResult {
+                    deployment: Some(deployment),
+                    action,
+                });
+                proposal.preconditions.extend(step.proposal.preconditions);
+                proposal.changes.extend(step.proposal.changes);
+                answer.results.push(step.answer);
+                objects.extend(step.objects);
             }
-            let answer = |view: &View| ApplyResponse {
-                results: results
-                    .iter()
-                    .map(|(held, action)| ApplyResult {
-                        deployment: Some(
-                            self.shown(view, view.deployment(&held.uid).unwrap_or(held)),
-                        ),
-                        action: *action as i32,
-                    })
-                    .collect(),
-            };
-            if write.as_ref().is_some_and(|w| w.validate_only) {
-                return Ok(Response::new(answer(&view)));
+            if call.validate_only() {
+                writes::holds(&view, &proposal, Kind::Deployment, &name)?;
+                self.fits(&proposal, request.deployments.len())?;
+                return Ok(Response::new(answer));
             }
-            let bytes = answer(&view).encode_to_vec();
-            let name = objects.first().cloned().unwrap_or_default();
-            finish(
-                &mut proposal,
-                &caller,
-                write.as_ref(),
-                "DeploymentService/Apply",
-                &request,
-                bytes,
-                objects,
-            );
+            call.seal(&mut proposal, answer.encode_to_vec(), objects);
+            self.fits(&proposal, request.deployments.len())?;
             match self.0.ledger.propose(proposal).await {
-                Ok(_) => return Ok(Response::new(answer(&self.0.ledger.view()))),
+                Ok(revision) => {
+                    answer.written_at(revision);
+                    return Ok(Response::new(answer));
+                }
                 Err(refusal) => {
                     tries += 1;
-                    let conflict =
-                        matches!(refusal, berth_server_core::batching::Refusal::Conflict { .. });
-                    if !conflict || expected.is_some() || tries >= TRIES {
+                    if !call.again(&refusal, tries) {
                         return Err(refused(refusal, Kind::Deployment, &name).into());
                     }
                 }
@@ -403,6 +295,12 @@ impl DeploymentService for Api {
         let caller = auth::of(&request);
         let request = request.into_inner();
         let (view, decided) = self.decide_all(&caller, &request.deployments, Role::Viewer).await?;
+        let changes_of = |(_, decision): &(_, Decision)| decision.proposal.changes.clone();
+        let together = Proposal {
+            changes: decided.iter().flat_map(changes_of).collect(),
+            ..Proposal::default()
+        };
+        self.fits(&together, decided.len())?;
         let mut planned = Vec::new();
         for (wanted, decision) in decided {
             let plan = foresee(self, &view, &decision);
@@ -459,15 +357,27 @@ impl DeploymentService for Api {
     ) -> Result<Response<ListDeploymentsResponse>, Status> {
         let caller = auth::of(&request);
         let request = request.into_inner();
-        let view = self.0.ledger.view();
+        let list = Asking {
+            call: "ListDeployments",
+            parents: &[&request.namespace],
+            fields: &["name", "namespace", "labels"],
+        };
+        let listing = self.listing(&caller, request.page.as_ref(), &list)?;
+        let view = Arc::clone(&listing.view);
         let all: Vec<Arc<Held>> = view
             .deployments()
             .filter(|d| request.namespace.is_empty() || d.namespace.as_str() == request.namespace)
             .filter(|d| caller.sees(d.namespace.as_str()))
+            .filter(|d| {
+                listing.wants(|field| match field {
+                    "name" => Some(d.name.as_str()),
+                    "namespace" => Some(d.namespace.as_str()),
+                    other => d.record.meta.as_ref().and_then(|m| label(&m.labels, other)),
+                })
+            })
             .cloned()
             .collect();
-        let (held, next_page_token) = page(all, request.page.as_ref())?;
-        let deployments = held.iter().map(|d| self.shown(&view, d)).collect();
+        let (deployments, next_page_token) = self.page(listing, all, |d| self.shown(&view, &d));
         Ok(Response::new(ListDeploymentsResponse { deployments, next_page_token }))
     }
 
@@ -543,23 +453,17 @@ impl DeploymentService for Api {
         if r.replicas > 100_000 {
             return Err(Error::field("replicas", "must be 0 to 100000").into());
         }
-        if let Some(kept) = self.replay::<ScaleResponse>(&caller, r.write.as_ref(), &r)? {
-            return Ok(Response::new(kept));
-        }
         let target = Self::target(&caller, &r.namespace, &r.name, Role::Operator)?;
+        let method = "DeploymentService/Scale";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
+        };
         let answer = |d| ScaleResponse { deployment: Some(d) };
-        let deployment = self
-            .write(
-                &caller,
-                r.write.as_ref(),
-                "DeploymentService/Scale",
-                &target,
-                &r,
-                |_, held, asked| decide::scale(held, r.replicas, asked),
-                |d| answer(d).encode_to_vec(),
-            )
+        let answer = self
+            .change(&call, &target, |_, held, asked| decide::scale(held, r.replicas, asked), answer)
             .await?;
-        Ok(Response::new(answer(deployment)))
+        Ok(Response::new(answer))
     }
 
     async fn restart(
@@ -568,45 +472,36 @@ impl DeploymentService for Api {
     ) -> Result<Response<RestartResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        if let Some(kept) = self.replay::<RestartResponse>(&caller, r.write.as_ref(), &r)? {
-            return Ok(Response::new(kept));
-        }
         let target = Self::target(&caller, &r.namespace, &r.name, Role::Operator)?;
+        let method = "DeploymentService/Restart";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
+        };
         let answer = |d| RestartResponse { deployment: Some(d) };
-        let deployment = self
-            .write(
-                &caller,
-                r.write.as_ref(),
-                "DeploymentService/Restart",
-                &target,
-                &r,
-                decide::restart,
-                |d| answer(d).encode_to_vec(),
-            )
-            .await?;
-        Ok(Response::new(answer(deployment)))
+        let answer = self.change(&call, &target, decide::restart, answer).await?;
+        Ok(Response::new(answer))
     }
 
     async fn undo(&self, request: Request<UndoRequest>) -> Result<Response<UndoResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        if let Some(kept) = self.replay::<UndoResponse>(&caller, r.write.as_ref(), &r)? {
-            return Ok(Response::new(kept));
-        }
         let target = Self::target(&caller, &r.namespace, &r.name, Role::Operator)?;
+        let method = "DeploymentService/Undo";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
+        };
         let answer = |d| UndoResponse { deployment: Some(d) };
-        let deployment = self
-            .write(
-                &caller,
-                r.write.as_ref(),
-                "DeploymentService/Undo",
+        let answer = self
+            .change(
+                &call,
                 &target,
-                &r,
                 |view, held, asked| decide::undo(view, held, ReleaseNumber(r.to_release), asked),
-                |d| answer(d).encode_to_vec(),
+                answer,
             )
             .await?;
-        Ok(Response::new(answer(deployment)))
+        Ok(Response::new(answer))
     }
 
     async fn delete(
@@ -615,29 +510,33 @@ impl DeploymentService for Api {
     ) -> Result<Response<DeleteResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        if let Some(kept) = self.replay::<DeleteResponse>(&caller, r.write.as_ref(), &r)? {
-            return Ok(Response::new(kept));
-        }
-        let target = Self::target(&caller, &r.namespace, &r.name, Role::Operator)?;
-        let answer = |d| DeleteResponse { deployment: Some(d) };
-        let written = self
-            .write(
-                &caller,
-                r.write.as_ref(),
-                "DeploymentService/Delete",
-                &target,
-                &r,
-                |_, held, asked| decide::delete(held, asked),
-                |d| answer(d).encode_to_vec(),
-            )
-            .await;
-        match written {
-            Ok(deployment) => Ok(Response::new(answer(deployment))),
+        let target = match Self::target(&caller, &r.namespace, &r.name, Role::Operator) {
             Err(Error::NotFound { .. }) if r.allow_missing => {
-                Ok(Response::new(DeleteResponse { deployment: None }))
+                return Ok(Response::new(DeleteResponse { deployment: None }));
             }
-            Err(error) => Err(error.into()),
-        }
+            found => found?,
+        };
+        let method = "DeploymentService/Delete";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
+        };
+        let answer = self
+            .write(&call, Kind::Deployment, target.name.as_str(), |view| {
+                let held = match Self::held(view, &target) {
+                    Err(Error::NotFound { .. }) if r.allow_missing => {
+                        return Ok(Step::nothing(DeleteResponse { deployment: None }));
+                    }
+                    found => found?,
+                };
+                let asked = Asked { actor: &caller.subject, now: crate::cluster::wall_now() };
+                let decision = decide::delete(&held, &asked)?;
+                Ok(self.step(view, &call, &target, decision, |d| DeleteResponse {
+                    deployment: Some(d),
+                }))
+            })
+            .await?;
+        Ok(Response::new(answer))
     }
 
     async fn list_releases(
@@ -647,12 +546,27 @@ impl DeploymentService for Api {
         let caller = auth::of(&request);
         let r = request.into_inner();
         let target = Self::target(&caller, &r.namespace, &r.deployment, Role::Viewer)?;
-        let view = self.0.ledger.view();
+        let list = Asking {
+            call: "ListReleases",
+            parents: &[target.namespace.as_str(), target.name.as_str()],
+            fields: &["cause", "created_by", "state"],
+        };
+        let listing = self.listing(&caller, r.page.as_ref(), &list)?;
+        let view = Arc::clone(&listing.view);
         let held = Self::held(&view, &target)?;
-        let mut all: Vec<Release> =
-            view.releases_of(&held.uid).map(|release| status::release(&held, release)).collect();
+        let mut all: Vec<Release> = view
+            .releases_of(&held.uid)
+            .map(|release| status::release(&held, release))
+            .filter(|shown| {
+                listing.wants(|field| match field {
+                    "cause" => Some(&shown.cause),
+                    "created_by" => Some(&shown.created_by),
+                    _ => Some(word(shown.state().as_str_name(), "RELEASE_STATE_")),
+                })
+            })
+            .collect();
         all.reverse();
-        let (releases, next_page_token) = page(all, r.page.as_ref())?;
+        let (releases, next_page_token) = self.page(listing, all, |release| release);
         Ok(Response::new(ListReleasesResponse { releases, next_page_token }))
     }
 
@@ -678,7 +592,13 @@ impl DeploymentService for Api {
     ) -> Result<Response<ListReplicasResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        let view = self.0.ledger.view();
+        let list = Asking {
+            call: "ListReplicas",
+            parents: &[&r.namespace, &r.deployment, &r.host],
+            fields: &["deployment", "host", "namespace"],
+        };
+        let listing = self.listing(&caller, r.page.as_ref(), &list)?;
+        let view = Arc::clone(&listing.view);
         let live = self.0.live.load();
         let now = self.0.time().mono;
         let mut all: Vec<Replica> = view
@@ -688,6 +608,13 @@ impl DeploymentService for Api {
             .filter(|s| r.deployment.is_empty() || s.deployment == r.deployment)
             .filter(|s| r.host.is_empty() || s.host == r.host)
             .filter(|s| caller.sees(&s.namespace))
+            .filter(|s| {
+                listing.wants(|field| match field {
+                    "deployment" => Some(&s.deployment),
+                    "host" => Some(&s.host),
+                    _ => Some(&s.namespace),
+                })
+            })
             .collect();
         all.sort_by(|a, b| {
             (&a.namespace, &a.deployment, a.slot, &a.uid).cmp(&(
@@ -697,7 +624,7 @@ impl DeploymentService for Api {
                 &b.uid,
             ))
         });
-        let (replicas, next_page_token) = page(all, r.page.as_ref())?;
+        let (replicas, next_page_token) = self.page(listing, all, |replica| replica);
         Ok(Response::new(ListReplicasResponse { replicas, next_page_token }))
     }
 }

@@ -1,19 +1,23 @@
 //! Hosts and join tokens.
 
-use super::{Api, audit, auth, page};
+use super::lists::{Asked, label};
+use super::writes::{Answer, Begun, Call, Step};
+use super::{Api, auth};
 use crate::cluster::wall_now;
 use crate::error::{Error, Kind};
 use crate::identity::tokens;
-use crate::ledger::refused;
 use crate::session::desk::{Ended, Order};
 use berth_proto::api::host_service_server::HostService;
 use berth_proto::api::*;
-use berth_proto::convert::{duration_ms, timestamp};
-use berth_proto::ids::Wall;
+use berth_proto::convert::{Problems, duration_ms, timestamp};
+use berth_proto::ids::{InvalidId, Revision, Wall};
 use berth_proto::record::{HostRecord, JoinTokenRecord};
+use berth_proto::selector::{MAX_LABELS, check_labels};
 use berth_server_core::batching::{Precondition, Proposal};
-use berth_server_core::change::Change;
-use berth_server_core::objects::Host as Held;
+use berth_server_core::change::{Change, audited};
+use berth_server_core::decide;
+use berth_server_core::objects::{Host as Held, Replica};
+use berth_server_core::orphans;
 use berth_server_core::status;
 use berth_server_core::view::{ObjectKey, View};
 use std::sync::Arc;
@@ -22,6 +26,13 @@ use tonic::{Request, Response, Status};
 /// A token lives for an hour unless said, and for thirty days at the most.
 const TTL_MS: u64 = 3_600_000;
 const MAX_TTL_MS: u64 = 30 * 24 * 3_600_000;
+/// Orphans that stay so and are listed in an answer.
+const MAX_KEPT: usize = 100;
+
+/// For the audit log.
+fn host_object(host: &Held) -> String {
+    audited("host", None, host.name.as_str(), host.uid.as_str())
+}
 
 impl Api {
     fn host(view: &View, name: &str) -> Result<Arc<Held>, Error> {
@@ -29,43 +40,54 @@ impl Api {
     }
 
     fn shown_host(&self, view: &View, held: &Held) -> Host {
-        status::host(view, &self.0.live.load(), held, self.0.time().mono)
+        status::host(view, &self.0.live.load(), held, self.0.time())
     }
 
-    async fn edit_host(
+    /// Writes one host, which must be there.
+    async fn edit_host<A: Answer>(
         &self,
-        caller: &auth::Caller,
-        method: &str,
+        call: &Call<'_>,
         name: &str,
-        write: Option<&WriteOptions>,
-        edit: impl FnOnce(&mut HostRecord),
-    ) -> Result<Host, Error> {
-        let view = self.0.ledger.ahead();
-        let held = Self::host(&view, name)?;
-        let expected = write.and_then(|w| w.expected_revision).unwrap_or(held.revision.0);
-        let next =
-            Arc::new(held.edited(edit).map_err(|e| Error::internal("cannot change the host", e))?);
-        if write.is_some_and(|w| w.validate_only) {
-            return Ok(self.shown_host(&view, &next));
-        }
-        let key = ObjectKey::Host(held.uid.clone());
-        let proposal = Proposal {
-            preconditions: vec![Precondition::At(key, berth_proto::ids::Revision(expected))],
-            changes: vec![
-                Change::PutHost(next),
-                audit(
-                    caller,
-                    method,
-                    write.map(|w| w.request_id.as_str()).unwrap_or_default(),
-                    vec![format!("host/{name}")],
-                ),
-            ],
-        };
-        self.0.ledger.propose(proposal).await.map_err(|r| refused(r, Kind::Host, name))?;
-        let view = self.0.ledger.view();
-        let held = view.host(&held.uid).cloned().unwrap_or(held);
-        Ok(self.shown_host(&view, &held))
+        edit: impl Fn(&mut HostRecord),
+        answer: impl Fn(Host) -> A,
+    ) -> Result<A, Error> {
+        self.write(call, Kind::Host, name, |view| {
+            let held = Self::host(view, name)?;
+            let shown = |host: &Held| answer(self.shown_host(view, host));
+            let next = held.edited(&edit).map_err(|e| Error::internal("cannot edit a host", e))?;
+            let at = call.at(ObjectKey::Host(held.uid.clone()), held.revision);
+            let mut step = if next.record == held.record {
+                Step::nothing(shown(&held))
+            } else {
+                let next = next
+                    .edited(|record| {
+                        record.meta.get_or_insert_default().update_unix_ms = wall_now().0
+                    })
+                    .map_err(|e| Error::internal("cannot edit a host", e))?;
+                let next = Arc::new(next);
+                let answer = shown(&next);
+                let proposal =
+                    Proposal { changes: vec![Change::PutHost(next)], ..Default::default() };
+                Step { proposal, answer, objects: vec![host_object(&held)] }
+            };
+            step.proposal.preconditions.push(at);
+            Ok(step)
+        })
+        .await
     }
+}
+
+/// Carries out a write of one host: its kept answer, or the edit.
+macro_rules! edit {
+    ($api:ident, $caller:ident, $r:ident, $method:literal, $answer:ident, $edit:expr) => {
+        match $api.begin(&$caller, $r.write.as_ref(), $method, &$r)? {
+            Begun::Kept(answer) => answer,
+            Begun::New(call) => {
+                let answer = |host| $answer { host: Some(host) };
+                $api.edit_host(&call, &$r.name, $edit, answer).await?
+            }
+        }
+    };
 }
 
 #[tonic::async_trait]
@@ -83,12 +105,23 @@ impl HostService for Api {
         &self,
         request: Request<ListHostsRequest>,
     ) -> Result<Response<ListHostsResponse>, Status> {
+        let caller = auth::of(&request);
         let request = request.into_inner();
-        let view = self.0.ledger.view();
-        let mut all: Vec<Arc<Held>> = view.hosts().cloned().collect();
+        let asked = Asked { call: "ListHosts", parents: &[], fields: &["name", "labels"] };
+        let listing = self.listing(&caller, request.page.as_ref(), &asked)?;
+        let view = Arc::clone(&listing.view);
+        let mut all: Vec<Arc<Held>> = view
+            .hosts()
+            .filter(|host| {
+                listing.wants(|field| match field {
+                    "name" => Some(host.name.as_str()),
+                    other => label(&host.labels, other),
+                })
+            })
+            .cloned()
+            .collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
-        let (held, next_page_token) = page(all, request.page.as_ref())?;
-        let hosts = held.iter().map(|h| self.shown_host(&view, h)).collect();
+        let (hosts, next_page_token) = self.page(listing, all, |h| self.shown_host(&view, &h));
         Ok(Response::new(ListHostsResponse { hosts, next_page_token }))
     }
 
@@ -98,19 +131,23 @@ impl HostService for Api {
     ) -> Result<Response<LabelHostResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        for (key, value) in &r.set {
-            berth_proto::selector::check_key(key)
-                .and_then(|()| berth_proto::selector::check_value(value))
-                .map_err(|e| Error::field(format!("set.{key}"), e.to_string()))?;
+        let mut p = Problems::default();
+        check_labels(&r.set, "set", &mut p);
+        let view = self.0.ledger.ahead();
+        let meta = view.host_by_name(&r.name).and_then(|host| host.record.meta.clone());
+        let mut after = meta.unwrap_or_default().labels;
+        after.retain(|key, _| !r.remove.contains(key));
+        after.extend(r.set.clone());
+        if after.len() > MAX_LABELS {
+            p.add("set", format!("would give the host more than {MAX_LABELS} labels"));
         }
-        let host = self
-            .edit_host(&caller, "HostService/LabelHost", &r.name, r.write.as_ref(), |record| {
-                let labels = &mut record.meta.get_or_insert_default().labels;
-                labels.retain(|key, _| !r.remove.contains(key));
-                labels.extend(r.set.clone());
-            })
-            .await?;
-        Ok(Response::new(LabelHostResponse { host: Some(host) }))
+        p.finish(()).map_err(Error::from)?;
+        let answer = edit!(self, caller, r, "HostService/LabelHost", LabelHostResponse, |record| {
+            let labels = &mut record.meta.get_or_insert_default().labels;
+            labels.retain(|key, _| !r.remove.contains(key));
+            labels.extend(r.set.clone());
+        });
+        Ok(Response::new(answer))
     }
 
     async fn cordon_host(
@@ -119,15 +156,14 @@ impl HostService for Api {
     ) -> Result<Response<CordonHostResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        let host = self
-            .edit_host(&caller, "HostService/CordonHost", &r.name, r.write.as_ref(), |record| {
+        let answer =
+            edit!(self, caller, r, "HostService/CordonHost", CordonHostResponse, |record| {
                 record.spec = Some(HostSpec {
                     cordoned: r.cordoned,
                     draining: r.cordoned && record.spec.is_some_and(|s| s.draining),
                 });
-            })
-            .await?;
-        Ok(Response::new(CordonHostResponse { host: Some(host) }))
+            });
+        Ok(Response::new(answer))
     }
 
     async fn drain_host(
@@ -136,12 +172,10 @@ impl HostService for Api {
     ) -> Result<Response<DrainHostResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        let host = self
-            .edit_host(&caller, "HostService/DrainHost", &r.name, r.write.as_ref(), |record| {
-                record.spec = Some(HostSpec { cordoned: true, draining: r.draining });
-            })
-            .await?;
-        Ok(Response::new(DrainHostResponse { host: Some(host) }))
+        let answer = edit!(self, caller, r, "HostService/DrainHost", DrainHostResponse, |record| {
+            record.spec = Some(HostSpec { cordoned: true, draining: r.draining });
+        });
+        Ok(Response::new(answer))
     }
 
     async fn remove_host(
@@ -150,29 +184,70 @@ impl HostService for Api {
     ) -> Result<Response<RemoveHostResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        let view = self.0.ledger.ahead();
-        let held = match Self::host(&view, &r.name) {
-            Ok(held) => held,
-            Err(_) if r.allow_missing => return Ok(Response::new(RemoveHostResponse {})),
-            Err(error) => return Err(error.into()),
+        let method = "HostService/RemoveHost";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
         };
-        let there = view.replicas_on(&held.uid).count();
-        if there > 0 && !r.force {
-            return Err(Error::precondition(
-                "HOST_HAS_REPLICAS",
-                format!("host \"{}\" has {there} replicas; drain it first, or use --force", r.name),
-            )
-            .into());
+        let removed = parking_lot::Mutex::new(None);
+        let answer = self
+            .write(&call, Kind::Host, &r.name, |view| {
+                let held = match Self::host(view, &r.name) {
+                    Ok(held) => held,
+                    Err(_) if r.allow_missing => return Ok(Step::nothing(RemoveHostResponse {})),
+                    Err(error) => return Err(error),
+                };
+                let there = view.replicas_on(&held.uid).count();
+                if there > 0 && !r.force {
+                    return Err(Error::precondition(
+                        "HOST_HAS_REPLICAS",
+                        if held.is_draining() {
+                            format!(
+                                "host \"{}\" is draining, and {there} replicas have no other place yet: \
+                                 `berth ps` says why; --force does not wait",
+                                r.name
+                            )
+                        } else {
+                            format!(
+                                "host \"{}\" has {there} replicas; drain it first, or use --force",
+                                r.name
+                            )
+                        },
+                    ));
+                }
+                let next = held
+                    .edited(|record| {
+                        record.removed = true;
+                        record.meta.get_or_insert_default().update_unix_ms = wall_now().0;
+                        record.wipe = r.wipe;
+                    })
+                    .map_err(|e| Error::internal("cannot edit a host", e))?;
+                let kind = if r.wipe { ", and is told to delete what it has" } else { "" };
+                let event = self.0.host_event(
+                    &held,
+                    EventSeverity::Warning,
+                    "HOST_REMOVED",
+                    format!("by {}{kind}", caller.subject),
+                );
+                *removed.lock() = Some(held.uid.clone());
+                let at = call.at(ObjectKey::Host(held.uid.clone()), held.revision);
+                Ok(Step {
+                    proposal: Proposal {
+                        preconditions: vec![at],
+                        changes: vec![Change::PutHost(Arc::new(next)), event],
+                    },
+                    answer: RemoveHostResponse {},
+                    objects: vec![host_object(&held)],
+                })
+            })
+            .await?;
+        let uid = removed.into_inner();
+        if let Some(uid) = uid.filter(|_| !call.validate_only()) {
+            self.0.order(&uid, &Order::Removed { wipe: r.wipe });
+            self.0.hub.cut(&uid);
+            self.0.edit_live(|live| live.remove_host(&uid));
         }
-        self.edit_host(&caller, "HostService/RemoveHost", &r.name, r.write.as_ref(), |record| {
-            record.removed = true;
-            record.wipe = r.wipe;
-        })
-        .await?;
-        self.0.order(&held.uid, &Order::Removed { wipe: r.wipe });
-        self.0.hub.cut(&held.uid);
-        self.0.edit_live(|live| live.remove_host(&held.uid));
-        Ok(Response::new(RemoveHostResponse {}))
+        Ok(Response::new(answer))
     }
 
     async fn approve_host(
@@ -181,12 +256,11 @@ impl HostService for Api {
     ) -> Result<Response<ApproveHostResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        let host = self
-            .edit_host(&caller, "HostService/ApproveHost", &r.name, r.write.as_ref(), |record| {
+        let answer =
+            edit!(self, caller, r, "HostService/ApproveHost", ApproveHostResponse, |record| {
                 record.waiting_for_approval = false;
-            })
-            .await?;
-        Ok(Response::new(ApproveHostResponse { host: Some(host) }))
+            });
+        Ok(Response::new(answer))
     }
 
     async fn release_quarantine(
@@ -196,16 +270,19 @@ impl HostService for Api {
         let caller = auth::of(&request);
         let r = request.into_inner();
         let method = "HostService/ReleaseQuarantine";
-        let host = self
-            .edit_host(&caller, method, &r.name, r.write.as_ref(), |record| {
-                record.quarantined = false;
-            })
-            .await?;
-        if let Some(held) = self.0.ledger.view().host_by_name(&r.name) {
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
+        };
+        let edit = |record: &mut HostRecord| record.quarantined = false;
+        let answer = |host| ReleaseQuarantineResponse { host: Some(host) };
+        let answer = self.edit_host(&call, &r.name, edit, answer).await?;
+        let view = self.0.ledger.view();
+        if let Some(held) = view.host_by_name(&r.name).filter(|_| !call.validate_only()) {
             self.0.forget_boots(&held.uid);
             self.0.order(&held.uid, &Order::End(Ended::Superseded));
         }
-        Ok(Response::new(ReleaseQuarantineResponse { host: Some(host) }))
+        Ok(Response::new(answer))
     }
 
     async fn create_join_token(
@@ -214,19 +291,24 @@ impl HostService for Api {
     ) -> Result<Response<CreateJoinTokenResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        let ttl = match &r.ttl {
-            None => TTL_MS,
-            Some(d) => duration_ms(d)
-                .filter(|ms| (1..=MAX_TTL_MS).contains(ms))
-                .ok_or_else(|| Error::field("ttl", "must be more than 0 and at most 30d"))?,
+        let method = "HostService/CreateJoinToken";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
         };
+        call.expects_nothing()?;
+        let mut p = Problems::default();
+        let ttl = r.ttl.as_ref().map_or(Some(TTL_MS), duration_ms);
+        let ttl = ttl.filter(|ms| (1..=MAX_TTL_MS).contains(ms)).unwrap_or_else(|| {
+            p.add("ttl", "must be more than 0 and at most 30d");
+            TTL_MS
+        });
         let uses = if r.uses == 0 { 1 } else { r.uses };
         if uses > 10_000 {
-            return Err(Error::field("uses", "must be at most 10000").into());
+            p.add("uses", "must be at most 10000");
         }
-        if !r.rejoin.is_empty() {
-            Self::host(&self.0.ledger.ahead(), &r.rejoin)?;
-        }
+        check_labels(&r.labels, "labels", &mut p);
+        p.finish(()).map_err(Error::from)?;
         let pin = berth_proto::tls::pin(self.0.ca.root_pem())
             .map_err(|e| Error::internal("cannot read the root", e))?;
         let new = tokens::new_join(&pin);
@@ -247,43 +329,61 @@ impl HostService for Api {
             secret_sha256: new.sha256,
             revoked: false,
         };
-        let changes = vec![
-            Change::PutJoinToken(Arc::new(record)),
-            audit(
-                &caller,
-                "HostService/CreateJoinToken",
-                "",
-                vec![format!("jointoken/{}", new.id)],
-            ),
-        ];
-        self.0
-            .ledger
-            .propose(Proposal { preconditions: Vec::new(), changes })
-            .await
-            .map_err(|why| refused(why, Kind::Token, &new.id))?;
+        let record = Arc::new(record);
         let endpoints = self.0.endpoints.clone();
         let server = endpoints.first().cloned().unwrap_or_default();
-        let command = format!("berth-agent join --server {server} --token {}", new.text);
-        Ok(Response::new(CreateJoinTokenResponse {
+        let answer = CreateJoinTokenResponse {
             token: Some(token),
+            command: format!("berth-agent join --server {server} --token {}", new.text),
             secret: new.text,
             endpoints,
-            command,
-        }))
+        };
+        let answer = self
+            .write(&call, Kind::Token, &new.id, |view| {
+                if !r.rejoin.is_empty() {
+                    Self::host(view, &r.rejoin)?;
+                }
+                let key = ObjectKey::JoinToken(new.id.clone());
+                Ok(Step {
+                    proposal: Proposal {
+                        preconditions: vec![Precondition::At(key, Revision(0))],
+                        changes: vec![Change::PutJoinToken(Arc::clone(&record))],
+                    },
+                    answer: answer.clone(),
+                    objects: vec![format!("jointoken/{}", new.id)],
+                })
+            })
+            .await?;
+        Ok(Response::new(if call.validate_only() { answer.kept() } else { answer }))
     }
 
     async fn list_join_tokens(
         &self,
         request: Request<ListJoinTokensRequest>,
     ) -> Result<Response<ListJoinTokensResponse>, Status> {
+        let caller = auth::of(&request);
         let request = request.into_inner();
-        let view = self.0.ledger.view();
-        let all = view
+        let asked = Asked {
+            call: "ListJoinTokens",
+            parents: &[],
+            fields: &["id", "created_by", "rejoin", "labels"],
+        };
+        let listing = self.listing(&caller, request.page.as_ref(), &asked)?;
+        let all = listing
+            .view
             .join_tokens()
             .filter(|kept| !kept.record.revoked)
             .filter_map(|kept| kept.record.token.clone())
+            .filter(|token| {
+                listing.wants(|field| match field {
+                    "id" => Some(&token.id),
+                    "created_by" => Some(&token.created_by),
+                    "rejoin" => Some(&token.rejoin),
+                    other => label(&token.labels, other),
+                })
+            })
             .collect();
-        let (tokens, next_page_token) = page(all, request.page.as_ref())?;
+        let (tokens, next_page_token) = self.page(listing, all, |token| token);
         Ok(Response::new(ListJoinTokensResponse { tokens, next_page_token }))
     }
 
@@ -293,32 +393,48 @@ impl HostService for Api {
     ) -> Result<Response<RevokeJoinTokenResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        let view = self.0.ledger.ahead();
-        let Some(kept) = view.join_token(&r.id) else {
-            if r.allow_missing {
-                return Ok(Response::new(RevokeJoinTokenResponse {}));
-            }
-            return Err(Error::not_found(Kind::Token, &r.id).into());
+        let method = "HostService/RevokeJoinToken";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
         };
-        let record = JoinTokenRecord { revoked: true, ..JoinTokenRecord::clone(&kept.record) };
-        let changes = vec![
-            Change::PutJoinToken(Arc::new(record)),
-            audit(&caller, "HostService/RevokeJoinToken", "", vec![format!("jointoken/{}", r.id)]),
-        ];
-        self.0
-            .ledger
-            .propose(Proposal { preconditions: Vec::new(), changes })
-            .await
-            .map_err(|why| refused(why, Kind::Token, &r.id))?;
-        Ok(Response::new(RevokeJoinTokenResponse {}))
+        let answer = self
+            .write(&call, Kind::Token, &r.id, |view| {
+                let Some(kept) = view.join_token(&r.id) else {
+                    if r.allow_missing {
+                        return Ok(Step::nothing(RevokeJoinTokenResponse {}));
+                    }
+                    return Err(Error::not_found(Kind::Token, &r.id));
+                };
+                let record =
+                    JoinTokenRecord { revoked: true, ..JoinTokenRecord::clone(&kept.record) };
+                let at = call.at(ObjectKey::JoinToken(r.id.clone()), kept.revision);
+                Ok(Step {
+                    proposal: Proposal {
+                        preconditions: vec![at],
+                        changes: vec![Change::PutJoinToken(Arc::new(record))],
+                    },
+                    answer: RevokeJoinTokenResponse {},
+                    objects: vec![format!("jointoken/{}", r.id)],
+                })
+            })
+            .await?;
+        Ok(Response::new(answer))
     }
 
     async fn list_orphans(
         &self,
         request: Request<ListOrphansRequest>,
     ) -> Result<Response<ListOrphansResponse>, Status> {
+        let caller = auth::of(&request);
         let r = request.into_inner();
-        let view = self.0.ledger.view();
+        let asked = Asked {
+            call: "ListOrphans",
+            parents: &[&r.host],
+            fields: &["deployment", "host", "namespace"],
+        };
+        let listing = self.listing(&caller, r.page.as_ref(), &asked)?;
+        let view = Arc::clone(&listing.view);
         let live = self.0.live.load();
         let now = self.0.time().mono;
         let all = view
@@ -326,8 +442,15 @@ impl HostService for Api {
             .filter(|replica| replica.intent == ReplicaIntent::Orphan)
             .map(|replica| status::replica(&view, &live, replica, now))
             .filter(|shown| r.host.is_empty() || shown.host == r.host)
+            .filter(|shown| {
+                listing.wants(|field| match field {
+                    "deployment" => Some(&shown.deployment),
+                    "host" => Some(&shown.host),
+                    _ => Some(&shown.namespace),
+                })
+            })
             .collect();
-        let (replicas, next_page_token) = page(all, r.page.as_ref())?;
+        let (replicas, next_page_token) = self.page(listing, all, |replica| replica);
         Ok(Response::new(ListOrphansResponse { replicas, next_page_token }))
     }
 
@@ -340,51 +463,92 @@ impl HostService for Api {
         if r.replica_uids.is_empty() && r.host.is_empty() {
             return Err(Error::field("replica_uids", "name replicas or a host").into());
         }
-        let intent = match r.decision() {
-            OrphanDecision::Adopt => ReplicaIntent::Run,
-            OrphanDecision::Release => ReplicaIntent::Stop,
+        if r.replica_uids.len() > orphans::MAX_CHANGES {
+            let words = format!("names more than {} replicas", orphans::MAX_CHANGES);
+            return Err(Error::field("replica_uids", words).into());
+        }
+        let adopt = match r.decision() {
+            OrphanDecision::Adopt => true,
+            OrphanDecision::Release => false,
             OrphanDecision::Unspecified => {
                 return Err(Error::field("decision", "must be adopt or release").into());
             }
         };
-        let view = self.0.ledger.ahead();
-        let mut changes = Vec::new();
-        for replica in view.replicas().filter(|r| r.intent == ReplicaIntent::Orphan) {
-            let host = view.host(&replica.host).map(|h| h.name.to_string()).unwrap_or_default();
-            let asked = if r.replica_uids.is_empty() {
-                host == r.host
-            } else {
-                r.replica_uids.iter().any(|uid| uid == replica.uid.as_str())
-            };
-            if !asked {
-                continue;
-            }
-            if intent == ReplicaIntent::Run
-                && view.release(&replica.deployment, replica.release).is_none()
-            {
-                return Err(Error::precondition(
-                    "RELEASE_UNKNOWN",
-                    format!(
-                        "the release of replica {} is not known; it can only be released",
-                        replica.uid
-                    ),
-                )
-                .into());
-            }
-            let mut next = berth_server_core::objects::Replica::clone(replica);
-            next.intent = intent;
-            changes.push(Change::PutReplica(Arc::new(next)));
+        let method = "HostService/ResolveOrphans";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
+        };
+        if call.expected().is_some() {
+            let words = "must be absent: the call decides about many replicas, as they are then";
+            return Err(Error::field("write.expected_revision", words).into());
         }
-        let resolved = u32::try_from(changes.len()).unwrap_or(u32::MAX);
-        for chunk in changes.chunks(40) {
-            let mut changes = chunk.to_vec();
-            changes.push(audit(&caller, "HostService/ResolveOrphans", "", vec![r.host.clone()]));
-            self.0
-                .ledger
-                .propose(Proposal { preconditions: Vec::new(), changes })
-                .await
-                .map_err(|why| refused(why, Kind::Replica, &r.host))?;
-        }
-        Ok(Response::new(ResolveOrphansResponse { resolved }))
+        let answer = self
+            .write(&call, Kind::Replica, &r.host, |view| {
+                let which = orphans_asked_for(view, &r)?;
+                let asked = decide::Asked { actor: &caller.subject, now: wall_now() };
+                let done = if adopt {
+                    orphans::adopt(view, &which, &asked)
+                } else {
+                    orphans::release(&which)
+                };
+                if !r.replica_uids.is_empty()
+                    && let Some((uid, why)) = done.kept.first()
+                {
+                    let words = format!("replica {uid} cannot be adopted: {why}");
+                    return Err(Error::precondition(why.reason(), words));
+                }
+                let replicas = done.changes.iter().filter_map(|change| {
+                    if let Change::PutReplica(replica) = change {
+                        Some(ObjectKey::Replica(replica.uid.clone()))
+                    } else {
+                        None
+                    }
+                });
+                let deployments = done.seen.iter().map(|d| ObjectKey::Deployment(d.uid.clone()));
+                let still = |key: ObjectKey| {
+                    let at = view.revision_of(&key);
+                    Precondition::At(key, at)
+                };
+                let kept = done.kept.iter().take(MAX_KEPT).map(|(uid, why)| KeptOrphan {
+                    replica_uid: uid.to_string(),
+                    reason: why.to_string(),
+                });
+                let hosts: std::collections::BTreeSet<_> = which.iter().map(|r| &r.host).collect();
+                let names = hosts.into_iter().filter_map(|uid| view.host(uid));
+                Ok(Step {
+                    answer: ResolveOrphansResponse {
+                        resolved: done.resolved,
+                        kept: kept.collect(),
+                    },
+                    objects: names.map(|h| host_object(h)).collect(),
+                    proposal: Proposal {
+                        preconditions: replicas.chain(deployments).map(still).collect(),
+                        changes: done.changes,
+                    },
+                })
+            })
+            .await?;
+        Ok(Response::new(answer))
     }
+}
+
+/// The orphans that a request names, each of them or those of a host.
+fn orphans_asked_for(view: &View, r: &ResolveOrphansRequest) -> Result<Vec<Arc<Replica>>, Error> {
+    if r.replica_uids.is_empty() {
+        let host = Api::host(view, &r.host)?;
+        return Ok(view.orphans_on(&host.uid).cloned().collect());
+    }
+    let mut which = Vec::new();
+    for (i, uid) in r.replica_uids.iter().enumerate() {
+        let path = || format!("replica_uids[{i}]");
+        let parsed = uid.parse().map_err(|e: InvalidId| Error::field(path(), e.to_string()))?;
+        match view.replica(&parsed) {
+            None => return Err(Error::not_found(Kind::Replica, uid)),
+            Some(found) if found.intent == ReplicaIntent::Orphan => which.push(Arc::clone(found)),
+            // Decided about already.
+            Some(_) => {}
+        }
+    }
+    Ok(which)
 }

@@ -1,28 +1,51 @@
 //! Events, logs and commands.
 
-use super::{Api, auth, namespace};
+use super::lists::{Asked, LogPage};
+use super::{Api, audit, auth, namespace};
 use crate::error::{Error, Kind};
 use crate::identity::roles;
+use crate::ledger::refused;
 use crate::session::reverse::ReverseError;
 use berth_proto::agent;
 use berth_proto::api::event_service_server::EventService;
 use berth_proto::api::log_service_server::LogService;
 use berth_proto::api::*;
 use berth_proto::convert::wall;
-use berth_proto::record::{AuditRecord, EventRecord};
-use berth_server_core::change::Change;
+use berth_proto::ids::{DeploymentUid, HostUid, ReplicaUid, Revision};
+use berth_proto::lines::Position;
+use berth_proto::record::AuditRecord;
+use berth_server_core::batching::Proposal;
+use berth_server_core::change::{Change, audited};
 use berth_server_core::objects::Replica as Held;
+use berth_server_core::view::View;
+use futures_util::StreamExt as _;
 use prost::Message as _;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{broadcast, mpsc};
+use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_stream::{Stream, StreamExt as _};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
+/// Entries of the audit log read at once: some hundred KiB.
+const READ_AT_ONCE: usize = 1000;
 /// How long opening a host's log may take.
 const OPEN: Duration = Duration::from_secs(10);
+/// Between two tries to read a followed source that cannot be read now: a host that is away, or a
+/// container that is not made yet. Doubles from the first to the second.
+const AGAIN_FIRST: Duration = Duration::from_millis(500);
+/// The longest such wait: a host that returns is read again within this.
+const AGAIN_LONGEST: Duration = Duration::from_secs(5);
+/// Positions taken from a request, as the contract says.
+const RESUMES: usize = 10_000;
+/// Figures of all hosts: each measures for a second.
+const USAGE: Duration = Duration::from_secs(5);
+/// Hosts asked for figures at once.
+const USAGE_HOSTS: usize = 64;
+/// Replicas in one question to a host, as the contract says.
+const USAGE_REPLICAS: usize = 1000;
 /// Messages on their way to a caller; a caller that does not read holds up the hosts' streams by
 /// HTTP/2's own flow control, and nothing else.
 const QUEUE: usize = 64;
@@ -49,17 +72,16 @@ impl EventService for Api {
                 && e.time.as_ref().is_none_or(|t| wall(t).0 >= since)
                 && (e.namespace.is_empty() || caller.sees(&e.namespace))
         };
-        let mut past: Vec<Event> = self
-            .0
-            .ledger
-            .entries("event/")
-            .await
-            .iter()
-            .filter_map(|entry| EventRecord::decode(entry.value.as_slice()).ok()?.event)
-            .filter(|e| e.sequence > r.after_sequence && wanted(e))
-            .collect();
         let limit = if r.limit == 0 { 1000 } else { r.limit as usize };
-        past.drain(..past.len().saturating_sub(limit));
+        if r.after_sequence > self.0.newest_event().await {
+            // Nothing would come until the numbers have caught up, and then not all.
+            let message = format!(
+                "event {} is not known here; was the server restored from a backup?",
+                r.after_sequence
+            );
+            return Err(Error::Gone { reason: "SEQUENCE_UNKNOWN", message }.into());
+        }
+        let past = self.0.past_events(r.after_sequence, limit, &wanted).await;
         let (tx, rx) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
             let mut last = r.after_sequence;
@@ -105,27 +127,44 @@ impl EventService for Api {
         &self,
         request: Request<ListAuditRequest>,
     ) -> Result<Response<ListAuditResponse>, Status> {
+        let caller = auth::of(&request);
         let r = request.into_inner();
-        let mut all: Vec<AuditEntry> = self
-            .0
-            .ledger
-            .entries("audit/")
-            .await
-            .iter()
-            .filter_map(|entry| AuditRecord::decode(entry.value.as_slice()).ok())
-            .map(|a| AuditEntry {
-                revision: a.revision,
-                time: a.time,
-                actor: a.actor,
-                peer: a.peer,
-                method: a.method,
-                request_id: a.request_id,
-                objects: a.objects,
-            })
-            .collect();
-        all.reverse();
-        let page = Page { page_size: r.page_size, page_token: r.page_token, ..Page::default() };
-        let (entries, next_page_token) = super::page(all, Some(&page))?;
+        let asked =
+            Asked { call: "ListAudit", parents: &[], fields: &["actor", "method", "request_id"] };
+        let page = Page { page_size: r.page_size, page_token: r.page_token, filter: r.filter };
+        let listing = self.listing_of_log(&caller, Some(&page), &asked)?;
+        let mut log = LogPage::new(&listing);
+        let mut below = listing.revision().0.saturating_add(1);
+        while log.has_room() {
+            let end = Some(format!("audit/{below:020}"));
+            let entries = self.0.ledger.newest("audit/", end, READ_AT_ONCE).await;
+            let last = entries.len() < READ_AT_ONCE;
+            for entry in entries {
+                let Ok(a) = AuditRecord::decode(entry.value.as_slice()) else { continue };
+                below = a.revision;
+                let wanted = listing.wants(|field| match field {
+                    "actor" => Some(&a.actor),
+                    "method" => Some(&a.method),
+                    _ => Some(&a.request_id),
+                });
+                let shown = wanted.then_some(AuditEntry {
+                    revision: a.revision,
+                    time: a.time,
+                    actor: a.actor,
+                    peer: a.peer,
+                    method: a.method,
+                    request_id: a.request_id,
+                    objects: a.objects,
+                });
+                if !log.take(Revision(below), shown) {
+                    break;
+                }
+            }
+            if last {
+                log.ended();
+            }
+        }
+        let (entries, next_page_token) = log.finish();
         Ok(Response::new(ListAuditResponse { entries, next_page_token }))
     }
 }
@@ -147,72 +186,258 @@ fn source(
     }
 }
 
-impl Api {
-    /// One replica's lines into the common stream.
-    async fn pour(
-        self,
-        held: Arc<Held>,
-        host: String,
-        request: agent::LogsRequest,
-        out: mpsc::Sender<Result<StreamLogsResponse, Status>>,
-    ) {
-        let say = |condition, message: String| Ok(source(&held, &host, condition, message));
+/// One replica's log, as somebody wants it.
+struct Pour {
+    api: Api,
+    held: Arc<Held>,
+    host: String,
+    request: agent::LogsRequest,
+    position: Position,
+    out: mpsc::Sender<Result<StreamLogsResponse, Status>>,
+    told: Option<(LogSourceCondition, String)>,
+}
+
+/// Why the lines of a source ended.
+enum End {
+    /// The caller has gone.
+    Caller,
+    /// All were sent.
+    Done,
+    /// There is no container, yet or any more.
+    Nothing(String),
+    /// It cannot be reached.
+    Unreachable(String),
+}
+
+impl Pour {
+    /// Says what became of the source, once for each change.
+    async fn tell(&mut self, condition: LogSourceCondition, message: String) {
+        let news = (condition, message);
+        if self.told.as_ref() != Some(&news) {
+            self.told = Some(news.clone());
+            let _ = self.out.send(Ok(source(&self.held, &self.host, condition, news.1))).await;
+        }
+    }
+
+    /// Lines into the common stream until all were sent; a followed source is read again after
+    /// whatever broke it, for as long as its replica is.
+    async fn run(mut self) {
+        let mut pause = AGAIN_FIRST;
+        loop {
+            let before = self.position;
+            let end = self.once().await;
+            let follow = self.request.follow;
+            match end {
+                End::Caller => return,
+                End::Done if !follow => {
+                    return self.tell(LogSourceCondition::Ended, String::new()).await;
+                }
+                End::Nothing(words) if !follow => {
+                    return self.tell(LogSourceCondition::Ended, words).await;
+                }
+                End::Unreachable(words) => {
+                    self.tell(LogSourceCondition::Unreachable, words).await;
+                    if !follow {
+                        return;
+                    }
+                }
+                End::Done | End::Nothing(_) => {}
+            }
+            if self.api.0.ledger.view().replica(&self.held.uid).is_none() {
+                return self.tell(LogSourceCondition::Ended, String::new()).await;
+            }
+            if self.position != before {
+                pause = AGAIN_FIRST;
+            }
+            tokio::select! {
+                // Cancel-safe, both.
+                () = tokio::time::sleep(pause) => {}
+                () = self.out.closed() => return,
+            }
+            pause = (pause * 2).min(AGAIN_LONGEST);
+            self.position.resume();
+            if let Some(time) = self.position.time() {
+                self.request.since = Some(time);
+                self.request.tail = None;
+            }
+        }
+    }
+
+    async fn once(&mut self) -> End {
         let kind = agent::ReverseKind::Operate;
         let opened = async {
-            let mut client = self.0.hub.client(&held.host, kind, OPEN).await?;
-            match tokio::time::timeout(OPEN, client.logs(request)).await {
-                Ok(Ok(response)) => Ok(Ok(response.into_inner())),
-                Ok(Err(status)) => Ok(Err(status)),
+            let mut client = self.api.0.hub.client(&self.held.host, kind, OPEN).await?;
+            match tokio::time::timeout(OPEN, client.logs(self.request.clone())).await {
+                Ok(answer) => Ok(answer),
                 Err(_) => Err(ReverseError::TimedOut),
             }
         };
         let mut lines = match opened.await {
-            Ok(Ok(lines)) => lines,
-            Ok(Err(status)) => {
-                let words = status.message().to_owned();
-                let _ = out.send(say(LogSourceCondition::Unreachable, words)).await;
-                return;
+            Ok(Ok(response)) => response.into_inner(),
+            Ok(Err(status)) if status.code() == Code::NotFound => {
+                return End::Nothing(status.message().to_owned());
             }
-            Err(error) => {
-                let _ = out.send(say(LogSourceCondition::Unreachable, error.to_string())).await;
-                return;
-            }
+            Ok(Err(status)) => return End::Unreachable(status.message().to_owned()),
+            Err(error) => return End::Unreachable(error.to_string()),
         };
-        if out.send(say(LogSourceCondition::Open, String::new())).await.is_err() {
-            return;
-        }
+        self.tell(LogSourceCondition::Open, String::new()).await;
         loop {
             let next = tokio::select! {
                 // Cancel-safe: dropping the stream ends the call at the agent.
                 next = lines.message() => next,
-                () = out.closed() => return,
+                () = self.out.closed() => return End::Caller,
             };
             match next {
                 Ok(Some(batch)) => {
+                    let offset_ms =
+                        self.api.0.live.load().host(&self.held.host).map(|h| h.clock_offset_ms);
                     for line in batch.lines {
+                        if !self.position.admit(line.time.as_ref()) {
+                            continue;
+                        }
                         let line = LogLine {
-                            replica_uid: held.uid.to_string(),
-                            slot: held.slot,
-                            host: host.clone(),
-                            release: held.release.0,
+                            replica_uid: self.held.uid.to_string(),
+                            slot: self.held.slot,
+                            host: self.host.clone(),
+                            release: self.held.release.0,
+                            server_time: line.time.as_ref().zip(offset_ms).map(earlier),
                             ..line
                         };
                         let item = Some(stream_logs_response::Item::Line(line));
-                        if out.send(Ok(StreamLogsResponse { item })).await.is_err() {
-                            return;
+                        if self.out.send(Ok(StreamLogsResponse { item })).await.is_err() {
+                            return End::Caller;
                         }
                     }
                 }
-                Ok(None) => {
-                    let _ = out.send(say(LogSourceCondition::Ended, String::new())).await;
-                    return;
-                }
-                Err(status) => {
-                    let words = status.message().to_owned();
-                    let _ = out.send(say(LogSourceCondition::Unreachable, words)).await;
-                    return;
-                }
+                Ok(None) => return End::Done,
+                Err(status) => return End::Unreachable(status.message().to_owned()),
             }
+        }
+    }
+}
+
+/// For the audit log, by its deployment's name and its slot, as events name it.
+fn replica_object(view: &View, held: &Held) -> String {
+    let deployment = view.deployment(&held.deployment);
+    let name = deployment.map(|d| d.name.to_string()).unwrap_or_default();
+    let namespace = deployment.map(|d| d.namespace.to_string()).unwrap_or_default();
+    let name = format!("{name}/{}", held.slot);
+    audited("replica", Some(&namespace), &name, held.uid.as_str())
+}
+
+/// A moment of a clock that is so many milliseconds ahead, by the clock it was compared with.
+fn earlier((time, ahead_ms): (&prost_types::Timestamp, i64)) -> prost_types::Timestamp {
+    let nanos = i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos)
+        - i128::from(ahead_ms) * 1_000_000;
+    prost_types::Timestamp {
+        seconds: i64::try_from(nanos.div_euclid(1_000_000_000)).unwrap_or_default(),
+        nanos: i32::try_from(nanos.rem_euclid(1_000_000_000)).unwrap_or_default(),
+    }
+}
+
+/// A request for lines with what it names looked up.
+struct Wanted {
+    api: Api,
+    deployment: DeploymentUid,
+    request: StreamLogsRequest,
+    begun: BTreeSet<ReplicaUid>,
+}
+
+impl Wanted {
+    /// Starts to read what matches and is not read yet; the first time with `tail`.
+    fn begin(
+        &mut self,
+        view: &View,
+        out: &mpsc::Sender<Result<StreamLogsResponse, Status>>,
+        first: bool,
+    ) {
+        let r = &self.request;
+        let mut all: Vec<Arc<Held>> = view
+            .replicas_of(&self.deployment)
+            .filter(|held| held.uid.as_str().starts_with(&r.replica))
+            .cloned()
+            .collect();
+        all.sort_by_key(|held| held.slot);
+        for held in all {
+            let host = view.host(&held.host).map(|h| h.name.to_string()).unwrap_or_default();
+            if (!r.host.is_empty() && r.host != host) || !self.begun.insert(held.uid.clone()) {
+                continue;
+            }
+            let seen = r.resume.iter().take(RESUMES).find(|(uid, _)| **uid == held.uid.as_str());
+            let (since, tail) = match seen {
+                Some((_, time)) => (Some(*time), None),
+                // What is new is wanted whole.
+                None => (r.since, r.tail.filter(|_| first)),
+            };
+            let request = agent::LogsRequest {
+                replica_uid: held.uid.to_string(),
+                follow: r.follow,
+                since,
+                tail,
+                previous: r.previous,
+            };
+            let pour = Pour {
+                api: self.api.clone(),
+                held,
+                host,
+                request,
+                position: Position::default(),
+                out: out.clone(),
+                told: None,
+            };
+            tokio::spawn(pour.run());
+        }
+    }
+
+    /// Lets replicas that are placed later join in, until the deployment is gone.
+    async fn watch(mut self, out: mpsc::Sender<Result<StreamLogsResponse, Status>>) {
+        let mut published = self.api.0.ledger.published();
+        loop {
+            published.borrow_and_update();
+            let view = self.api.0.ledger.view();
+            if view.deployment(&self.deployment).is_none() {
+                return;
+            }
+            self.begin(&view, &out, false);
+            tokio::select! {
+                // Cancel-safe, both.
+                changed = published.changed() => if changed.is_err() { return },
+                () = out.closed() => return,
+            }
+        }
+    }
+}
+
+impl Api {
+    fn deployment_of(&self, space: &str, name: &str) -> Result<DeploymentUid, Error> {
+        let namespace = namespace(space)?;
+        let parsed = name.parse().map_err(|_| Error::not_found(Kind::Deployment, name))?;
+        let view = self.0.ledger.view();
+        view.deployment_by_name(&namespace, &parsed)
+            .map(|held| held.uid.clone())
+            .ok_or_else(|| Error::not_found(Kind::Deployment, name))
+    }
+
+    /// What one host's replicas use, or why it does not say.
+    async fn usage_of(
+        self,
+        host: HostUid,
+        replica_uids: Vec<String>,
+    ) -> Result<Vec<ReplicaUsage>, String> {
+        let asking = async {
+            let kind = agent::ReverseKind::Operate;
+            let mut client =
+                self.0.hub.client(&host, kind, OPEN).await.map_err(|e| e.to_string())?;
+            let request = agent::UsageRequest { replica_uids };
+            client
+                .usage(request)
+                .await
+                .map(|answer| answer.into_inner().usages)
+                .map_err(|status| status.message().to_owned())
+        };
+        match tokio::time::timeout(USAGE, asking).await {
+            Ok(answer) => answer,
+            Err(_) => Err(ReverseError::TimedOut.to_string()),
         }
     }
 
@@ -253,24 +478,89 @@ impl LogService for Api {
         let caller = auth::of(&request);
         let r = request.into_inner();
         caller.require(Role::Viewer, namespace(&r.namespace)?.as_str())?;
-        let replicas = self.replica_for(&r.namespace, &r.deployment, &r.replica)?;
-        let view = self.0.ledger.view();
+        let deployment = self.deployment_of(&r.namespace, &r.deployment)?;
+        if !r.replica.is_empty() && !r.follow {
+            self.replica_for(&r.namespace, &r.deployment, &r.replica)?;
+        }
+        let follow = r.follow;
         let (tx, rx) = mpsc::channel(QUEUE);
-        for held in replicas {
-            let host = view.host(&held.host).map(|h| h.name.to_string()).unwrap_or_default();
-            if !r.host.is_empty() && r.host != host {
-                continue;
-            }
-            let ask = agent::LogsRequest {
-                replica_uid: held.uid.to_string(),
-                follow: r.follow,
-                since: r.since,
-                tail: r.tail,
-                previous: r.previous,
-            };
-            tokio::spawn(self.clone().pour(held, host, ask, tx.clone()));
+        let mut wanted =
+            Wanted { api: self.clone(), deployment, request: r, begun: BTreeSet::new() };
+        wanted.begin(&self.0.ledger.view(), &tx, true);
+        if follow {
+            tokio::spawn(wanted.watch(tx));
         }
         Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+    }
+
+    async fn read_usage(
+        &self,
+        request: Request<ReadUsageRequest>,
+    ) -> Result<Response<ReadUsageResponse>, Status> {
+        let caller = auth::of(&request);
+        let r = request.into_inner();
+        let view = self.0.ledger.view();
+        let only = match r.deployment.as_str() {
+            "" => None,
+            name => {
+                caller.require(Role::Viewer, namespace(&r.namespace)?.as_str())?;
+                Some(self.deployment_of(&r.namespace, name)?)
+            }
+        };
+        let mut by_host: BTreeMap<HostUid, Vec<String>> = BTreeMap::new();
+        let mut known = BTreeMap::new();
+        for held in view.replicas() {
+            let Some(owner) = view.deployment(&held.deployment) else { continue };
+            let space = owner.namespace.as_str();
+            let host = view.host(&held.host).map(|h| h.name.to_string()).unwrap_or_default();
+            let wanted = only.as_ref().is_none_or(|uid| *uid == held.deployment)
+                && (r.namespace.is_empty() || r.namespace == space)
+                && (r.host.is_empty() || r.host == host)
+                && caller.sees(space);
+            if wanted {
+                let uids = by_host.entry(held.host.clone()).or_default();
+                if uids.len() < USAGE_REPLICAS {
+                    uids.push(held.uid.to_string());
+                    known.insert(held.uid.to_string(), (Arc::clone(held), Arc::clone(owner), host));
+                }
+            }
+        }
+        let answers: Vec<_> = futures_util::stream::iter(by_host)
+            .map(|(host, uids)| {
+                let api = self.clone();
+                async move { (host.clone(), api.usage_of(host, uids).await) }
+            })
+            .buffer_unordered(USAGE_HOSTS)
+            .collect()
+            .await;
+        let mut answer = ReadUsageResponse::default();
+        for (host, result) in answers {
+            match result {
+                Ok(usages) => answer.usages.extend(usages.into_iter().filter_map(|usage| {
+                    let (held, owner, host) = known.get(&usage.replica_uid)?;
+                    Some(ReplicaUsage {
+                        deployment: owner.name.to_string(),
+                        namespace: owner.namespace.to_string(),
+                        slot: held.slot,
+                        host: host.clone(),
+                        ..usage
+                    })
+                })),
+                Err(words) => {
+                    let name = view.host(&host).map(|h| h.name.to_string()).unwrap_or_default();
+                    answer.unreachable.insert(name, words);
+                }
+            }
+        }
+        answer.usages.sort_by(|a, b| {
+            (&a.namespace, &a.deployment, a.slot, &a.replica_uid).cmp(&(
+                &b.namespace,
+                &b.deployment,
+                b.slot,
+                &b.replica_uid,
+            ))
+        });
+        Ok(Response::new(answer))
     }
 
     type ExecStream = Sent<ExecResponse>;
@@ -282,7 +572,9 @@ impl LogService for Api {
         use agent::{host_service_exec_request as to, host_service_exec_response as from};
         let caller = auth::of(&request);
         let mut incoming = request.into_inner();
-        let first = incoming.message().await?.and_then(|m| m.item);
+        let late = || Error::field("item", "the first message must be start, and come at once");
+        let first = tokio::time::timeout(OPEN, incoming.message()).await.map_err(|_| late())??;
+        let first = first.and_then(|m| m.item);
         let Some(exec_request::Item::Start(start)) = first else {
             return Err(Error::field("item", "the first message must be start").into());
         };
@@ -311,6 +603,16 @@ impl LogService for Api {
             .client(&held.host, agent::ReverseKind::Operate, OPEN)
             .await
             .map_err(|e| Error::unavailable("HOST_AWAY", e.to_string()))?;
+        // Before it runs: a command that nobody could be asked about must not have run.
+        let entry = audit(
+            &caller,
+            "LogService/Exec",
+            "",
+            vec![replica_object(&self.0.ledger.view(), &held)],
+        );
+        let proposal = Proposal { preconditions: Vec::new(), changes: vec![entry] };
+        let kept = self.0.ledger.propose(proposal).await;
+        kept.map_err(|why| refused(why, Kind::Replica, held.uid.as_str()))?;
         let (tx, rx) = mpsc::channel(8);
         let begin = agent::HostExecStart {
             replica_uid: held.uid.to_string(),
@@ -332,16 +634,34 @@ impl LogService for Api {
                 }
             }
         });
-        let answer = client.exec(ReceiverStream::new(rx)).await?.into_inner();
+        let answer = tokio::time::timeout(OPEN, client.exec(ReceiverStream::new(rx)))
+            .await
+            .map_err(|_| Error::unavailable("HOST_AWAY", "the host does not answer; try again"))?
+            .map_err(|status| Error::of_host(&status))?
+            .into_inner();
         let stream = answer.map(|next| {
-            next.map(|m| ExecResponse {
+            let shown = |m: agent::HostServiceExecResponse| ExecResponse {
                 item: m.item.map(|item| match item {
                     from::Item::Stdout(bytes) => exec_response::Item::Stdout(bytes),
                     from::Item::Stderr(bytes) => exec_response::Item::Stderr(bytes),
                     from::Item::ExitCode(code) => exec_response::Item::ExitCode(code),
                 }),
-            })
+            };
+            next.map(shown).map_err(|status| Error::of_host(&status).into())
         });
         Ok(Response::new(Box::pin(stream)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_a_clock_that_is_off_has_the_servers_time_too() {
+        let at = |seconds, nanos| prost_types::Timestamp { seconds, nanos };
+        assert_eq!(earlier((&at(10, 5), 1_500)), at(8, 500_000_005));
+        assert_eq!(earlier((&at(10, 0), -1)), at(10, 1_000_000));
+        assert_eq!(earlier((&at(0, 0), 1)), at(-1, 999_000_000));
     }
 }

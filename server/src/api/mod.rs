@@ -7,14 +7,18 @@
 pub mod agents;
 pub mod auth;
 pub mod deployments;
+mod foresee;
 pub mod hosts;
+pub mod lists;
 pub mod logs;
 pub mod models;
+pub mod standing;
+mod system;
 pub mod users;
+pub mod writes;
 
 use crate::cluster::Cluster;
 use crate::error::{Error, FieldError};
-use berth_proto::api;
 use berth_proto::convert::Problems;
 use berth_proto::ids::Namespace;
 use berth_server_core::change::Change;
@@ -44,31 +48,15 @@ impl From<Problems> for Error {
 
 /// The namespace asked for, `default` when empty.
 fn namespace(text: &str) -> Result<Namespace, Error> {
+    namespace_at("namespace", text)
+}
+
+/// The same, of a field of another name.
+fn namespace_at(path: &str, text: &str) -> Result<Namespace, Error> {
     if text.is_empty() {
         return Ok(Namespace::default());
     }
-    text.parse().map_err(|e: berth_proto::ids::InvalidId| Error::field("namespace", e.to_string()))
-}
-
-/// A page of a list that is in order: items from an offset that the token names.
-fn page<T>(all: Vec<T>, page: Option<&api::Page>) -> Result<(Vec<T>, String), Error> {
-    let page = page.cloned().unwrap_or_default();
-    let size = match page.page_size {
-        0 => 100,
-        n => n.min(1000) as usize,
-    };
-    let from: usize = if page.page_token.is_empty() {
-        0
-    } else {
-        page.page_token
-            .parse()
-            .map_err(|_| Error::field("page.page_token", "is not one this server gave"))?
-    };
-    let total = all.len();
-    let items: Vec<T> = all.into_iter().skip(from).take(size).collect();
-    let next = from + items.len();
-    let token = if next < total { next.to_string() } else { String::new() };
-    Ok((items, token))
+    text.parse().map_err(|e: berth_proto::ids::InvalidId| Error::field(path, e.to_string()))
 }
 
 /// An audit entry for a call.
@@ -85,24 +73,18 @@ fn audit(caller: &auth::Caller, method: &str, request_id: &str, objects: Vec<Str
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pages_join_to_the_whole_list() {
-        let mut token = String::new();
-        let mut seen = Vec::new();
-        loop {
-            let asked = api::Page { page_size: 3, page_token: token, filter: String::new() };
-            let (items, next) = page((0..10).collect(), Some(&asked)).unwrap();
-            seen.extend(items);
-            if next.is_empty() {
-                break;
-            }
-            token = next;
-        }
-        assert_eq!(seen, (0..10).collect::<Vec<_>>());
-        let bad = api::Page { page_token: "x".into(), ..Default::default() };
-        assert!(page(vec![1], Some(&bad)).is_err());
-    }
-}
+mod apply_tests;
+#[cfg(test)]
+mod every_call_tests;
+#[cfg(test)]
+mod field_tests;
+#[cfg(test)]
+mod guard_tests;
+#[cfg(test)]
+mod identity_tests;
+#[cfg(test)]
+mod model_tests;
+#[cfg(test)]
+mod release_tests;
+#[cfg(test)]
+pub mod tests;

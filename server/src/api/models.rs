@@ -1,31 +1,70 @@
 //! Models, versions and aliases.
 
-use super::{Api, audit, auth, namespace, page};
+use super::lists::{Asked, label};
+use super::writes::{Begun, Call, Step};
+use super::{Api, auth, namespace};
 use crate::cluster::wall_now;
 use crate::error::{Error, Kind};
-use crate::ledger::refused;
+use crate::registry::access::Action;
 use crate::registry::names::{Reference, RepoName};
 use crate::resolve::{find_version, is_model_name};
 use berth_proto::api::model_service_server::ModelService;
 use berth_proto::api::*;
-use berth_proto::convert::{timestamp, wall};
+use berth_proto::convert::{Problems, timestamp, wall};
+use berth_proto::ids::{Digest, Revision};
 use berth_proto::record::{AliasMoveRecord, Meta, ModelRecord, ModelVersionRecord};
 use berth_server_core::batching::{Precondition, Proposal};
-use berth_server_core::change::Change;
+use berth_server_core::change::{Change, audited};
 use berth_server_core::status;
 use berth_server_core::view::{Kept, ObjectKey, View};
 use prost::Message as _;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-fn check_alias(alias: &str) -> Result<(), Error> {
-    let good = (1..=63).contains(&alias.len())
+/// Bytes of a version's record: half of what one write of the ledger holds.
+const MAX_VERSION_BYTES: usize = 512 * 1024;
+
+/// What an alias must be.
+const ALIAS: &str = "must begin with a-z and hold 1 to 63 of a-z, 0-9 and '-'";
+
+fn is_alias(alias: &str) -> bool {
+    (1..=63).contains(&alias.len())
         && alias.starts_with(|c: char| c.is_ascii_lowercase())
-        && alias.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
-    if good {
-        Ok(())
-    } else {
-        Err(Error::field("alias", "must begin with a-z and hold 1 to 63 of a-z, 0-9 and '-'"))
+        && alias.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+}
+
+/// Everything that is wrong with a version as it is to be registered; where it lies when all is right.
+fn checked(version: &ModelVersion, aliases: &[String]) -> Result<(RepoName, Reference), Error> {
+    let mut p = Problems::default();
+    if !is_model_name(&version.model) || version.model.split('/').count() > 3 {
+        p.add("version.model", "must have 1 to 3 segments of a-z, 0-9 and '-', joined by '/'");
+    }
+    if crate::registry::names::Tag::parse(&version.version).is_err() {
+        let words = "must be 1 to 128 of letters, digits, '.', '_' and '-', not beginning with '.' \
+                     or '-'";
+        p.add("version.version", words);
+    }
+    for (i, alias) in aliases.iter().enumerate() {
+        if !is_alias(alias) {
+            p.add(format!("aliases[{i}]"), ALIAS);
+        } else if aliases[..i].contains(alias) {
+            p.add(format!("aliases[{i}]"), format!("names \"{alias}\" twice"));
+        }
+    }
+    for (field, count, most) in [
+        ("files", version.files.len(), 10_000),
+        ("parameters", version.parameters.len(), 256),
+        ("metrics", version.metrics.len(), 256),
+    ] {
+        if count > most {
+            p.add(format!("version.{field}"), format!("has {count} entries; at most {most} fit"));
+        }
+    }
+    let repo = p.take("version.repository", RepoName::parse(&version.repository));
+    let digest = p.take("version.digest", version.digest.parse::<Digest>());
+    match (repo, digest) {
+        (Some(repo), Some(digest)) if p.0.is_empty() => Ok((repo, Reference::Digest(digest))),
+        _ => Err(p.into()),
     }
 }
 
@@ -71,27 +110,125 @@ impl Api {
             actor: caller.subject.clone(),
             why: why.chars().take(1024).collect(),
         };
-        let model_uid = record.meta.as_ref().map(|m| m.uid.clone()).unwrap_or_default();
-        let change =
-            Change::AppendAliasMove(AliasMoveRecord { model_uid, r#move: Some(moved.clone()) });
+        let meta = record.meta.get_or_insert_default();
+        meta.update_unix_ms = wall_now().0;
+        let change = Change::AppendAliasMove(AliasMoveRecord {
+            model_uid: meta.uid.clone(),
+            r#move: Some(moved.clone()),
+            revision: 0,
+        });
         (moved, change)
     }
+}
 
-    async fn write_model(
-        &self,
-        caller: &auth::Caller,
-        method: &str,
-        name: &str,
-        preconditions: Vec<Precondition>,
-        mut changes: Vec<Change>,
-    ) -> Result<(), Error> {
-        changes.push(audit(caller, method, "", vec![format!("model/{name}")]));
-        self.0
-            .ledger
-            .propose(Proposal { preconditions, changes })
-            .await
-            .map(|_| ())
-            .map_err(|why| refused(why, Kind::Model, name))
+/// A write of a model: its record and what goes with it, guarded by what was found.
+fn step<A>(
+    call: &Call<'_>,
+    space: &str,
+    (name, uid): (&str, &str),
+    found: Revision,
+    changes: Vec<Change>,
+    answer: A,
+) -> Step<A> {
+    let key = ObjectKey::ModelName(space.to_owned(), name.to_owned());
+    Step {
+        proposal: Proposal { preconditions: vec![call.at(key, found)], changes },
+        answer,
+        objects: vec![audited("model", Some(space), name, uid)],
+    }
+}
+
+/// How a version is registered: the step that writes it.
+fn register(
+    view: &View,
+    call: &Call<'_>,
+    space: &str,
+    asked: &ModelVersion,
+    aliases: &[String],
+) -> Result<Step<RegisterVersionResponse>, Error> {
+    let mut version = asked.clone();
+    let known = view.model(space, &version.model);
+    let found = known.map(|k| k.revision).unwrap_or_default();
+    let mut record = known.map(|k| ModelRecord::clone(&k.record)).unwrap_or_else(|| ModelRecord {
+        meta: Some(Meta {
+            uid: uuid::Uuid::now_v7().to_string(),
+            name: version.model.clone(),
+            namespace: space.to_owned(),
+            create_unix_ms: wall_now().0,
+            ..Meta::default()
+        }),
+        ..ModelRecord::default()
+    });
+    let meta = record.meta.get_or_insert_default();
+    meta.update_unix_ms = wall_now().0;
+    let model_uid = meta.uid.clone();
+    if let Some(held) = view.version(&model_uid, &version.version) {
+        let same = with_revision(held).unwrap_or_default();
+        if same.digest != version.digest {
+            return Err(Error::Exists {
+                kind: Kind::Version,
+                name: format!("{}:{} (with another digest)", version.model, version.version),
+            });
+        }
+        if aliases.iter().all(|a| record.aliases.get(a) == Some(&version.version)) {
+            return Ok(Step::nothing(RegisterVersionResponse { version: Some(same) }));
+        }
+        version = same;
+    } else {
+        version.uid = uuid::Uuid::now_v7().to_string();
+        version.model_uid = model_uid;
+        version.namespace = space.to_owned();
+        version.create_time = Some(timestamp(wall_now()));
+        version.created_by.clone_from(&call.caller.subject);
+    }
+    version.revision = 0;
+    if version.encoded_len() > MAX_VERSION_BYTES {
+        return Err(Error::field("version", "is larger than 512 KiB"));
+    }
+    let mut moves = Vec::new();
+    for alias in aliases {
+        let to = Some(version.version.as_str());
+        moves.push(Api::move_alias(&mut record, alias, to, call.caller, "registered").1);
+    }
+    let kept = ModelVersionRecord { version: Some(version.clone()) };
+    let mut changes = vec![Change::PutModel(Arc::new(record)), Change::PutVersion(Arc::new(kept))];
+    changes.extend(moves);
+    let (name, uid) = (version.model.clone(), version.model_uid.clone());
+    let answer = RegisterVersionResponse { version: Some(version) };
+    Ok(step(call, space, (&name, &uid), found, changes, answer))
+}
+
+/// Whether a version may go; its model's uid.
+fn may_go(view: &View, model: &Kept<ModelRecord>, version: &ModelVersion) -> Result<(), Error> {
+    let whole = format!("{}:{}", version.model, version.version);
+    let in_use =
+        |by: String| Error::precondition("VERSION_IN_USE", format!("{whole} is in use by {by}"));
+    let aliases = &model.record.aliases;
+    if let Some((alias, _)) = aliases.iter().find(|(_, to)| **to == version.version) {
+        return Err(in_use(format!("alias @{alias}")));
+    }
+    for deployment in view.deployments() {
+        let used = view.releases_of(&deployment.uid).any(|release| {
+            let artifact = release.source.artifact.as_ref();
+            // A version may be an image of its own as well as a model that a runtime's image loads.
+            let image = &release.source.image.digest;
+            artifact
+                .map(|a| &a.digest)
+                .into_iter()
+                .chain([image])
+                .any(|d| d.as_str() == version.digest)
+        });
+        if used {
+            return Err(in_use(format!("deployment {}", deployment.name)));
+        }
+    }
+    let child = view.versions().filter_map(|kept| kept.record.version.as_ref()).find(|other| {
+        other.namespace == version.namespace
+            && other.lineage.as_ref().is_some_and(|lineage| lineage.parent == whole)
+    });
+    match child {
+        Some(child) => Err(in_use(format!("{}:{}, made from it", child.model, child.version))),
+        None => Ok(()),
     }
 }
 
@@ -103,37 +240,11 @@ impl ModelService for Api {
     ) -> Result<Response<RegisterVersionResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        let mut version = r.version.clone().unwrap_or_default();
+        let version = r.version.clone().unwrap_or_default();
         let space = namespace(&version.namespace)?;
         caller.require(Role::Operator, space.as_str())?;
-        if !is_model_name(&version.model) || version.model.split('/').count() > 3 {
-            return Err(Error::field(
-                "version.model",
-                "must have 1 to 3 segments of a-z, 0-9 and '-', joined by '/'",
-            )
-            .into());
-        }
-        let tag = crate::registry::names::Tag::parse(&version.version);
-        if tag.is_err() {
-            return Err(Error::field(
-                "version.version",
-                "must be 1 to 128 of letters, digits, '.', '_' and '-', not beginning with '.' or '-'",
-            )
-            .into());
-        }
-        for alias in &r.aliases {
-            check_alias(alias)?;
-        }
-        if version.files.len() > 10_000
-            || version.parameters.len() > 256
-            || version.metrics.len() > 256
-        {
-            return Err(Error::field("version", "has too many files, parameters or metrics").into());
-        }
-        let repo = RepoName::parse(&version.repository)
-            .map_err(|e| Error::field("version.repository", e.to_string()))?;
-        let digest = Reference::parse(&version.digest)
-            .map_err(|e| Error::field("version.digest", e.to_string()))?;
+        let (repo, digest) = checked(&version, &r.aliases)?;
+        caller.require_repository(&repo, Action::Push)?;
         if self.0.registry.renew_manifest(&repo, &digest).await.is_err() {
             return Err(Error::precondition(
                 "MANIFEST_MISSING",
@@ -144,71 +255,17 @@ impl ModelService for Api {
             )
             .into());
         }
-        let view = self.0.ledger.ahead();
-        let known = view.model(space.as_str(), &version.model);
-        let key = ObjectKey::ModelName(space.to_string(), version.model.clone());
-        let preconditions =
-            vec![Precondition::At(key, known.map(|k| k.revision).unwrap_or_default())];
-        let mut record =
-            known.map(|k| ModelRecord::clone(&k.record)).unwrap_or_else(|| ModelRecord {
-                meta: Some(Meta {
-                    uid: uuid::Uuid::now_v7().to_string(),
-                    name: version.model.clone(),
-                    namespace: space.to_string(),
-                    create_unix_ms: wall_now().0,
-                    ..Meta::default()
-                }),
-                ..ModelRecord::default()
-            });
-        let meta = record.meta.get_or_insert_default();
-        meta.update_unix_ms = wall_now().0;
-        let model_uid = meta.uid.clone();
-        if let Some(held) = view.version(&model_uid, &version.version) {
-            let same = with_revision(held).unwrap_or_default();
-            if same.digest != version.digest {
-                return Err(Error::Exists {
-                    kind: Kind::Version,
-                    name: format!("{}:{} (with another digest)", version.model, version.version),
-                }
-                .into());
-            }
-            if r.aliases.iter().all(|a| record.aliases.get(a) == Some(&version.version)) {
-                return Ok(Response::new(RegisterVersionResponse { version: Some(same) }));
-            }
-            version = same;
-        } else {
-            version.uid = uuid::Uuid::now_v7().to_string();
-            version.model_uid = model_uid.clone();
-            version.namespace = space.to_string();
-            version.create_time = Some(timestamp(wall_now()));
-            version.created_by = caller.subject.clone();
-        }
-        if version.encoded_len() > 512 * 1024 {
-            return Err(Error::field("version", "is larger than 512 KiB").into());
-        }
-        let mut changes = Vec::new();
-        for alias in &r.aliases {
-            let to = version.version.clone();
-            changes.push(Self::move_alias(&mut record, alias, Some(&to), &caller, "registered").1);
-        }
-        changes.insert(0, Change::PutModel(Arc::new(record)));
-        let kept = ModelVersionRecord { version: Some(version.clone()) };
-        changes.insert(1, Change::PutVersion(Arc::new(kept)));
-        if !r.write.as_ref().is_some_and(|w| w.validate_only) {
-            let name = version.model.clone();
-            self.write_model(
-                &caller,
-                "ModelService/RegisterVersion",
-                &name,
-                preconditions,
-                changes,
-            )
+        let method = "ModelService/RegisterVersion";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
+        };
+        let answer = self
+            .write(&call, Kind::Model, &version.model, |view| {
+                register(view, &call, space.as_str(), &version, &r.aliases)
+            })
             .await?;
-        }
-        let view = self.0.ledger.view();
-        let version =
-            view.version(&model_uid, &version.version).and_then(with_revision).unwrap_or(version);
-        Ok(Response::new(RegisterVersionResponse { version: Some(version) }))
+        Ok(Response::new(answer))
     }
 
     async fn get_model(
@@ -230,17 +287,28 @@ impl ModelService for Api {
     ) -> Result<Response<ListModelsResponse>, Status> {
         let caller = auth::of(&request);
         let r = request.into_inner();
-        let view = self.0.ledger.view();
+        let asked = Asked {
+            call: "ListModels",
+            parents: &[&r.namespace],
+            fields: &["name", "namespace", "labels"],
+        };
+        let listing = self.listing(&caller, r.page.as_ref(), &asked)?;
+        let view = Arc::clone(&listing.view);
         let all = view
             .models()
-            .filter(|k| {
-                let space =
-                    k.record.meta.as_ref().map(|m| m.namespace.as_str()).unwrap_or_default();
-                (r.namespace.is_empty() || space == r.namespace) && caller.sees(space)
+            .filter(|kept| {
+                let Some(meta) = &kept.record.meta else { return false };
+                let space = meta.namespace.as_str();
+                (r.namespace.is_empty() || space == r.namespace)
+                    && caller.sees(space)
+                    && listing.wants(|field| match field {
+                        "name" => Some(&meta.name),
+                        "namespace" => Some(space),
+                        other => label(&meta.labels, other),
+                    })
             })
-            .map(|kept| shown(&view, kept))
             .collect();
-        let (models, next_page_token) = page(all, r.page.as_ref())?;
+        let (models, next_page_token) = self.page(listing, all, |kept| shown(&view, kept));
         Ok(Response::new(ListModelsResponse { models, next_page_token }))
     }
 
@@ -252,7 +320,7 @@ impl ModelService for Api {
         let r = request.into_inner();
         let space = namespace(&r.namespace)?;
         let view = self.0.ledger.view();
-        let (space, version) = find_version(&view, space.as_str(), &r.reference)?;
+        let (space, version) = find_version(&view, space.as_str(), &r.reference, "reference")?;
         caller.require(Role::Viewer, &space)?;
         let aliases = view
             .model(&space, &version.model)
@@ -272,12 +340,29 @@ impl ModelService for Api {
         let r = request.into_inner();
         let space = namespace(&r.namespace)?;
         caller.require(Role::Viewer, space.as_str())?;
-        let view = self.0.ledger.view();
-        let model = Self::model(&view, space.as_str(), &r.name)?;
+        let asked = Asked {
+            call: "ListVersions",
+            parents: &[space.as_str(), &r.name],
+            fields: &["version", "created_by", "format", "digest"],
+        };
+        let listing = self.listing(&caller, r.page.as_ref(), &asked)?;
+        let model = Self::model(&listing.view, space.as_str(), &r.name)?;
         let uid = model.record.meta.as_ref().map(|m| m.uid.clone()).unwrap_or_default();
-        let mut all: Vec<ModelVersion> = view.versions_of(&uid).filter_map(with_revision).collect();
+        let mut all: Vec<ModelVersion> = listing
+            .view
+            .versions_of(&uid)
+            .filter_map(with_revision)
+            .filter(|v| {
+                listing.wants(|field| match field {
+                    "version" => Some(&v.version),
+                    "created_by" => Some(&v.created_by),
+                    "format" => Some(&v.format),
+                    _ => Some(&v.digest),
+                })
+            })
+            .collect();
         all.sort_by_key(|v| std::cmp::Reverse(v.create_time.as_ref().map(|t| wall(t).0)));
-        let (versions, next_page_token) = page(all, r.page.as_ref())?;
+        let (versions, next_page_token) = self.page(listing, all, |version| version);
         Ok(Response::new(ListVersionsResponse { versions, next_page_token }))
     }
 
@@ -289,44 +374,41 @@ impl ModelService for Api {
         let r = request.into_inner();
         let space = namespace(&r.namespace)?;
         caller.require(Role::Operator, space.as_str())?;
-        let view = self.0.ledger.ahead();
-        let found = Self::model(&view, space.as_str(), &r.name).ok().and_then(|model| {
-            let uid = model.record.meta.as_ref()?.uid.clone();
-            let version = view.version(&uid, &r.version)?.record.version.clone()?;
-            Some((model, uid, version))
-        });
-        let Some((model, uid, version)) = found else {
-            if r.allow_missing {
-                return Ok(Response::new(DeleteVersionResponse {}));
-            }
-            let name = format!("{}:{}", r.name, r.version);
-            return Err(Error::not_found(Kind::Version, name).into());
+        let method = "ModelService/DeleteVersion";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
         };
-        let in_use = |by: String| {
-            Error::precondition(
-                "VERSION_IN_USE",
-                format!("{}:{} is in use by {by}", r.name, r.version),
-            )
-        };
-        if let Some((alias, _)) = model.record.aliases.iter().find(|(_, to)| **to == r.version) {
-            return Err(in_use(format!("alias @{alias}")).into());
-        }
-        for deployment in view.deployments() {
-            let used = view.releases_of(&deployment.uid).any(|release| {
-                release
-                    .source
-                    .artifact
-                    .as_ref()
-                    .is_some_and(|a| a.digest.as_str() == version.digest)
-            });
-            if used {
-                return Err(in_use(format!("deployment {}", deployment.name)).into());
-            }
-        }
-        let changes = vec![Change::DeleteVersion(uid, r.version.clone())];
-        self.write_model(&caller, "ModelService/DeleteVersion", &r.name, Vec::new(), changes)
+        let name = format!("{}:{}", r.name, r.version);
+        let answer = self
+            .write(&call, Kind::Version, &name, |view| {
+                let found = view.model(space.as_str(), &r.name).and_then(|model| {
+                    let uid = model.record.meta.as_ref()?.uid.clone();
+                    let kept = view.version(&uid, &r.version)?;
+                    Some((model, uid, kept.record.version.clone()?, kept.revision))
+                });
+                let Some((model, uid, version, revision)) = found else {
+                    if r.allow_missing {
+                        return Ok(Step::nothing(DeleteVersionResponse {}));
+                    }
+                    return Err(Error::not_found(Kind::Version, &name));
+                };
+                may_go(view, model, &version)?;
+                let at = call.at(ObjectKey::Version(uid.clone(), r.version.clone()), revision);
+                // An alias moved to it meanwhile would have written the model.
+                let key = ObjectKey::ModelName(space.to_string(), r.name.clone());
+                let still = Precondition::At(key, model.revision);
+                Ok(Step {
+                    proposal: Proposal {
+                        preconditions: vec![at, still],
+                        changes: vec![Change::DeleteVersion(uid, r.version.clone())],
+                    },
+                    answer: DeleteVersionResponse {},
+                    objects: vec![audited("version", Some(space.as_str()), &name, &version.uid)],
+                })
+            })
             .await?;
-        Ok(Response::new(DeleteVersionResponse {}))
+        Ok(Response::new(answer))
     }
 
     async fn set_alias(
@@ -337,22 +419,32 @@ impl ModelService for Api {
         let r = request.into_inner();
         let space = namespace(&r.namespace)?;
         caller.require(Role::Operator, space.as_str())?;
-        check_alias(&r.alias)?;
-        let view = self.0.ledger.ahead();
-        let kept = Self::model(&view, space.as_str(), &r.name)?;
-        let mut record = ModelRecord::clone(&kept.record);
-        let uid = record.meta.as_ref().map(|m| m.uid.clone()).unwrap_or_default();
-        if view.version(&uid, &r.version).is_none() {
-            let name = format!("{}:{}", r.name, r.version);
-            return Err(Error::not_found(Kind::Version, name).into());
+        if !is_alias(&r.alias) {
+            return Err(Error::field("alias", ALIAS).into());
         }
-        let (moved, change) =
-            Self::move_alias(&mut record, &r.alias, Some(&r.version), &caller, &r.why);
-        let key = ObjectKey::ModelName(space.to_string(), r.name.clone());
-        let preconditions = vec![Precondition::At(key, kept.revision)];
-        let changes = vec![Change::PutModel(Arc::new(record)), change];
-        self.write_model(&caller, "ModelService/SetAlias", &r.name, preconditions, changes).await?;
-        Ok(Response::new(SetAliasResponse { r#move: Some(moved) }))
+        let method = "ModelService/SetAlias";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
+        };
+        let answer = self
+            .write(&call, Kind::Model, &r.name, |view| {
+                let kept = Self::model(view, space.as_str(), &r.name)?;
+                let mut record = ModelRecord::clone(&kept.record);
+                let uid = record.meta.as_ref().map(|m| m.uid.clone()).unwrap_or_default();
+                if view.version(&uid, &r.version).is_none() {
+                    let name = format!("{}:{}", r.name, r.version);
+                    return Err(Error::not_found(Kind::Version, name));
+                }
+                let (moved, change) =
+                    Self::move_alias(&mut record, &r.alias, Some(&r.version), &caller, &r.why);
+                let changes = vec![Change::PutModel(Arc::new(record)), change];
+                let answer = SetAliasResponse { r#move: Some(moved) };
+                let model = (r.name.as_str(), uid.as_str());
+                Ok(step(&call, space.as_str(), model, kept.revision, changes, answer))
+            })
+            .await?;
+        Ok(Response::new(answer))
     }
 
     async fn delete_alias(
@@ -363,22 +455,31 @@ impl ModelService for Api {
         let r = request.into_inner();
         let space = namespace(&r.namespace)?;
         caller.require(Role::Operator, space.as_str())?;
-        let view = self.0.ledger.ahead();
-        let kept = Self::model(&view, space.as_str(), &r.name)?;
-        if !kept.record.aliases.contains_key(&r.alias) {
-            if r.allow_missing {
-                return Ok(Response::new(DeleteAliasResponse {}));
-            }
-            return Err(Error::not_found(Kind::Alias, &r.alias).into());
-        }
-        let mut record = ModelRecord::clone(&kept.record);
-        let (_, change) = Self::move_alias(&mut record, &r.alias, None, &caller, &r.why);
-        let key = ObjectKey::ModelName(space.to_string(), r.name.clone());
-        let preconditions = vec![Precondition::At(key, kept.revision)];
-        let changes = vec![Change::PutModel(Arc::new(record)), change];
-        self.write_model(&caller, "ModelService/DeleteAlias", &r.name, preconditions, changes)
+        let method = "ModelService/DeleteAlias";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
+        };
+        let answer = self
+            .write(&call, Kind::Model, &r.name, |view| {
+                let kept = match Self::model(view, space.as_str(), &r.name) {
+                    Ok(kept) if kept.record.aliases.contains_key(&r.alias) => kept,
+                    Ok(_) | Err(_) if r.allow_missing => {
+                        return Ok(Step::nothing(DeleteAliasResponse {}));
+                    }
+                    Ok(_) => return Err(Error::not_found(Kind::Alias, &r.alias)),
+                    Err(error) => return Err(error),
+                };
+                let mut record = ModelRecord::clone(&kept.record);
+                let uid = record.meta.as_ref().map(|m| m.uid.clone()).unwrap_or_default();
+                let (_, change) = Self::move_alias(&mut record, &r.alias, None, &caller, &r.why);
+                let changes = vec![Change::PutModel(Arc::new(record)), change];
+                let answer = DeleteAliasResponse {};
+                let model = (r.name.as_str(), uid.as_str());
+                Ok(step(&call, space.as_str(), model, kept.revision, changes, answer))
+            })
             .await?;
-        Ok(Response::new(DeleteAliasResponse {}))
+        Ok(Response::new(answer))
     }
 
     async fn list_alias_moves(
@@ -389,19 +490,31 @@ impl ModelService for Api {
         let r = request.into_inner();
         let space = namespace(&r.namespace)?;
         caller.require(Role::Viewer, space.as_str())?;
-        let view = self.0.ledger.view();
-        let kept = Self::model(&view, space.as_str(), &r.name)?;
+        let at = r.at_time.as_ref().map_or(i64::MAX, |t| wall(t).0);
+        let asked = Asked {
+            call: "ListAliasMoves",
+            parents: &[space.as_str(), &r.name, &r.alias, &at.to_string()],
+            fields: &["alias", "actor"],
+        };
+        let listing = self.listing_of_log(&caller, r.page.as_ref(), &asked)?;
+        let kept = Self::model(&listing.view, space.as_str(), &r.name)?;
         let uid = kept.record.meta.as_ref().map(|m| m.uid.clone()).unwrap_or_default();
         let entries = self.0.ledger.entries(&format!("aliasmove/{uid}/")).await;
-        let until = r.at_time.as_ref().map_or(i64::MAX, |t| wall(t).0);
         let mut all: Vec<AliasMove> = entries
             .iter()
+            .filter(|e| e.revision <= listing.revision())
             .filter_map(|e| AliasMoveRecord::decode(e.value.as_slice()).ok()?.r#move)
             .filter(|m| r.alias.is_empty() || m.alias == r.alias)
-            .filter(|m| m.time.as_ref().is_some_and(|t| wall(t).0 <= until))
+            .filter(|m| m.time.as_ref().is_some_and(|t| wall(t).0 <= at))
+            .filter(|m| {
+                listing.wants(|field| match field {
+                    "alias" => Some(&m.alias),
+                    _ => Some(&m.actor),
+                })
+            })
             .collect();
         all.reverse();
-        let (moves, next_page_token) = page(all, r.page.as_ref())?;
+        let (moves, next_page_token) = self.page(listing, all, |moved| moved);
         Ok(Response::new(ListAliasMovesResponse { moves, next_page_token }))
     }
 }

@@ -4,13 +4,18 @@
 //! that a slow or silent peer holds up nobody. A client certificate is asked for and optional; one
 //! that is expired or of another cluster ends the handshake, and the log says why.
 
+pub mod certificates;
+
 use axum::Router;
 use berth_proto::tls::{self, TlsError};
+use certificates::Certificates;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use rustls::server::WebPkiClientVerifier;
-use std::net::SocketAddr;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -22,7 +27,12 @@ use tower::Service as _;
 /// How long a handshake may take: three round trips of a bad mobile link.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Handshakes under way at once; a whole fleet that comes back waits in the kernel's queue.
-const HANDSHAKES: usize = 256;
+const HANDSHAKES: usize = 1024;
+/// Handshakes at once from one address: half of all, so that no single one keeps others out, and a
+/// fleet behind one address comes in.
+const HANDSHAKES_OF_ONE: usize = HANDSHAKES / 2;
+/// A connection whose first request does not come within this is closed: it holds a place.
+const FIRST: Duration = Duration::from_secs(60);
 /// Connections of one door at once.
 const CONNECTIONS: usize = 65_536;
 /// How long the head of an HTTP/1 request may take (slow loris).
@@ -57,15 +67,37 @@ pub struct PeerCerts(pub Arc<Vec<CertificateDer<'static>>>);
 #[derive(Debug, Clone, Copy)]
 pub struct PeerAddr(pub SocketAddr);
 
-/// TLS of a door: its certificate, and the roots of clients' certificates.
+/// Who speaks to a door.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Speaks {
+    /// Our own agents and command line, and gRPC clients: TLS 1.3.
+    Ours,
+    /// Engines, scripts and browsers as well, which may be older: TLS 1.2 or 1.3.
+    Anybody,
+}
+
+static NEWEST: [&rustls::SupportedProtocolVersion; 1] = [&rustls::version::TLS13];
+static NEWEST_TWO: [&rustls::SupportedProtocolVersion; 2] =
+    [&rustls::version::TLS13, &rustls::version::TLS12];
+
+impl Speaks {
+    fn versions(self) -> &'static [&'static rustls::SupportedProtocolVersion] {
+        match self {
+            Self::Ours => &NEWEST,
+            Self::Anybody => &NEWEST_TWO,
+        }
+    }
+}
+
+/// TLS of a door: what it shows, and the roots of clients' certificates.
 ///
 /// # Errors
 /// When PEM does not hold what it should.
 pub fn server_config(
-    certificate_pem: &str,
-    key_pem: &str,
+    certificates: Certificates,
     client_roots_pem: &str,
     alpn: &[&[u8]],
+    speaks: Speaks,
 ) -> Result<Arc<ServerConfig>, TlsError> {
     let roots = Arc::new(tls::roots(client_roots_pem)?);
     let verifier = WebPkiClientVerifier::builder_with_provider(roots, tls::provider())
@@ -73,10 +105,9 @@ pub fn server_config(
         .build()
         .map_err(|_| TlsError::Pem { what: "root" })?;
     let mut config = ServerConfig::builder_with_provider(tls::provider())
-        // Engines and scripts may speak TLS 1.2 to the HTTPS doors; ours speak 1.3.
-        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+        .with_protocol_versions(speaks.versions())?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(tls::certificates(certificate_pem)?, tls::private_key(key_pem)?)?;
+        .with_cert_resolver(Arc::new(certificates));
     config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))
@@ -109,6 +140,7 @@ pub fn accept(
     let shaking = Arc::new(Semaphore::new(HANDSHAKES));
     tokio::spawn(async move {
         let acceptor = TlsAcceptor::from(config);
+        let crowd = Arc::new(Crowd::default());
         loop {
             // The place first, then the connection: what waits waits in the kernel.
             let Ok(place) = Arc::clone(&shaking).acquire_owned().await else { return };
@@ -126,6 +158,10 @@ pub fn accept(
                     continue;
                 }
             };
+            let Some(guest) = crowd.enter(addr.ip()) else {
+                tracing::info!(door = name, %addr, "too many handshakes from one address");
+                continue;
+            };
             let (acceptor, tx) = (acceptor.clone(), tx.clone());
             tokio::spawn(async move {
                 let _ = tcp.set_nodelay(true);
@@ -138,11 +174,43 @@ pub fn accept(
                     }
                     Err(_) => tracing::info!(door = name, %addr, "a handshake took too long"),
                 }
-                drop(place);
+                drop((place, guest));
             });
         }
     });
     rx
+}
+
+/// Handshakes under way, by address.
+#[derive(Debug, Default)]
+struct Crowd(Mutex<HashMap<IpAddr, usize>>);
+
+/// One of them.
+struct Guest(Arc<Crowd>, IpAddr);
+
+impl Crowd {
+    /// `None`: this address has its share.
+    fn enter(self: &Arc<Self>, from: IpAddr) -> Option<Guest> {
+        let mut all = self.0.lock();
+        let held = all.entry(from).or_default();
+        if *held >= HANDSHAKES_OF_ONE {
+            return None;
+        }
+        *held += 1;
+        Some(Guest(Arc::clone(self), from))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let mut all = self.0.0.lock();
+        if let Some(held) = all.get_mut(&self.1) {
+            *held -= 1;
+            if *held == 0 {
+                all.remove(&self.1);
+            }
+        }
+    }
 }
 
 /// Serves HTTP/1.1 and HTTP/2 on connections until `stop`; then lets those under way end for a
@@ -170,12 +238,14 @@ pub async fn serve_http(
             PeerCerts(Arc::new(certs.iter().map(|c| c.clone().into_owned()).collect()))
         });
         let router = router.clone();
+        let (asked, mut first) = watch::channel(false);
         let service =
             hyper::service::service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
                 if let Some(certs) = &certs {
                     request.extensions_mut().insert(certs.clone());
                 }
                 request.extensions_mut().insert(PeerAddr(addr));
+                asked.send_if_modified(|asked| !std::mem::replace(asked, true));
                 router.clone().call(request)
             });
         let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
@@ -188,7 +258,21 @@ pub async fn serve_http(
         let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
         let connection = graceful.watch(connection.into_owned());
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
+            let mut connection = std::pin::pin!(connection);
+            let begun = async { first.wait_for(|asked| *asked).await.is_ok() };
+            let begun = tokio::time::timeout(FIRST, begun);
+            let ended = tokio::select! {
+                // Cancel-safe: the connection is polled on below.
+                ended = connection.as_mut() => ended,
+                begun = begun => {
+                    if begun.is_err() {
+                        tracing::info!(door = name, %addr, "a connection asked for nothing");
+                        return;
+                    }
+                    connection.await
+                }
+            };
+            if let Err(error) = ended {
                 tracing::debug!(door = name, %addr, %error, "a connection ended badly");
             }
             drop(place);
@@ -196,3 +280,6 @@ pub async fn serve_http(
     }
     let _ = tokio::time::timeout(Duration::from_secs(5), graceful.shutdown()).await;
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,6 @@
 //! A byte stream to a replica's port, carried by the agent's `Dial` call.
 
-use crate::session::reverse::{HostClient, ReverseError, ReverseHub};
+use crate::session::reverse::{HostClient, LinkState, ReverseError, ReverseHub};
 use berth_proto::agent::{DialRequest, DialResponse, DialStart, ReverseKind, dial_request};
 use berth_proto::ids::{HostUid, ReplicaUid};
 use std::io;
@@ -44,14 +44,15 @@ pub async fn dial(
     port: &str,
     deadline: Duration,
 ) -> Result<DialIo, DialError> {
-    let client = hub.client(host, ReverseKind::Gateway, deadline).await?;
-    tokio::time::timeout(deadline, start(client, replica, port))
+    let (client, link) = hub.link(host, ReverseKind::Gateway, deadline).await?;
+    tokio::time::timeout(deadline, start(client, link, replica, port))
         .await
         .map_err(|_| DialError::TimedOut)?
 }
 
 async fn start(
     mut client: HostClient,
+    link: LinkState,
     replica: &ReplicaUid,
     port: &str,
 ) -> Result<DialIo, DialError> {
@@ -66,6 +67,7 @@ async fn start(
         Some(first) => Ok(DialIo {
             tx: PollSender::new(tx),
             rx: answer,
+            link,
             read: first.data,
             at: 0,
             ended: false,
@@ -78,9 +80,18 @@ async fn start(
 pub struct DialIo {
     tx: PollSender<DialRequest>,
     rx: Streaming<DialResponse>,
+    link: LinkState,
     read: Vec<u8>,
     at: usize,
     ended: bool,
+}
+
+impl DialIo {
+    /// The link to the host that carries this stream.
+    #[must_use]
+    pub fn link(&self) -> LinkState {
+        self.link.clone()
+    }
 }
 
 impl AsyncRead for DialIo {

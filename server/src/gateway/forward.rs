@@ -1,36 +1,41 @@
 //! One request to one of several replicas.
 
-use super::dial::{self, DialError};
-use super::route::Routes;
+use super::body::{BUDGET_KIB, BodyError, Payload};
+use super::dial::{self, DialError, DialIo};
+use super::reply::{Placed, Reply};
+use super::route::{Backend, Chosen, Routes};
 use crate::session::reverse::ReverseHub;
+use axum::body::Body;
 use berth_proto::ids::ReplicaUid;
-use bytes::Bytes;
-use http::{Request, Response};
-use http_body_util::{BodyExt as _, Full, combinators::UnsyncBoxBody};
+use http::{HeaderMap, Method, Request, Response, Uri, header};
+use hyper::client::conn::TrySendError;
+use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 /// How long reaching a replica may take before the next one is tried.
 const DIAL_DEADLINE: Duration = Duration::from_secs(5);
-/// How long a whole request may take. A guess that fits models; callers with a shorter patience end
-/// the request themselves.
+/// How long a request may wait for the head of its answer, its own body included. A guess that fits
+/// models; callers with a shorter patience say so (`grpc-timeout`) or end the request themselves.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(300);
 /// Replicas tried for one request at the most: beyond that the deployment has another problem.
-const MAX_TRIES: usize = 8;
-/// Waits for a ready replica while a rollout leaves none for a moment (a host restarts its only one).
-const WAIT_FOR_READY: Duration = Duration::from_secs(5);
+const MAX_TRIES: usize = 16;
+/// Waits for a ready replica while a rollout, or a restart of an agent or of this server, leaves none
+/// for a moment: an agent is back and has looked at its containers within some seconds.
+const WAIT_FOR_READY: Duration = Duration::from_secs(20);
 /// Pause before replicas that could not be reached are tried once more, when the table stays as it is.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
-
-/// A body that is passed on as it comes.
-pub type Body = UnsyncBoxBody<Bytes, hyper::Error>;
+/// Requests under way at once; more wait. Each holds some 100 KiB of buffers between two connections.
+const REQUESTS: usize = 2048;
 
 /// Why a request was not answered by a replica.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     /// No such deployment.
-    #[error("no deployment serves a model \"{0}\"")]
+    #[error("no deployment with a port (spec.ports) serves a model \"{0}\"")]
     UnknownModel(String),
     /// It has no replica of that version.
     #[error("no ready replica serves model \"{model}\" in version \"{version}\"")]
@@ -61,6 +66,12 @@ pub enum ForwardError {
         #[source]
         source: hyper::Error,
     },
+    /// The caller's body.
+    #[error(transparent)]
+    Body(#[from] BodyError),
+    /// The caller's path or headers.
+    #[error("the request's path or headers are not valid")]
+    Head(#[from] http::Error),
     /// No answer in time.
     #[error("model \"{0}\" did not answer in time")]
     TimedOut(String),
@@ -75,6 +86,38 @@ pub enum Wire {
     Http2,
 }
 
+/// Whether a request that was sent may be sent again when not one byte of an answer came, because
+/// the replica was being stopped or its host's link broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Repeat {
+    /// It changes nothing: inference, metadata, readiness, what HTTP calls safe.
+    Harmless,
+    /// Unknown: only what was not sent is sent again.
+    Never,
+}
+
+/// A request as a replica gets it.
+pub struct Onward {
+    /// The deployment, by the name callers use.
+    pub model: String,
+    /// The model's version; empty: any.
+    pub version: String,
+    /// How to speak to the replica.
+    pub wire: Wire,
+    /// May it be sent twice.
+    pub repeat: Repeat,
+    /// Method.
+    pub method: Method,
+    /// Path and query; with scheme and authority for HTTP/2.
+    pub uri: Uri,
+    /// Headers; the body's length is added.
+    pub headers: HeaderMap,
+    /// Body.
+    pub payload: Payload,
+    /// How long the caller waits.
+    pub patience: Option<Duration>,
+}
+
 /// Sends requests on.
 #[derive(Clone)]
 pub struct Forwarder {
@@ -82,57 +125,57 @@ pub struct Forwarder {
     pub routes: Arc<Routes>,
     /// How hosts are reached.
     pub hub: ReverseHub,
+    /// Memory for bodies that can be sent again.
+    pub budget: Arc<Semaphore>,
+    places: Arc<Semaphore>,
 }
 
 impl Forwarder {
+    /// Sends by this table, through these connections.
+    #[must_use]
+    pub fn new(routes: Arc<Routes>, hub: ReverseHub) -> Self {
+        let budget = Arc::new(Semaphore::new(BUDGET_KIB));
+        Self { routes, hub, budget, places: Arc::new(Semaphore::new(REQUESTS)) }
+    }
+
     /// Sends a request to a ready replica and answers with its response's head and streamed body.
     ///
-    /// Another replica is tried when nothing was sent; or when the one asked has left the table and
-    /// not one byte of an answer came: it was being stopped, and inference changes nothing, so
-    /// asking again is safe.
+    /// Another replica is tried when nothing was sent; or, for a request that changes nothing, when
+    /// not one byte of an answer came and the one asked has left the table or its host's link broke.
+    /// One that breaks by itself is not blamed on others: a request that kills a replica must not
+    /// kill them all.
     ///
     /// # Errors
     /// See [`ForwardError`].
-    pub async fn send(
-        &self,
-        model: &str,
-        version: &str,
-        wire: Wire,
-        request: Request<Bytes>,
-    ) -> Result<Response<Body>, ForwardError> {
-        tokio::time::timeout(REQUEST_DEADLINE, self.attempts(model, version, wire, request))
-            .await
-            .map_err(|_| ForwardError::TimedOut(model.to_owned()))?
+    pub async fn send(&self, onward: Onward) -> Result<Response<Body>, ForwardError> {
+        let model = onward.model.clone();
+        let patience = onward.patience.map_or(REQUEST_DEADLINE, |p| p.min(REQUEST_DEADLINE));
+        tokio::time::timeout(patience, async {
+            // Never closed. Held until the answer has gone by: one that is read slowly costs memory.
+            let place = Arc::clone(&self.places).acquire_owned().await.ok();
+            let answer = self.attempts(onward).await?;
+            Ok(answer.map(|body| Body::new(Placed { body, _place: place })))
+        })
+        .await
+        .map_err(|_| ForwardError::TimedOut(model))?
     }
 
-    async fn attempts(
-        &self,
-        model: &str,
-        version: &str,
-        wire: Wire,
-        request: Request<Bytes>,
-    ) -> Result<Response<Body>, ForwardError> {
+    async fn attempts(&self, mut onward: Onward) -> Result<Response<Body>, ForwardError> {
+        let model = onward.model.clone();
         let mut tried: Vec<ReplicaUid> = Vec::new();
+        let mut tries = 0;
         let mut last: Option<ForwardError> = None;
-        let patience = tokio::time::Instant::now() + WAIT_FOR_READY;
+        let patience = Instant::now() + WAIT_FOR_READY;
         let mut table = self.routes.changes();
-        while tried.len() < MAX_TRIES {
+        while tries < MAX_TRIES {
             table.borrow_and_update();
-            let Some(backend) = self.routes.backend(model) else {
-                return Err(ForwardError::UnknownModel(model.to_owned()));
+            let Some(backend) = self.routes.backend(&model) else {
+                return Err(ForwardError::UnknownModel(model));
             };
-            let Some(chosen) = self.routes.choose(model, version, &tried) else {
-                if tokio::time::Instant::now() >= patience {
+            let Some(chosen) = self.routes.choose(&model, &onward.version, &tried) else {
+                self.judge_absence(&backend, &onward)?;
+                if Instant::now() >= patience {
                     break;
-                }
-                if !version.is_empty()
-                    && !backend.targets.is_empty()
-                    && backend.targets.iter().all(|t| t.version != version)
-                {
-                    return Err(ForwardError::UnknownVersion {
-                        model: model.to_owned(),
-                        version: version.to_owned(),
-                    });
                 }
                 if tried.is_empty() {
                     // Cancel-safe: a change that was not seen stays one.
@@ -144,70 +187,145 @@ impl Forwarder {
                 }
                 continue;
             };
-            let target = chosen.target.clone();
-            let port = match wire {
-                Wire::Http1 => &backend.http_port,
-                Wire::Http2 => &backend.grpc_port,
-            };
-            let stream =
-                dial::dial(&self.hub, &target.host, &target.replica, port, DIAL_DEADLINE).await;
-            match stream {
-                Err(source) => {
-                    tracing::debug!(replica = %target.replica, error = %source, "not reached");
-                    last = Some(ForwardError::Unreachable { model: model.to_owned(), source });
+            let replica = chosen.target.replica.clone();
+            match self.attempt(&backend, chosen, &mut onward).await {
+                Ok(response) => return Ok(response),
+                Err(Failure::Final(why)) => return Err(why),
+                // Reaching is tried for as long as patience lasts; what was sent counts.
+                Err(Failure::NotReached(why)) => last = Some(why),
+                Err(Failure::MayRepeat(why)) => {
+                    tries += 1;
+                    last = Some(why);
                 }
-                Ok(stream) => match exchange(stream, wire, copy(&request)).await {
-                    Ok(response) => {
-                        return Ok(response.map(|body| {
-                            // The replica counts as busy until its body has gone by.
-                            body.map_frame(move |frame| {
-                                let _busy = &chosen;
-                                frame
-                            })
-                            .boxed_unsync()
-                        }));
-                    }
-                    Err(source) => {
-                        let stopping = !self.routes.serves(model, &target.replica);
-                        let error = ForwardError::Broken { model: model.to_owned(), source };
-                        if !stopping {
-                            return Err(error);
-                        }
-                        last = Some(error);
-                    }
-                },
             }
-            tried.push(target.replica);
+            tracing::debug!(%replica, error = last.as_ref().map(tracing::field::display), "again");
+            tried.push(replica);
         }
-        Err(last.unwrap_or_else(|| ForwardError::NoneReady(model.to_owned())))
+        Err(last.unwrap_or(ForwardError::NoneReady(model)))
+    }
+
+    /// Says at once what waiting would not change.
+    fn judge_absence(&self, backend: &Backend, onward: &Onward) -> Result<(), ForwardError> {
+        let (model, version) = (&onward.model, &onward.version);
+        if !version.is_empty()
+            && !backend.targets.is_empty()
+            && backend.targets.iter().all(|t| t.version != *version)
+        {
+            let (model, version) = (model.clone(), version.clone());
+            return Err(ForwardError::UnknownVersion { model, version });
+        }
+        if backend.targets.is_empty() && !self.routes.was_ready_lately(backend) {
+            return Err(ForwardError::NoneReady(model.clone()));
+        }
+        Ok(())
+    }
+
+    async fn attempt(
+        &self,
+        backend: &Backend,
+        chosen: Chosen,
+        onward: &mut Onward,
+    ) -> Result<Response<Body>, Failure> {
+        let target = chosen.target.clone();
+        let model = onward.model.clone();
+        let port = match onward.wire {
+            Wire::Http1 => &backend.http_port,
+            Wire::Http2 => &backend.grpc_port,
+        };
+        let stream = dial::dial(&self.hub, &target.host, &target.replica, port, DIAL_DEADLINE)
+            .await
+            .map_err(|source| {
+                Failure::NotReached(ForwardError::Unreachable { model: model.clone(), source })
+            })?;
+        let link = stream.link();
+        let request = onward.request()?;
+        let broken = |source| ForwardError::Broken { model: model.clone(), source };
+        match exchange(stream, onward.wire, request).await {
+            // The replica counts as busy until its body has gone by.
+            Ok(response) => Ok(response.map(|body| Body::new(Reply::new(body, chosen)))),
+            Err(Unanswered { error, unsent }) => {
+                if let Some(unsent) = unsent {
+                    onward.payload.give_back(unsent.into_body());
+                    return Err(Failure::MayRepeat(broken(error)));
+                }
+                if let Some(fault) = onward.payload.fault() {
+                    return Err(Failure::Final(fault.into()));
+                }
+                let excused = link.is_closed() || !self.routes.serves(&model, &target.replica);
+                let error = broken(error);
+                if excused && onward.repeat == Repeat::Harmless && onward.payload.is_whole() {
+                    Err(Failure::MayRepeat(error))
+                } else {
+                    Err(Failure::Final(error))
+                }
+            }
+        }
     }
 }
 
-fn copy(request: &Request<Bytes>) -> Request<Full<Bytes>> {
-    let mut copy = Request::new(Full::new(request.body().clone()));
-    *copy.method_mut() = request.method().clone();
-    *copy.uri_mut() = request.uri().clone();
-    *copy.headers_mut() = request.headers().clone();
-    copy
+/// Why one replica did not answer.
+enum Failure {
+    /// Nothing was sent.
+    NotReached(ForwardError),
+    /// Another one may be asked, a bounded number of times.
+    MayRepeat(ForwardError),
+    /// Tell the caller.
+    Final(ForwardError),
+}
+
+impl Onward {
+    fn request(&mut self) -> Result<Request<Body>, Failure> {
+        let fail = |error: http::Error| Failure::Final(error.into());
+        let mut builder = Request::builder().method(self.method.clone()).uri(self.uri.clone());
+        if let Some(headers) = builder.headers_mut() {
+            headers.clone_from(&self.headers);
+            let bodiless = matches!(self.method, Method::GET | Method::HEAD);
+            if let Some(length) = self.payload.length()
+                && self.wire == Wire::Http1
+                && !(bodiless && length == 0)
+            {
+                headers.insert(header::CONTENT_LENGTH, length.into());
+            }
+        }
+        // It is here: what was sent and cannot be sent again was told before.
+        builder.body(self.payload.take().unwrap_or_default()).map_err(fail)
+    }
+}
+
+/// What became of a request that got no answer.
+struct Unanswered {
+    error: hyper::Error,
+    /// The request, when nothing of it was sent.
+    unsent: Option<Request<Body>>,
+}
+
+impl From<TrySendError<Request<Body>>> for Unanswered {
+    fn from(mut failed: TrySendError<Request<Body>>) -> Self {
+        let unsent = failed.take_message();
+        Self { error: failed.into_error(), unsent }
+    }
 }
 
 async fn exchange(
-    stream: dial::DialIo,
+    stream: DialIo,
     wire: Wire,
-    request: Request<Full<Bytes>>,
-) -> Result<Response<hyper::body::Incoming>, hyper::Error> {
+    request: Request<Body>,
+) -> Result<Response<hyper::body::Incoming>, Unanswered> {
     let io = TokioIo::new(stream);
-    match wire {
-        Wire::Http1 => {
-            let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await?;
-            tokio::spawn(connection);
-            sender.send_request(request).await
-        }
-        Wire::Http2 => {
-            let (mut sender, connection) =
-                hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await?;
-            tokio::spawn(connection);
-            sender.send_request(request).await
-        }
-    }
+    Ok(match wire {
+        Wire::Http1 => match http1::handshake(io).await {
+            Ok((mut sender, connection)) => {
+                tokio::spawn(connection);
+                sender.try_send_request(request).await?
+            }
+            Err(error) => return Err(Unanswered { error, unsent: Some(request) }),
+        },
+        Wire::Http2 => match http2::handshake(TokioExecutor::new(), io).await {
+            Ok((mut sender, connection)) => {
+                tokio::spawn(connection);
+                sender.try_send_request(request).await?
+            }
+            Err(error) => return Err(Unanswered { error, unsent: Some(request) }),
+        },
+    })
 }

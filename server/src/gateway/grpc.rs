@@ -1,10 +1,12 @@
 //! The Open Inference Protocol v2 over gRPC.
 //!
-//! Calls on models are routed by the first two fields of their message, read from the bytes; the
-//! tensors behind them are never decoded. Calls on the server are answered here.
+//! Calls on models are routed by the first two fields of their message, read from its first bytes;
+//! the tensors behind them are never decoded and stream through. Calls on the server are answered
+//! here.
 
-use super::forward::{ForwardError, Wire};
-use super::http::{Forbidden, Gateway, MAX_BODY, respond};
+use super::body::{BodyError, MAX_BODY, Payload};
+use super::forward::{ForwardError, Onward, Repeat, Wire};
+use super::http::{Forbidden, Gateway, respond};
 use crate::error::Chain;
 use axum::extract::{Path, Request, State};
 use axum::response::Response;
@@ -13,6 +15,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, header};
 use http_body_util::BodyExt as _;
 use prost::Message;
+use std::time::Duration;
 use tonic::Code;
 
 /// One call.
@@ -22,12 +25,6 @@ pub async fn call(
     request: Request,
 ) -> Response {
     let (parts, body) = request.into_parts();
-    let body = match http_body_util::Limited::new(body, MAX_BODY).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(_) => {
-            return refuse(Code::ResourceExhausted, "the request cannot be read or is too large");
-        }
-    };
     let own: Option<Bytes> = match method.as_str() {
         "ServerLive" => Some(encode(&inference::ServerLiveResponse { live: true })),
         "ServerReady" => Some(encode(&inference::ServerReadyResponse { ready: true })),
@@ -39,52 +36,136 @@ pub async fn call(
         "ModelReady" | "ModelMetadata" | "ModelInfer" => None,
         _ => return refuse(Code::Unimplemented, "the Open Inference Protocol has no such call"),
     };
-    if let Some(message) = own {
-        return match gateway.guard.allows(&parts.headers, &parts.extensions, None).await {
-            Ok(()) => answer(&message),
-            Err(why) => forbidden(&why),
-        };
-    }
-    let Some(message) = unframe(&body) else {
-        return refuse(
-            Code::InvalidArgument,
-            "the request must be one message that is not compressed",
-        );
-    };
-    let Some(Named { model, version }) = Named::of(message) else {
-        return refuse(Code::InvalidArgument, "the message cannot be read");
-    };
-    if let Err(why) = gateway.guard.allows(&parts.headers, &parts.extensions, Some(&model)).await {
+    // Before a byte of the body is taken in.
+    if let Err(why) = gateway.allows(&parts, None).await {
         return forbidden(&why);
     }
-    let own_name = model.split_once('.').map_or(model.as_str(), |(_, name)| name);
-    let body = if own_name == model { body.clone() } else { renamed(message, own_name) };
-    let path = format!("/inference.GRPCInferenceService/{method}");
-    let Ok(request) = onward(&path, &parts.headers, body) else {
-        return refuse(Code::InvalidArgument, "the request's headers are not valid");
+    if let Some(message) = own {
+        return answer(&message);
+    }
+    let payload = match Payload::read(body, None, &gateway.forwarder.budget).await {
+        Ok(payload) => payload,
+        Err(why) => return refuse(body_code(why), &why.to_string()),
     };
-    match gateway.forwarder.send(&model, &version, Wire::Http2, request).await {
+    let (named, payload) = match route(payload) {
+        Ok(found) => found,
+        Err((code, why)) => return refuse(code, why),
+    };
+    let model = named.model;
+    if let Err(why) = gateway.allows(&parts, Some(&model)).await {
+        return forbidden(&why);
+    }
+    if method == "ModelReady" {
+        match gateway.forwarder.routes.backend(&model) {
+            None => {
+                let why = ForwardError::UnknownModel(model);
+                return refuse(code(&why), &why.to_string());
+            }
+            // Said at once: whoever asks this does not want to wait until it is so.
+            Some(backend) if backend.targets.is_empty() => {
+                return answer(&encode(&inference::ModelReadyResponse { ready: false }));
+            }
+            Some(_) => {}
+        }
+    }
+    let Ok(uri) = format!("http://replica/inference.GRPCInferenceService/{method}").parse() else {
+        return refuse(Code::InvalidArgument, "the call's name is not valid");
+    };
+    let onward = Onward {
+        model,
+        version: named.version,
+        wire: Wire::Http2,
+        repeat: Repeat::Harmless,
+        method: http::Method::POST,
+        uri,
+        headers: headers(&parts.headers),
+        payload,
+        patience: parts.headers.get("grpc-timeout").and_then(timeout),
+    };
+    match gateway.forwarder.send(onward).await {
         Ok(response) => respond(response),
-        Err(why) => refuse(code(&why), &Chain(&why).to_string()),
+        Err(why) => {
+            tracing::debug!(error = %Chain(&why), "a call was not answered");
+            refuse(code(&why), &Chain(&why).to_string())
+        }
     }
 }
 
-fn onward(
-    path: &str,
-    headers: &HeaderMap,
-    body: Bytes,
-) -> Result<http::Request<Bytes>, http::Error> {
-    let mut onward = http::Request::builder()
-        .method(http::Method::POST)
-        .uri(format!("http://replica{path}"))
-        .header(header::CONTENT_TYPE, "application/grpc")
-        .header(header::TE, "trailers");
-    for name in ["grpc-timeout", "user-agent", "traceparent", "tracestate", "x-request-id"] {
-        if let Some(value) = headers.get(name) {
-            onward = onward.header(name, value);
+fn headers(given: &HeaderMap) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    for name in [
+        "grpc-timeout",
+        "grpc-accept-encoding",
+        "user-agent",
+        "traceparent",
+        "tracestate",
+        "x-request-id",
+    ] {
+        if let Some(value) = given.get(name) {
+            headers.insert(http::HeaderName::from_static(name), value.clone());
         }
     }
-    onward.body(body)
+    headers
+}
+
+/// What `grpc-timeout` says: up to eight digits and a unit.
+fn timeout(value: &HeaderValue) -> Option<Duration> {
+    let (digits, unit) = value.to_str().ok()?.split_at_checked(value.len().checked_sub(1)?)?;
+    let number: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    match unit {
+        "H" => Some(Duration::from_secs(number * 3600)),
+        "M" => Some(Duration::from_secs(number * 60)),
+        "S" => Some(Duration::from_secs(number)),
+        "m" => Some(Duration::from_millis(number)),
+        "u" => Some(Duration::from_micros(number)),
+        "n" => Some(Duration::from_nanos(number)),
+        _ => None,
+    }
+}
+
+/// Whom a call is for, and its body as the replica behind shall see it: with its own name.
+fn route(payload: Payload) -> Result<(Named, Payload), (Code, &'static str)> {
+    let invalid = |why| Err((Code::InvalidArgument, why));
+    let Some((framing, message)) = payload.head().split_at_checked(FRAMING) else {
+        return invalid("the request must be one message");
+    };
+    if framing[0] != 0 {
+        return Err((Code::Unimplemented, "compressed messages are not taken"));
+    }
+    let length = u32::from_be_bytes([framing[1], framing[2], framing[3], framing[4]]);
+    if u64::from(length) > MAX_BODY {
+        return Err((Code::ResourceExhausted, "the request is too large"));
+    }
+    let whole = payload.is_whole();
+    if whole && message.len() != length as usize {
+        return invalid("the request must be one message that is not cut");
+    }
+    let Some((named, lead)) = Named::of(message, whole) else {
+        return invalid("the message cannot be read");
+    };
+    if named.model.is_empty() {
+        return invalid(
+            "the message names no model; in a large one the model's name and version must come first",
+        );
+    }
+    let Some((_, own)) = named.model.split_once('.') else { return Ok((named, payload)) };
+    let (lead, cut) = if whole {
+        (BytesMut::from(&renamed(message, own)[..]), FRAMING + message.len())
+    } else {
+        // Its end is not here: the leading two fields are written anew.
+        let mut fields = BytesMut::new();
+        prost::encoding::string::encode(1, &own.to_owned(), &mut fields);
+        if !named.version.is_empty() {
+            prost::encoding::string::encode(2, &named.version, &mut fields);
+        }
+        let mut bytes = BytesMut::from(&framing_of(length as usize - lead + fields.len())[..]);
+        bytes.put_slice(&fields);
+        (bytes, FRAMING + lead)
+    };
+    let payload = payload.with_lead(&lead, cut);
+    Ok((named, payload))
 }
 
 fn code(error: &ForwardError) -> Code {
@@ -94,12 +175,22 @@ fn code(error: &ForwardError) -> Code {
         | ForwardError::Unreachable { .. }
         | ForwardError::Broken { .. } => Code::Unavailable,
         ForwardError::TimedOut(_) => Code::DeadlineExceeded,
+        ForwardError::Head(_) => Code::InvalidArgument,
+        ForwardError::Body(why) => body_code(*why),
     }
 }
 
-fn forbidden(why: &Forbidden) -> Response {
+fn body_code(why: BodyError) -> Code {
+    match why {
+        BodyError::TooLarge => Code::ResourceExhausted,
+        BodyError::Stalled => Code::DeadlineExceeded,
+        BodyError::Broken => Code::Cancelled,
+    }
+}
+
+pub(super) fn forbidden(why: &Forbidden) -> Response {
     let code = match why {
-        Forbidden::Anonymous => Code::Unauthenticated,
+        Forbidden::Anonymous | Forbidden::NotGood(_) => Code::Unauthenticated,
         Forbidden::NotPermitted(_) => Code::PermissionDenied,
     };
     refuse(code, &why.to_string())
@@ -136,23 +227,23 @@ fn answer(message: &Bytes) -> Response {
     response
 }
 
+/// Flag and length before a message.
+const FRAMING: usize = 5;
+
+fn framing_of(length: usize) -> [u8; FRAMING] {
+    let [a, b, c, d] = u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
+    [0, a, b, c, d]
+}
+
 fn frame(message: &[u8]) -> Bytes {
-    let mut framed = BytesMut::with_capacity(message.len() + 5);
-    framed.put_u8(0);
-    framed.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
+    let mut framed = BytesMut::with_capacity(message.len() + FRAMING);
+    framed.put_slice(&framing_of(message.len()));
     framed.put_slice(message);
     framed.freeze()
 }
 
 fn encode(message: &impl Message) -> Bytes {
     frame(&message.encode_to_vec())
-}
-
-/// The one message of a body; `None` when it is compressed, cut or not alone.
-fn unframe(body: &[u8]) -> Option<&[u8]> {
-    let (head, message) = body.split_at_checked(5)?;
-    let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
-    (head[0] == 0 && message.len() == length).then_some(message)
 }
 
 /// The message with another model name: protobuf lets a later occurrence of a field win.
@@ -170,15 +261,25 @@ struct Named {
 }
 
 impl Named {
-    fn of(mut message: &[u8]) -> Option<Self> {
+    /// Reads the two fields, and says how many leading bytes hold nothing else. All of a message that
+    /// is whole is looked at; of one that is still coming only what is here, up to the first other
+    /// field.
+    fn of(all: &[u8], whole: bool) -> Option<(Self, usize)> {
         use prost::encoding::{DecodeContext, WireType, decode_key, skip_field, string};
         let mut named = Self { model: String::new(), version: String::new() };
+        let mut message = all;
+        let mut lead = None;
         while !message.is_empty() {
+            let before = all.len() - message.len();
             let (tag, wire) = decode_key(&mut message).ok()?;
             let field = match tag {
                 1 => &mut named.model,
                 2 => &mut named.version,
                 _ => {
+                    lead.get_or_insert(before);
+                    if !whole {
+                        break;
+                    }
                     skip_field(wire, tag, &mut message, DecodeContext::default()).ok()?;
                     continue;
                 }
@@ -188,13 +289,15 @@ impl Named {
             }
             string::merge(wire, field, &mut message, DecodeContext::default()).ok()?;
         }
-        Some(named)
+        Some((named, lead.unwrap_or(all.len())))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+    use tokio::sync::Semaphore;
 
     fn infer() -> inference::ModelInferRequest {
         inference::ModelInferRequest {
@@ -205,32 +308,79 @@ mod tests {
         }
     }
 
+    /// Routes a body and gives the message the replica sees.
+    async fn routed(body: Bytes) -> Result<(Named, inference::ModelInferRequest), Code> {
+        let budget = Arc::new(Semaphore::new(super::super::body::BUDGET_KIB));
+        let pieces: Vec<_> = body.chunks(8000).map(Bytes::copy_from_slice).collect();
+        let stream = tokio_stream::iter(pieces.into_iter().map(Ok::<_, std::io::Error>));
+        let payload =
+            Payload::read(axum::body::Body::from_stream(stream), None, &budget).await.unwrap();
+        let (named, mut payload) = route(payload).map_err(|(code, _)| code)?;
+        let seen = payload.take().unwrap().collect().await.unwrap().to_bytes();
+        let (framing, message) = seen.split_at(FRAMING);
+        assert_eq!(framing, framing_of(message.len()));
+        Ok((named, inference::ModelInferRequest::decode(message).unwrap()))
+    }
+
+    #[tokio::test]
+    async fn the_replica_sees_its_own_name_and_the_same_tensors_however_large() {
+        for size in [1000, 5_000_000] {
+            let mut request = infer();
+            request.raw_input_contents = vec![vec![7; size]];
+            let (named, seen) = routed(encode(&request)).await.unwrap();
+            assert_eq!(named, Named { model: "prod.iris".into(), version: "3".into() });
+            assert_eq!((seen.model_name.as_str(), seen.model_version.as_str()), ("iris", "3"));
+            assert_eq!(seen.raw_input_contents, request.raw_input_contents);
+            request.model_name = "iris".into();
+            assert_eq!(routed(encode(&request)).await.unwrap().1, request);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_name_that_comes_last_is_found_in_a_small_message_and_asked_to_come_first_in_a_large_one()
+     {
+        for (size, found) in [(1000, true), (5_000_000, false)] {
+            let tensors = inference::ModelInferRequest {
+                raw_input_contents: vec![vec![7; size]],
+                ..Default::default()
+            };
+            let name =
+                inference::ModelInferRequest { model_name: "a.b".into(), ..Default::default() };
+            let body = frame(&[tensors.encode_to_vec(), name.encode_to_vec()].concat());
+            let routed = routed(body).await;
+            assert_eq!(
+                routed.as_ref().ok().map(|(_, seen)| seen.model_name.as_str()),
+                found.then_some("b")
+            );
+            assert_eq!(routed.err(), (!found).then_some(Code::InvalidArgument));
+        }
+    }
+
     #[test]
-    fn the_route_is_read_without_decoding_tensors() {
-        let bytes = infer().encode_to_vec();
-        let named = Named::of(&bytes).unwrap();
-        assert_eq!(named, Named { model: "prod.iris".into(), version: "3".into() });
-        assert_eq!(Named::of(&bytes[..bytes.len() - 1]), None);
+    fn the_calls_on_models_share_the_first_two_fields() {
         let ready = inference::ModelReadyRequest { name: "a".into(), version: "b".into() };
-        let named = Named::of(&ready.encode_to_vec()).unwrap();
-        assert_eq!(named, Named { model: "a".into(), version: "b".into() });
+        let (named, lead) = Named::of(&ready.encode_to_vec(), true).unwrap();
+        assert_eq!((named.model.as_str(), named.version.as_str(), lead), ("a", "b", 6));
     }
 
-    #[test]
-    fn the_replica_sees_its_own_name_and_the_same_tensors() {
-        let body = renamed(&infer().encode_to_vec(), "iris");
-        let read = inference::ModelInferRequest::decode(unframe(&body).unwrap()).unwrap();
-        assert_eq!(read.model_name, "iris");
-        assert_eq!(read.raw_input_contents, infer().raw_input_contents);
-    }
-
-    #[test]
-    fn a_compressed_or_cut_message_is_refused() {
+    #[tokio::test]
+    async fn a_compressed_or_cut_message_is_refused() {
         let good = encode(&infer());
-        assert!(unframe(&good).is_some());
-        assert!(unframe(&good[..good.len() - 1]).is_none());
+        assert!(routed(good.clone()).await.is_ok());
+        assert_eq!(routed(good.slice(..good.len() - 1)).await.err(), Some(Code::InvalidArgument));
         let mut compressed = good.to_vec();
         compressed[0] = 1;
-        assert!(unframe(&compressed).is_none());
+        assert_eq!(routed(compressed.into()).await.err(), Some(Code::Unimplemented));
+    }
+
+    #[test]
+    fn a_callers_patience_is_read_in_every_unit() {
+        let read = |text: &'static str| timeout(&HeaderValue::from_static(text));
+        assert_eq!(read("2H"), Some(Duration::from_secs(7200)));
+        assert_eq!(read("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(read("99999999n"), Some(Duration::from_nanos(99_999_999)));
+        for bad in ["", "5", "m", "123456789S", "5x"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
     }
 }

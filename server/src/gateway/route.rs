@@ -9,7 +9,9 @@ use berth_proto::ids::{HostUid, ReplicaUid};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 /// One replica that may be asked.
 #[derive(Debug, Clone)]
@@ -37,7 +39,13 @@ pub struct Backend {
     pub grpc_port: String,
     /// Ready replicas, in order of uid.
     pub targets: Vec<Target>,
+    /// When a replica was ready last.
+    pub ready_at: Option<Instant>,
 }
+
+/// A deployment without a ready replica for longer than this is down, not in the middle of a change:
+/// whoever asks is told at once instead of being kept waiting.
+const LATELY: Duration = Duration::from_secs(60);
 
 /// What a replica is told to the table as.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +63,7 @@ pub struct Ready {
 pub struct Routes {
     table: ArcSwap<BTreeMap<String, Arc<Backend>>>,
     start: AtomicUsize,
+    begun: Instant,
     changes: watch::Sender<()>,
 }
 
@@ -63,6 +72,7 @@ impl Default for Routes {
         Self {
             table: ArcSwap::default(),
             start: AtomicUsize::new(0),
+            begun: Instant::now(),
             changes: watch::channel(()).0,
         }
     }
@@ -111,11 +121,22 @@ impl Routes {
                         }
                     })
                     .collect();
+                backend.ready_at = if backend.targets.is_empty() {
+                    before.and_then(|b| b.ready_at)
+                } else {
+                    Some(Instant::now())
+                };
                 (name, Arc::new(backend))
             })
             .collect();
         self.table.store(Arc::new(table));
         self.changes.send_replace(());
+    }
+
+    /// Whether a replica of it was ready a moment ago, or may have been before this server's start.
+    #[must_use]
+    pub fn was_ready_lately(&self, backend: &Backend) -> bool {
+        backend.ready_at.unwrap_or(self.begun).elapsed() < LATELY
     }
 
     /// Tells when the table was replaced.
@@ -212,6 +233,23 @@ mod tests {
         let tried = ["r2".parse().unwrap()];
         assert!(routes.choose("iris", "2", &tried).is_none());
         assert!(routes.choose("other", "", &[]).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deployment_is_waited_for_only_while_it_was_ready_lately() {
+        let routes = Routes::default();
+        let told = |routes: &Routes| routes.was_ready_lately(&routes.backend("iris").unwrap());
+        routes.replace([(backend(), vec![])]);
+        assert!(told(&routes), "it may have been ready before the server's start");
+        tokio::time::advance(LATELY).await;
+        assert!(!told(&routes));
+        routes.replace([(backend(), vec![ready(1, "1")])]);
+        routes.replace([(backend(), vec![])]);
+        tokio::time::advance(LATELY / 2).await;
+        routes.replace([(backend(), vec![])]);
+        assert!(told(&routes));
+        tokio::time::advance(LATELY / 2).await;
+        assert!(!told(&routes));
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub const HOST_DAYS: i64 = 90;
 const SERVER_DAYS: i64 = 365;
 /// Certificates begin a little in the past, for clocks that are behind.
 const BACKDATE: Duration = Duration::hours(1);
+/// The same in seconds, for whoever asks when a certificate was made.
+pub const BACKDATE_SECONDS: i64 = BACKDATE.whole_seconds();
 
 /// Why the CA cannot work.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +99,16 @@ impl Ca {
         let cluster = cluster_of(&first[0]).map_err(CaError::Foreign)?;
         let issuer = Issuer::from_ca_cert_pem(&root_pem, KeyPair::from_pem(&key_pem)?)?;
         Ok(Self { cluster, root_pem, key_pem, issuer })
+    }
+
+    /// Writes it into a folder that has none.
+    ///
+    /// # Errors
+    /// When files cannot be written.
+    pub fn save(&self, folder: &Path) -> Result<(), CaError> {
+        // The key first: a certificate without its key would look like a whole CA.
+        write_private(&folder.join("ca.key"), &self.key_pem)?;
+        write_private(&folder.join("ca.crt"), &self.root_pem)
     }
 
     /// The cluster it belongs to.

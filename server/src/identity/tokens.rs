@@ -1,7 +1,7 @@
 //! Tokens for joining and for people, and the judgement of renewals. Only hashes are stored.
 
 use berth_proto::ids::Wall;
-use berth_proto::record::{HostRecord, JoinTokenRecord, UserTokenRecord};
+use berth_proto::record::{ClusterRecord, HostRecord, JoinTokenRecord, UserTokenRecord};
 use sha2::Digest as _;
 use std::time::Duration;
 use subtle::ConstantTimeEq as _;
@@ -182,18 +182,53 @@ pub fn judge_renewal(host: &HostRecord, public_key: &[u8], grace: Duration, now:
 /// Keys that a host's record keeps as retired: one for each half life of 45 days gives two years.
 pub const MAX_RETIRED: usize = 16;
 
-/// What the first use of a key changes: `None` when it is the one in use already.
+/// What the first use of a key that was let in changes: `None` when it is the one in use already.
 #[must_use]
 pub fn use_key(host: &HostRecord, public_key: &[u8]) -> Option<HostRecord> {
-    if host.next_public_key.is_empty() || host.next_public_key != public_key {
+    if host.public_key == public_key {
         return None;
     }
     let mut next = host.clone();
     next.retired_keys.push(sha2::Sha256::digest(&host.public_key).to_vec());
     let extra = next.retired_keys.len().saturating_sub(MAX_RETIRED);
     next.retired_keys.drain(..extra);
-    next.public_key = std::mem::take(&mut next.next_public_key);
+    next.public_key = public_key.to_vec();
+    next.next_public_key.clear();
     Some(next)
+}
+
+/// Fingerprints of the keys that end when a host joins again: those retired before, the one in use and
+/// the one given to follow it.
+#[must_use]
+pub fn retired_at_rejoin(before: &HostRecord) -> Vec<Vec<u8>> {
+    let mut retired = before.retired_keys.clone();
+    let keys = [&before.public_key, &before.next_public_key];
+    retired.extend(keys.iter().filter(|k| !k.is_empty()).map(|k| sha2::Sha256::digest(k).to_vec()));
+    let extra = retired.len().saturating_sub(MAX_RETIRED);
+    retired.drain(..extra);
+    retired
+}
+
+/// Whether this key of the host was retired.
+#[must_use]
+pub fn is_retired(host: &HostRecord, public_key: &[u8]) -> bool {
+    host.retired_keys.contains(&sha2::Sha256::digest(public_key).to_vec())
+}
+
+/// Whether a key that the host's record does not know may be one it was given after the backup that
+/// this ledger was restored from: its certificate, which the CA has signed, was made at `made_unix_s`.
+#[must_use]
+pub fn is_newer_than_backup(
+    cluster: &ClusterRecord,
+    host: &HostRecord,
+    public_key: &[u8],
+    made_unix_s: i64,
+) -> bool {
+    let fingerprint = sha2::Sha256::digest(public_key).to_vec();
+    cluster.observing
+        && cluster.backup_unix_ms != 0
+        && made_unix_s >= cluster.backup_unix_ms / 1000
+        && !host.retired_keys.contains(&fingerprint)
 }
 
 #[cfg(test)]
@@ -241,6 +276,18 @@ mod tests {
         };
         assert_eq!(judge_user(Some(&record), secret, Wall(9)), Ok(()));
         assert_eq!(judge_user(Some(&record), secret, Wall(10)), Err(BadToken::Expired));
+    }
+
+    #[test]
+    fn a_key_renewed_after_the_restored_backup_is_let_in_and_an_older_one_is_not() {
+        let host = HostRecord { public_key: b"one".to_vec(), ..Default::default() };
+        let cluster =
+            ClusterRecord { observing: true, backup_unix_ms: 5_400, ..Default::default() };
+        assert!(is_newer_than_backup(&cluster, &host, b"two", 5));
+        assert!(!is_newer_than_backup(&cluster, &host, b"two", 4), "retired before the backup");
+        let next = use_key(&host, b"two").unwrap();
+        assert!(!is_newer_than_backup(&cluster, &next, b"one", 9), "retired by the newer one");
+        assert!(!is_newer_than_backup(&ClusterRecord::default(), &host, b"two", 9));
     }
 
     #[test]

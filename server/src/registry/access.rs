@@ -9,6 +9,7 @@ use super::names::{Reference, RepoName};
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use berth_proto::ids::Digest;
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
 use rustls_pki_types::CertificateDer;
@@ -79,6 +80,15 @@ impl fmt::Display for Action {
     }
 }
 
+/// How much of a repository that it may pull from somebody reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reach {
+    /// All of it.
+    Whole,
+    /// By digest alone these manifests, and what they lead to.
+    Below(Vec<Digest>),
+}
+
 /// Why a caller is not let in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AccessError {
@@ -90,6 +100,23 @@ pub enum AccessError {
     Unavailable,
 }
 
+/// A manifest is about to be put or removed.
+#[derive(Debug)]
+pub struct Noted<'a> {
+    /// By whom.
+    pub principal: &'a Principal,
+    /// From where: what the listener has put into the request.
+    pub extensions: &'a http::Extensions,
+    /// [`Action::Push`] or [`Action::Delete`].
+    pub action: Action,
+    /// Where.
+    pub repository: &'a RepoName,
+    /// Under which tag, or by which digest.
+    pub reference: &'a Reference,
+    /// What is put.
+    pub digest: Option<Digest>,
+}
+
 /// Who may do what; asked at every request, so that a revocation counts at once.
 #[async_trait]
 pub trait Access: Send + Sync + 'static {
@@ -97,6 +124,10 @@ pub trait Access: Send + Sync + 'static {
     async fn authenticate(&self, credentials: Credentials) -> Result<Principal, AccessError>;
     /// Whether `principal` may do `action` in `repository`. Never waits.
     fn allows(&self, principal: &Principal, repository: &RepoName, action: Action) -> bool;
+    /// How much of it `principal` reads, once it may pull. Never waits.
+    fn reach(&self, principal: &Principal, repository: &RepoName) -> Reach;
+    /// Writes down who puts or removes a manifest, before it is done; not done when that fails.
+    async fn note(&self, noted: Noted<'_>) -> Result<(), AccessError>;
 }
 
 /// What nobody may overwrite or delete through the door.
@@ -118,7 +149,10 @@ impl Protected for NothingProtected {
 }
 
 /// The credentials of a request: the header's, else the certificate's.
-pub(super) fn credentials(
+///
+/// # Errors
+/// [`RegistryError::Unauthorized`] when none are shown, or none that can be read.
+pub fn credentials(
     headers: &HeaderMap,
     certificates: Option<&PeerCertificates>,
 ) -> Result<Credentials, RegistryError> {

@@ -1,5 +1,6 @@
 //! Blobs: content that was verified, readable in the repositories it is linked in.
 
+use super::disk::{BLOBS, digests_in, names_in};
 use super::errors::{RegistryError, io};
 use super::names::RepoName;
 use super::uploads::Placement;
@@ -9,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt as _};
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::io::AsyncRead;
@@ -22,12 +23,46 @@ const READ_BYTES_MANY: u64 = 64 << 10;
 /// From here on there are many receivers; 32 times 1 MiB is what few may hold.
 const MANY: u64 = 32;
 
+/// All blobs of a registry that nobody has open, with their sizes, in order of digest; none where
+/// there is no registry.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn blobs_of(registry: &Path) -> std::io::Result<Vec<(Digest, u64)>> {
+    blobs_below(&registry.join(BLOBS))
+}
+
+fn blobs_below(blobs: &Path) -> std::io::Result<Vec<(Digest, u64)>> {
+    let mut all = Vec::new();
+    for folder in names_in(blobs)? {
+        let folder = blobs.join(folder);
+        for digest in digests_in(&folder)? {
+            match std::fs::metadata(folder.join(digest.hex())) {
+                Ok(found) => all.push((digest, found.len())),
+                // Collected meanwhile.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    all.sort();
+    Ok(all)
+}
+
 impl Registry {
     /// Where a blob's file is, for a server that reads it itself. It may not exist, and may be
     /// collected unless a root or a lease keeps it.
     #[must_use]
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.0.disk.blob(digest)
+    }
+
+    /// All blobs that are stored, with their sizes, in order of digest.
+    ///
+    /// # Errors
+    /// [`RegistryError::Io`].
+    pub async fn all_blobs(&self) -> Result<Vec<(Digest, u64)>, RegistryError> {
+        self.blocking("listing the blobs", |inner| blobs_below(&inner.disk.blobs())).await
     }
 
     /// A blob's size in a repository; with `renew` its lease is renewed.

@@ -25,6 +25,8 @@ use uuid::Uuid;
 
 /// Number of the layout; a folder with another one is refused.
 const FORMAT: &str = "1\n";
+/// Where blobs are.
+pub(super) const BLOBS: &str = "blobs/sha256";
 
 /// A file system's size and what an ordinary user may still write.
 #[derive(Debug, Clone, Copy)]
@@ -114,7 +116,7 @@ impl Disk {
     }
 
     pub(super) fn blobs(&self) -> PathBuf {
-        self.root.join("blobs/sha256")
+        self.root.join(BLOBS)
     }
     pub(super) fn blob(&self, digest: &Digest) -> PathBuf {
         let hex = digest.hex();

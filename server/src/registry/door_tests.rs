@@ -1,6 +1,8 @@
 //! The door as clients meet it: each rule by the requests that would break it.
 
-use super::access::{AccessError, Credentials, NothingProtected, PeerCertificates, Principal};
+use super::access::{
+    AccessError, Credentials, NothingProtected, PeerCertificates, Principal, Reach,
+};
 use super::*;
 use async_trait::async_trait;
 use axum::body::Body;
@@ -12,7 +14,8 @@ use tower::ServiceExt as _;
 pub(super) const IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
-/// `all` may everything, `reader` may pull, `scoped` is bound to `a`, `other` may only `b`.
+/// `all` may everything, `reader` may pull, `scoped` is bound to `a`, `other` may only `b`, and a
+/// digest may pull what is below it.
 struct Tokens;
 
 #[async_trait]
@@ -29,6 +32,7 @@ impl Access for Tokens {
         match token.as_str() {
             "all" | "reader" | "other" => Ok(Principal { subject: token, only: None }),
             "scoped" => Ok(Principal { subject: token, only: RepoName::parse("a").ok() }),
+            root if root.starts_with("sha256:") => Ok(Principal { subject: token, only: None }),
             "later" => Err(AccessError::Unavailable),
             _ => Err(AccessError::Refused),
         }
@@ -37,8 +41,16 @@ impl Access for Tokens {
         match principal.subject.as_str() {
             "all" | "scoped" => true,
             "reader" => action == Action::Pull,
+            root if root.starts_with("sha256:") => action == Action::Pull,
             _ => repository.as_str() == "b",
         }
+    }
+    fn reach(&self, principal: &Principal, _: &RepoName) -> Reach {
+        principal.subject.parse().map_or(Reach::Whole, |root| Reach::Below(vec![root]))
+    }
+    async fn note(&self, noted: access::Noted<'_>) -> Result<(), AccessError> {
+        // What cannot be written down is not done.
+        if noted.repository.as_str() == "unnoted" { Err(AccessError::Unavailable) } else { Ok(()) }
     }
 }
 
@@ -55,17 +67,17 @@ impl Protected for Version {
 pub(super) struct Reply {
     pub(super) status: StatusCode,
     headers: HeaderMap,
-    body: bytes::Bytes,
+    pub(super) body: bytes::Bytes,
 }
 
 impl Reply {
-    fn header(&self, name: &str) -> &str {
+    pub(super) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
-    fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap()
     }
-    fn code(&self) -> String {
+    pub(super) fn code(&self) -> String {
         self.json()["errors"][0]["code"].as_str().unwrap().to_owned()
     }
 }
@@ -79,7 +91,11 @@ impl Client {
     pub(super) fn open(root: &Path, settings: Settings) -> Self {
         Self::with(root, settings, Arc::new(NothingProtected))
     }
-    fn with(root: &Path, settings: Settings, protected: Arc<dyn Protected>) -> Self {
+    fn with(root: &Path, mut settings: Settings, protected: Arc<dyn Protected>) -> Self {
+        if settings.min_free_percent == Settings::default().min_free_percent {
+            // How full the machine's disk is, is no business of most tests.
+            settings.min_free_percent = 0;
+        }
         let registry = Registry::open(root, settings).unwrap();
         Self { router: router(registry.clone(), Arc::new(Tokens), protected), registry }
     }
@@ -89,7 +105,12 @@ impl Client {
         let body = axum::body::to_bytes(body, usize::MAX).await.unwrap();
         Reply { status: parts.status, headers: parts.headers, body }
     }
-    async fn send(&self, call: &str, headers: &[(&str, &str)], body: impl Into<Body>) -> Reply {
+    pub(super) async fn send(
+        &self,
+        call: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Body>,
+    ) -> Reply {
         let (method, path) = call.split_once(' ').unwrap();
         let mut request = Request::builder().method(method).uri(path);
         if !headers.iter().any(|(name, _)| *name == "authorization") {
@@ -126,7 +147,7 @@ impl Client {
         assert_eq!(self.put(repo, &to, IMAGE, &manifest).await.status, StatusCode::CREATED);
         (digest, manifest)
     }
-    async fn begin(&self, repo: &str) -> String {
+    pub(super) async fn begin(&self, repo: &str) -> String {
         let reply = self.send(&format!("POST /v2/{repo}/blobs/uploads/"), &[], "").await;
         assert_eq!((reply.status, reply.header("range")), (StatusCode::ACCEPTED, "0-0"));
         reply.header("location").to_owned()
@@ -197,6 +218,42 @@ async fn rights_are_asked_for_each_repository_and_action() {
     }
     let seen = as_("Bearer other", "GET /v2/_catalog").await.json();
     assert_eq!(seen, json!({"repositories": ["b"]}));
+}
+
+#[tokio::test]
+async fn who_reads_below_a_manifest_reads_nothing_else() {
+    let (_dir, client) = fresh();
+    let (child, manifest) = client.image("a", "x", "layer").await;
+    let entry = describe(&child, manifest.to_string().len());
+    let index = json!({"schemaVersion": 2, "manifests": [entry]});
+    client.put("a", "multi", INDEX, &index).await;
+    let index = Digest::of(index.to_string().as_bytes());
+    let (other, _) = client.image("a", "y", "another").await;
+    let layer = Digest::of(b"layer");
+    let another = Digest::of(b"another");
+    let unknown = Digest::of(b"nothing");
+    for (root, path, status) in [
+        (&index, format!("manifests/{index}"), 200),
+        (&index, format!("manifests/{child}"), 200),
+        (&index, format!("blobs/{layer}"), 200),
+        (&child, format!("manifests/{child}"), 200),
+        (&child, format!("blobs/{layer}"), 200),
+        (&child, format!("manifests/{index}"), 403),
+        (&index, format!("manifests/{other}"), 403),
+        (&index, format!("blobs/{another}"), 403),
+        (&index, format!("blobs/{unknown}"), 403),
+        (&index, "manifests/multi".to_owned(), 403),
+        (&index, "tags/list".to_owned(), 403),
+        (&index, format!("referrers/{index}"), 403),
+        (&unknown, format!("blobs/{layer}"), 403),
+    ] {
+        let bearer = format!("Bearer {root}");
+        for method in ["GET", "HEAD"] {
+            let call = format!("{method} /v2/a/{path}");
+            let reply = client.send(&call, &[("authorization", &bearer)], "").await;
+            assert_eq!(reply.status.as_u16(), status, "{root}: {call}");
+        }
+    }
 }
 
 #[tokio::test]
@@ -524,4 +581,22 @@ async fn uploads_are_bounded_in_number() {
     assert_eq!(refused.header("retry-after"), "2");
     client.send(&format!("DELETE {at}"), &[], "").await;
     client.begin("a").await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_written_down_is_neither_put_nor_removed() {
+    let (_dir, client) = fresh();
+    let (repo, tag) = (RepoName::parse("unnoted").unwrap(), Reference::parse("1").unwrap());
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": IMAGE, "layers": [],
+        "config": describe(&client.blob("unnoted", "{}").await, 2),
+    });
+    let put = client.put("unnoted", "1", IMAGE, &manifest).await;
+    assert_eq!(put.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(client.registry.manifest(&repo, &tag).await.is_err());
+    let bytes = manifest.to_string().into_bytes().into();
+    client.registry.put_manifest(&repo, &tag, IMAGE, bytes).await.unwrap();
+    let gone = client.send("DELETE /v2/unnoted/manifests/1", &[], "").await;
+    assert_eq!(gone.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(client.registry.manifest(&repo, &tag).await.is_ok());
 }

@@ -211,6 +211,12 @@ impl RegistryError {
     }
 }
 
+/// What a caller gets that waited for an answer and no longer may.
+pub fn ended(_: &http::HeaderMap, _: &crate::error::Error) -> Response {
+    RegistryError::Unauthorized("the token or certificate is not valid here any more")
+        .into_response()
+}
+
 /// `0-N` with N the last byte held; `0-0` while nothing is, as other registries say it.
 pub(super) fn held_range(offset: u64) -> String {
     format!("0-{}", offset.saturating_sub(1))

@@ -150,6 +150,7 @@ fn encode(text: &str) -> String {
 
 pub(super) async fn manifest(
     door: &Door,
+    caller: &Caller<'_>,
     repo: &RepoName,
     reference: &str,
     request: Request,
@@ -157,7 +158,7 @@ pub(super) async fn manifest(
     let method = request.method().clone();
     let parsed = Reference::parse(reference);
     if method == Method::PUT {
-        return put_manifest(door, repo, parsed?, request).await;
+        return put_manifest(door, caller, repo, parsed?, request).await;
     }
     // What cannot be a tag is not here; only a push is told why.
     if let Err(RegistryError::TagInvalid(tag)) = parsed {
@@ -174,7 +175,9 @@ pub(super) async fn manifest(
             Ok(shown(found, method == Method::HEAD))
         }
         Method::DELETE => {
-            delete_manifest(door, repo, &reference).await?;
+            // The body, which nobody reads, must not be held while we wait.
+            let (request, _) = request.into_parts();
+            delete_manifest(door, caller, repo, &reference, &request.extensions).await?;
             Ok(empty(StatusCode::ACCEPTED, Vec::new()))
         }
         other => Err(not_here(&other)),
@@ -193,12 +196,14 @@ fn shown(found: Manifest, head: bool) -> Response {
 
 async fn put_manifest(
     door: &Door,
+    caller: &Caller<'_>,
     repo: &RepoName,
     reference: Reference,
     request: Request,
 ) -> Answer {
+    let (request, body) = request.into_parts();
     let media_type = request
-        .headers()
+        .headers
         .get(CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.split(';').next())
@@ -206,7 +211,7 @@ async fn put_manifest(
         .trim()
         .to_owned();
     // A manifest is small: a client that takes longer than a stall for all of it is stuck.
-    let reading = axum::body::to_bytes(request.into_body(), MANIFEST_BYTES_MAX + 1);
+    let reading = axum::body::to_bytes(body, MANIFEST_BYTES_MAX + 1);
     let bytes = tokio::time::timeout(door.registry.settings().stall, reading)
         .await
         .map_err(|_| RegistryError::BodyBroken)?
@@ -234,6 +239,8 @@ async fn put_manifest(
             )));
         }
     }
+    let (what, digest) = ((repo, &reference), Some(Digest::of(&bytes)));
+    caller.note(&request.extensions, Action::Push, what, digest).await?;
     let put = door.registry.put_manifest(repo, &reference, &media_type, bytes).await?;
     let mut headers = vec![
         (LOCATION, format!("/v2/{repo}/manifests/{}", put.digest)),
@@ -247,8 +254,10 @@ async fn put_manifest(
 
 async fn delete_manifest(
     door: &Door,
+    caller: &Caller<'_>,
     repo: &RepoName,
     reference: &Reference,
+    extensions: &http::Extensions,
 ) -> Result<(), RegistryError> {
     let words = |version: String| {
         format!("{version} is a registered version: remove it with `berth model rm` first")
@@ -256,6 +265,7 @@ async fn delete_manifest(
     if let Some(version) = door.protected.protects(repo, reference) {
         return Err(RegistryError::Denied(words(version)));
     }
+    caller.note(extensions, Action::Delete, (repo, reference), None).await?;
     match reference {
         Reference::Tag(tag) => door.registry.delete_tag(repo, tag).await,
         Reference::Digest(digest) => {

@@ -205,6 +205,22 @@ impl Registry {
         Ok(found)
     }
 
+    /// Whether one of these manifests names `wanted`, itself or through a manifest of its index. A
+    /// manifest that is not in `repo` leads nowhere.
+    ///
+    /// # Errors
+    /// [`RegistryError::Io`].
+    pub async fn leads_to(
+        &self,
+        repo: &RepoName,
+        roots: &[Digest],
+        wanted: &Digest,
+    ) -> Result<bool, RegistryError> {
+        let (repo, roots, wanted) = (repo.clone(), roots.to_vec(), wanted.clone());
+        self.blocking_with("reading a manifest", move |inner| inner.leads_to(&repo, roots, &wanted))
+            .await
+    }
+
     /// The same, and renews the lease of the manifest and all below it (HEAD).
     ///
     /// # Errors
@@ -478,6 +494,32 @@ impl Inner {
         })();
         read.map_err(io("reading a manifest"))?
             .ok_or_else(|| RegistryError::ManifestUnknown(digest.to_string()))
+    }
+
+    fn leads_to(
+        &self,
+        repo: &RepoName,
+        roots: Vec<Digest>,
+        wanted: &Digest,
+    ) -> Result<bool, RegistryError> {
+        let (mut seen, mut next) = (BTreeSet::new(), roots);
+        while let Some(digest) = next.pop() {
+            // As many as a push takes below one manifest.
+            if seen.len() > BELOW_MAX || !seen.insert(digest.clone()) {
+                continue;
+            }
+            let found = match self.read_manifest(repo, &digest) {
+                Ok(found) => found,
+                Err(RegistryError::ManifestUnknown(_)) => continue,
+                Err(error) => return Err(error),
+            };
+            let parsed = Parsed::read(&found.media_type, &found.bytes)?;
+            if parsed.names(wanted) {
+                return Ok(true);
+            }
+            next.extend(parsed.children().iter().filter_map(|child| child.digest().ok()));
+        }
+        Ok(false)
     }
 
     /// A manifest of `repo` that names `digest`. Reads them all; deletions are rare.

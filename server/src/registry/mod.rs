@@ -25,14 +25,16 @@ pub mod router;
 pub mod uploads;
 
 #[cfg(test)]
+mod conformance_tests;
+#[cfg(test)]
 mod door_tests;
 #[cfg(test)]
 mod gc_tests;
 
 pub use access::{
-    Access, AccessError, Action, Credentials, PeerCertificates, Principal, Protected,
+    Access, AccessError, Action, Credentials, Noted, PeerCertificates, Principal, Protected, Reach,
 };
-pub use errors::RegistryError;
+pub use errors::{RegistryError, ended};
 pub use names::{Reference, RepoName, Tag};
 pub use router::router;
 

@@ -42,6 +42,29 @@ impl fmt::Display for RepoName {
     }
 }
 
+/// Whose a repository is. Its name alone says it, so that a right never depends on what somebody
+/// else has pushed or deployed meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place<'a> {
+    /// Everybody's to read: the runtimes that serve the models of all.
+    Shared,
+    /// A namespace's.
+    Namespace(&'a str),
+}
+
+impl RepoName {
+    /// Whose it is: `runtimes/...` is shared, `models/...` and names of one segment are of the
+    /// namespace `default`, and all others of the namespace that is their first segment.
+    #[must_use]
+    pub fn place(&self) -> Place<'_> {
+        match self.0.split_once('/') {
+            None | Some(("models", _)) => Place::Namespace("default"),
+            Some(("runtimes", _)) => Place::Shared,
+            Some((namespace, _)) => Place::Namespace(namespace),
+        }
+    }
+}
+
 /// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`.
 fn is_segment(text: &str) -> bool {
     let word = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
@@ -175,6 +198,22 @@ mod tests {
             &long,
         ] {
             assert!(RepoName::parse(name).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_says_whose_the_repository_is() {
+        for (name, place) in [
+            ("app", Place::Namespace("default")),
+            ("models/iris", Place::Namespace("default")),
+            ("models/edge/iris", Place::Namespace("default")),
+            ("edge/models/iris", Place::Namespace("edge")),
+            ("edge/app", Place::Namespace("edge")),
+            ("default/app", Place::Namespace("default")),
+            ("runtimes/onnx", Place::Shared),
+            ("runtimes", Place::Namespace("default")),
+        ] {
+            assert_eq!(RepoName::parse(name).unwrap().place(), place, "{name}");
         }
     }
 

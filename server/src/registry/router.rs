@@ -2,12 +2,15 @@
 //!
 //! A repository's name has slashes in it, so paths are read from their end.
 
-use super::access::{self, Access, AccessError, Action, PeerCertificates, Principal, Protected};
+use super::access::{
+    self, Access, AccessError, Action, Noted, PeerCertificates, Principal, Protected, Reach,
+};
 use super::errors::RegistryError;
-use super::names::RepoName;
+use super::names::{Place, Reference, RepoName, parse_digest};
 use super::{Registry, add, handlers};
 use axum::extract::{Query, Request, State};
 use axum::response::{IntoResponse as _, Response};
+use berth_proto::ids::Digest;
 use http::{HeaderName, HeaderValue, Method, Uri};
 use std::sync::Arc;
 
@@ -78,6 +81,21 @@ impl Caller<'_> {
         self.principal.only.as_ref().is_none_or(|only| only == repo)
             && self.access.allows(&self.principal, repo, action)
     }
+
+    /// Writes down what is done to a manifest, before it is.
+    pub(super) async fn note(
+        &self,
+        extensions: &http::Extensions,
+        action: Action,
+        (repository, reference): (&RepoName, &Reference),
+        digest: Option<Digest>,
+    ) -> Result<(), RegistryError> {
+        let principal = &self.principal;
+        let noted = Noted { principal, extensions, action, repository, reference, digest };
+        self.access.note(noted).await.map_err(|_| {
+            RegistryError::Unavailable("the server cannot write down who does this, try again")
+        })
+    }
 }
 
 async fn answer(State(door): State<Door>, request: Request) -> Response {
@@ -119,8 +137,21 @@ async fn serve(door: &Door, request: Request) -> Result<Response, RegistryError>
         Target::In(repo, part) => {
             let action = action_of(request.method(), &part)?;
             if !caller.may(&repo, action) {
+                let place = match repo.place() {
+                    Place::Shared => "which is shared by all namespaces".to_owned(),
+                    Place::Namespace(name) => format!("which is of namespace \"{name}\""),
+                };
                 return Err(RegistryError::Denied(format!(
-                    "{} may not {action} {repo}",
+                    "{} may not {action} {repo}, {place}",
+                    caller.principal.subject
+                )));
+            }
+            if action == Action::Pull
+                && let Reach::Below(roots) = door.access.reach(&caller.principal, &repo)
+                && !within(&door.registry, &repo, &part, &roots).await?
+            {
+                return Err(RegistryError::Denied(format!(
+                    "{} reads of {repo} only what its assignments lead to, by digest",
                     caller.principal.subject
                 )));
             }
@@ -130,7 +161,7 @@ async fn serve(door: &Door, request: Request) -> Result<Response, RegistryError>
                     handlers::referrers(door, &repo, request.method(), &digest, &params).await
                 }
                 Part::Manifest(reference) => {
-                    handlers::manifest(door, &repo, &reference, request).await
+                    handlers::manifest(door, &caller, &repo, &reference, request).await
                 }
                 Part::Blob(digest) => handlers::blob(door, &repo, &digest, request).await,
                 Part::Uploads => handlers::begin(door, &caller, &repo, params, request).await,
@@ -138,6 +169,22 @@ async fn serve(door: &Door, request: Request) -> Result<Response, RegistryError>
             }
         }
     }
+}
+
+/// Whether a part of a repository is one of these manifests or below one of them.
+async fn within(
+    registry: &Registry,
+    repo: &RepoName,
+    part: &Part,
+    roots: &[Digest],
+) -> Result<bool, RegistryError> {
+    let wanted = match part {
+        Part::Manifest(digest) | Part::Blob(digest) => digest,
+        Part::Tags | Part::Referrers(_) | Part::Uploads | Part::Upload(_) => return Ok(false),
+    };
+    // A tag moves, and nobody is assigned one.
+    let Ok(wanted) = parse_digest(wanted) else { return Ok(false) };
+    Ok(roots.contains(&wanted) || registry.leads_to(repo, roots, &wanted).await?)
 }
 
 /// Uploads are pushed, whatever is done with them.

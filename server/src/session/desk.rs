@@ -1,12 +1,12 @@
 //! What sessions need of the rest of the server.
 
-use berth_proto::agent::{self, OpenReverse, ReplicaReport, SetVerdict};
+use berth_proto::agent::{OpenReverse, ReplicaReport, SetVerdict};
 use berth_proto::api;
 use berth_proto::ids::{HostUid, Now, SetNumber};
-use berth_server_core::session::{Closed, Hold, HostSet, Registration};
+use berth_server_core::session::{Closed, Registration};
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 
 /// Why a session is over.
@@ -41,8 +41,6 @@ pub enum Ended {
 /// What the server tells a session from outside.
 #[derive(Debug, Clone)]
 pub enum Order {
-    /// New roots or endpoints.
-    Trust(agent::Trust),
     /// The host was removed.
     Removed {
         /// Containers, artifacts and keys shall go.
@@ -52,8 +50,7 @@ pub enum Order {
     End(Ended),
 }
 
-/// A host's newest set, or why it gets none; `None`: not worked out yet.
-pub type Newest = Option<Result<Arc<HostSet>, Hold>>;
+pub use berth_server_core::dispatch::Newest;
 
 /// What a session listens to.
 pub struct Lines {
@@ -96,7 +93,13 @@ pub trait Desk: Send + Sync + 'static {
     /// The host's facts have changed.
     async fn facts(&self, host: &HostUid, session: u64, facts: api::HostFacts);
     /// A set is durable at the agent.
-    fn acknowledged(&self, host: &HostUid, session: u64, number: SetNumber);
+    async fn acknowledged(
+        &self,
+        host: &HostUid,
+        session: u64,
+        number: SetNumber,
+        known: Option<BTreeSet<String>>,
+    );
     /// A set was refused.
     fn refused(
         &self,

@@ -41,7 +41,8 @@ struct Pump {
     queue: VecDeque<SessionResponse>,
     over: Option<Ended>,
     registered: bool,
-    taken: mpsc::Sender<u64>,
+    /// Which status messages are kept; `false`: this one could not be.
+    taken: mpsc::Sender<(u64, bool)>,
 }
 
 async fn run<S>(
@@ -92,10 +93,14 @@ async fn run<S>(
                 }
                 Err(_) => pump.over = Some(Ended::Stopping),
             },
-            Some(sequence) = taken_rx.recv() => pump.step(Input::Taken(sequence)).await,
+            Some((sequence, kept)) = taken_rx.recv() => if kept {
+                pump.step(Input::Taken(sequence)).await;
+            } else {
+                // Acknowledging a later one would acknowledge this one: the next hello says it all.
+                pump.over = Some(Ended::Unavailable);
+            },
             Some(open) = lines.tickets.recv() => pump.step(Input::Open(open)).await,
             Some(order) = lines.orders.recv() => match order {
-                super::desk::Order::Trust(trust) => pump.step(Input::Trust(trust)).await,
                 super::desk::Order::Removed { wipe } => pump.step(Input::Removed { wipe }).await,
                 super::desk::Order::End(why) => pump.over = Some(why),
             },
@@ -141,7 +146,11 @@ impl Pump {
                 Effect::Register(registration) => {
                     match self.desk.register(&host, self.id, *registration).await {
                         Ok(()) => self.registered = true,
-                        Err(why) => self.over = Some(why),
+                        Err(why) => {
+                            // Not welcome: the agent must not take what follows for a session.
+                            self.over = Some(why);
+                            return;
+                        }
                     }
                 }
                 Effect::Take { sequence, reports, absent } => {
@@ -151,13 +160,13 @@ impl Pump {
                     // In order: the desk keeps a host's statuses in the order it was called.
                     let kept = desk.take(&host, id, sequence, reports, absent);
                     tokio::spawn(async move {
-                        if kept.await {
-                            let _ = taken.send(sequence).await;
-                        }
+                        let _ = taken.send((sequence, kept.await)).await;
                     });
                 }
                 Effect::Facts(facts) => self.desk.facts(&host, self.id, *facts).await,
-                Effect::Acknowledged(number) => self.desk.acknowledged(&host, self.id, number),
+                Effect::Acknowledged { number, known } => {
+                    self.desk.acknowledged(&host, self.id, number, known).await;
+                }
                 Effect::Refused { offered, held, verdict, message } => {
                     tracing::error!(
                         %host, ?offered, ?held, ?verdict, message,
@@ -174,7 +183,8 @@ impl Pump {
                         | Closed::WrongHost
                         | Closed::Idle(_)
                         | Closed::NoHello
-                        | Closed::Overrun) => Ended::Machine(other),
+                        | Closed::Overrun
+                        | Closed::Unanswered(_)) => Ended::Machine(other),
                     });
                 }
             }
@@ -213,7 +223,11 @@ impl Ended {
                 Some(Error::field("item", format!("the session's protocol was broken: {what}")))
             }
             Self::Machine(
-                Closed::Idle(_) | Closed::NoHello | Closed::Overrun | Closed::Removed,
+                Closed::Idle(_)
+                | Closed::NoHello
+                | Closed::Overrun
+                | Closed::Unanswered(_)
+                | Closed::Removed,
             ) => Some(Error::unavailable("SESSION_ENDED", "the session was ended; dial again")),
         }
     }

@@ -23,6 +23,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::{Channel, Endpoint};
 
 /// How long a ticket is good, as the contract says.
@@ -80,6 +81,22 @@ pub type HostClient = HostServiceClient<Channel>;
 
 type Key = (HostUid, i32);
 
+impl State {
+    /// Tells those who wait for tickets of these sessions that nobody will come.
+    fn give_up(&mut self, host: &HostUid, of: impl Fn(u64) -> bool) {
+        self.links.retain(|(owner, _), link| match link {
+            // A spent ticket means that the agent has come.
+            Link::Opening { ticket, session, outcome, .. }
+                if owner == host && of(*session) && !ticket.is_empty() =>
+            {
+                outcome.send_replace(Some(Err(ReverseError::Away)));
+                false
+            }
+            Link::Opening { .. } | Link::Open { .. } => true,
+        });
+    }
+}
+
 #[derive(Default)]
 struct State {
     sessions: HashMap<HostUid, (u64, mpsc::Sender<OpenReverse>)>,
@@ -87,11 +104,36 @@ struct State {
 }
 
 enum Link {
-    Opening { ticket: String, until: Instant, outcome: watch::Sender<Option<Outcome>> },
-    Open { channel: Channel, closed: Arc<AtomicBool> },
+    Opening {
+        ticket: String,
+        session: u64,
+        until: Instant,
+        outcome: watch::Sender<Option<Outcome>>,
+    },
+    Open {
+        channel: Channel,
+        state: LinkState,
+        cut: CancellationToken,
+    },
 }
 
-type Outcome = Result<Channel, ReverseError>;
+type Outcome = Result<(Channel, LinkState), ReverseError>;
+
+/// Whether a reverse connection stands, as far as this end knows.
+#[derive(Debug, Clone, Default)]
+pub struct LinkState(Arc<AtomicBool>);
+
+impl LinkState {
+    /// It is gone: what was under way on it is lost, whatever became of it at the other end.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn close(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
 
 /// All reverse connections.
 #[derive(Clone, Default)]
@@ -100,9 +142,12 @@ pub struct ReverseHub {
 }
 
 impl ReverseHub {
-    /// A session of `host` can carry tickets. The newest session wins.
+    /// A session of `host` can carry tickets. The newest session wins; a ticket that went down an
+    /// older one is not waited for.
     pub fn attach(&self, host: HostUid, session: u64, tickets: mpsc::Sender<OpenReverse>) {
-        self.state.lock().sessions.insert(host, (session, tickets));
+        let mut state = self.state.lock();
+        state.give_up(&host, |asked| asked != session);
+        state.sessions.insert(host, (session, tickets));
     }
 
     /// That session is over. Its open connections go on until they close by themselves: a control
@@ -112,13 +157,23 @@ impl ReverseHub {
         if state.sessions.get(host).is_some_and(|(held, _)| *held == session) {
             state.sessions.remove(host);
         }
+        state.give_up(host, |asked| asked == session);
     }
 
     /// Drops a host's connections at once: it was removed or its key revoked.
     pub fn cut(&self, host: &HostUid) {
         let mut state = self.state.lock();
         state.sessions.remove(host);
-        state.links.retain(|(owner, _), _| owner != host);
+        state.links.retain(|(owner, _), link| {
+            let cut_now = owner == host;
+            // Calls under way hold the channel, too: the stream itself has to end.
+            if let Link::Open { cut, .. } = link
+                && cut_now
+            {
+                cut.cancel();
+            }
+            !cut_now
+        });
     }
 
     /// A client of the host's agent: the open connection, or a new one within `deadline`.
@@ -131,8 +186,21 @@ impl ReverseHub {
         kind: ReverseKind,
         deadline: Duration,
     ) -> Result<HostClient, ReverseError> {
+        self.link(host, kind, deadline).await.map(|(client, _)| client)
+    }
+
+    /// The same, with the state of the connection that carries the client's calls.
+    ///
+    /// # Errors
+    /// As [`Self::client`].
+    pub async fn link(
+        &self,
+        host: &HostUid,
+        kind: ReverseKind,
+        deadline: Duration,
+    ) -> Result<(HostClient, LinkState), ReverseError> {
         let mut outcome = match self.open_or_ask(host, kind)? {
-            Found::Open(channel) => return Ok(client(channel)),
+            Found::Open(channel, state) => return Ok((client(channel), state)),
             Found::Wait(outcome) => outcome,
         };
         let waited = tokio::time::timeout(deadline, async {
@@ -143,7 +211,7 @@ impl ReverseHub {
         })
         .await;
         match waited {
-            Ok(outcome) => outcome.map(client),
+            Ok(outcome) => outcome.map(|(channel, state)| (client(channel), state)),
             Err(_) => Err(ReverseError::TimedOut),
         }
     }
@@ -152,24 +220,25 @@ impl ReverseHub {
         let mut state = self.state.lock();
         let key = (host.clone(), kind as i32);
         match state.links.get(&key) {
-            Some(Link::Open { channel, closed }) if !closed.load(Ordering::Acquire) => {
-                return Ok(Found::Open(channel.clone()));
+            Some(Link::Open { channel, state, .. }) if !state.is_closed() => {
+                return Ok(Found::Open(channel.clone(), state.clone()));
             }
             Some(Link::Opening { until, outcome, .. }) if *until > Instant::now() => {
                 return Ok(Found::Wait(outcome.subscribe()));
             }
             Some(Link::Open { .. } | Link::Opening { .. }) | None => {}
         }
-        let (_, tickets) = state.sessions.get(host).ok_or(ReverseError::Away)?;
+        let (session, tickets) = state.sessions.get(host).ok_or(ReverseError::Away)?;
         let ticket = ticket();
         let open = OpenReverse { ticket: ticket.clone(), kind: kind as i32 };
         tickets.try_send(open).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => ReverseError::Busy,
             mpsc::error::TrySendError::Closed(_) => ReverseError::Away,
         })?;
+        let session = *session;
         let (outcome, wait) = watch::channel(None);
         let until = Instant::now() + Duration::from_millis(TICKET_MS);
-        state.links.insert(key, Link::Opening { ticket, until, outcome });
+        state.links.insert(key, Link::Opening { ticket, session, until, outcome });
         Ok(Found::Wait(wait))
     }
 
@@ -188,13 +257,15 @@ impl ReverseHub {
             return Err(Refused::WrongHost);
         }
         let (key, outcome) = self.redeem(peer, &hello.ticket)?;
-        let closed = Arc::new(AtomicBool::new(false));
-        let channel = over(Guarded { stream, closed: Arc::clone(&closed) }).await;
+        let state = LinkState::default();
+        let cut = CancellationToken::new();
+        let ended = Box::pin(cut.clone().cancelled_owned());
+        let channel = over(Guarded { stream, state: state.clone(), ended }).await;
         let result = match channel {
             Ok(channel) => {
-                let link = Link::Open { channel: channel.clone(), closed };
+                let link = Link::Open { channel: channel.clone(), state: state.clone(), cut };
                 self.state.lock().links.insert(key, link);
-                Ok(channel)
+                Ok((channel, state))
             }
             Err(error) => {
                 tracing::warn!(host = %peer, %error, "a reverse connection did not come up");
@@ -223,10 +294,10 @@ impl ReverseHub {
         });
         let key = key.ok_or(Refused::Ticket)?;
         match state.links.remove(&key) {
-            Some(Link::Opening { outcome, until, .. }) => {
+            Some(Link::Opening { outcome, session, until, .. }) => {
                 // Whoever asks meanwhile waits for the same outcome; the ticket itself is spent.
-                let spent =
-                    Link::Opening { ticket: String::new(), until, outcome: outcome.clone() };
+                let (ticket, waits) = (String::new(), outcome.clone());
+                let spent = Link::Opening { ticket, session, until, outcome: waits };
                 state.links.insert(key.clone(), spent);
                 Ok((key, outcome))
             }
@@ -236,7 +307,7 @@ impl ReverseHub {
 }
 
 enum Found {
-    Open(Channel),
+    Open(Channel, LinkState),
     Wait(watch::Receiver<Option<Outcome>>),
 }
 
@@ -288,12 +359,14 @@ where
 /// A stream that says when it is gone, so that the next call does not use a dead connection.
 struct Guarded<S> {
     stream: S,
-    closed: Arc<AtomicBool>,
+    state: LinkState,
+    /// The host was removed: the connection ends, whoever still uses it.
+    ended: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl<S> Drop for Guarded<S> {
     fn drop(&mut self) {
-        self.closed.store(true, Ordering::Release);
+        self.state.close();
     }
 }
 
@@ -303,6 +376,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<std::io::Result<()>> {
+        if self.ended.as_mut().poll(cx).is_ready() {
+            self.state.close();
+            return Poll::Ready(Err(std::io::ErrorKind::ConnectionAborted.into()));
+        }
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
         let ended = match &polled {
@@ -311,7 +388,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
             Poll::Pending => false,
         };
         if ended {
-            self.closed.store(true, Ordering::Release);
+            self.state.close();
         }
         polled
     }
@@ -402,6 +479,51 @@ mod tests {
             .map(|_| ())
             .unwrap_err();
         assert_eq!(error, ReverseError::TimedOut);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_on_a_session_that_ends_is_told_at_once_and_the_next_one_is_asked() {
+        let hub = ReverseHub::default();
+        let ask = |hub: &ReverseHub| {
+            let hub = hub.clone();
+            tokio::spawn(async move {
+                let patience = Duration::from_secs(30);
+                hub.client(&host(), ReverseKind::Gateway, patience).await.map(|_| ())
+            })
+        };
+        let begun = Instant::now();
+        let (old, mut old_rx) = mpsc::channel(4);
+        hub.attach(host(), 1, old);
+        let waiting = ask(&hub);
+        assert!(old_rx.recv().await.is_some());
+        hub.detach(&host(), 1);
+        assert_eq!(waiting.await.unwrap(), Err(ReverseError::Away));
+
+        let (old, mut old_rx) = mpsc::channel(4);
+        hub.attach(host(), 2, old);
+        let waiting = ask(&hub);
+        assert!(old_rx.recv().await.is_some());
+        let (new, mut new_rx) = mpsc::channel(4);
+        hub.attach(host(), 3, new);
+        assert_eq!(waiting.await.unwrap(), Err(ReverseError::Away));
+        let _waiting = ask(&hub);
+        assert!(new_rx.recv().await.is_some());
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+
+    #[tokio::test]
+    async fn what_a_removed_host_has_open_is_cut_while_it_is_read() {
+        let cut = CancellationToken::new();
+        let (_agent, server) = tokio::io::duplex(64);
+        let state = LinkState::default();
+        let ended = Box::pin(cut.clone().cancelled_owned());
+        let mut guarded = Guarded { stream: server, state: state.clone(), ended };
+        let reading = tokio::spawn(async move { guarded.read_u8().await });
+        cut.cancel();
+        let wait = tokio::time::timeout(Duration::from_secs(10), reading).await;
+        let error = wait.expect("it is still read").unwrap().unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionAborted);
+        assert!(state.is_closed());
     }
 
     #[tokio::test]

@@ -2,11 +2,11 @@
 
 #[cfg(test)]
 mod tests {
+    use super::super::embedded::Embedded;
     use super::super::memory::Memory;
-    use super::super::sled::Embedded;
     use super::super::{Store, StoreError};
     use berth_proto::ids::Revision;
-    use berth_server_core::batching::Batch;
+    use berth_server_core::batching::{Batch, Limits};
 
     fn put(revision: u64, key: &str, value: &[u8]) -> Batch {
         let ops = vec![(key.as_bytes().to_vec(), Some(value.to_vec()))];
@@ -37,6 +37,18 @@ mod tests {
                 expected.into_iter().map(|(k, r, n)| (k.to_owned(), r, n)).collect();
             assert_eq!(all, expected, "keys in order, values with the revision that wrote them");
             assert_eq!(store.load(b"a/").unwrap().len(), 3, "a prefix is a prefix");
+            let newest = |prefix: &str, below: Option<&str>, limit| -> Vec<String> {
+                let below = below.map(str::as_bytes);
+                let found = store.newest(prefix.as_bytes(), below, limit).unwrap();
+                found.into_iter().map(|e| String::from_utf8(e.key).unwrap()).collect()
+            };
+            assert_eq!(newest("a/", None, 2), ["a/2", "a/10"], "the last come first");
+            assert_eq!(newest("a/", Some("a/2"), 9), ["a/10", "a/1"], "and end at the prefix");
+            assert_eq!(newest("a/", Some("a"), 9), [""; 0]);
+            assert_eq!(newest("b", None, 9), [""; 0]);
+            assert_eq!(store.beyond(b"a/", 1, 9).unwrap(), [b"a/1".to_vec(), b"a/10".to_vec()]);
+            assert_eq!(store.beyond(b"a/", 1, 1).unwrap(), [b"a/1".to_vec()]);
+            assert!(store.beyond(b"a/", 3, 9).unwrap().is_empty());
             assert_eq!(store.revision(), Revision(7));
             store = reopen(store);
         }
@@ -48,6 +60,15 @@ mod tests {
         store.commit(&[put(9, "c", b"after a checkpoint")]).unwrap();
         store = reopen(store);
         assert_eq!(store.revision(), Revision(9));
+        // A batch as large as the store says is read again.
+        let limits = store.limits();
+        assert!(limits.ops >= Limits::ANY.ops && limits.bytes >= Limits::ANY.bytes);
+        let key = |i| format!("full/{i:06}").into_bytes();
+        let value = vec![7; limits.bytes / limits.ops - key(0).len()];
+        let ops = (0..limits.ops).map(|i| (key(i), Some(value.clone()))).collect();
+        store.commit(&[Batch { revision: Revision(10), ops }]).unwrap();
+        store = reopen(store);
+        assert_eq!(store.load(b"full/").unwrap().len(), limits.ops);
     }
 
     #[test]
@@ -69,7 +90,7 @@ mod tests {
     fn a_full_store_writes_nothing_and_goes_on() {
         let mut store = Memory::default();
         store.full = true;
-        assert!(matches!(store.commit(&[put(1, "a", b"")]), Err(StoreError::Full)));
+        assert!(matches!(Store::commit(&mut store, &[put(1, "a", b"")]), Err(StoreError::Full)));
         store.full = false;
         store.commit(&[put(1, "a", b"")]).unwrap();
     }

@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 /// The format this server writes.
 pub const FORMAT: u32 = 1;
 
+/// What may be in a folder that holds nothing: of a start that ended early, or of a file system's root.
+const EMPTY: [&str; 3] = ["lock", "FORMAT.partial", "lost+found"];
+
 /// A data folder that is ours alone as long as this value lives.
 #[derive(Debug)]
 pub struct Folder {
@@ -46,6 +49,19 @@ pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     sync_folder(path.parent().unwrap_or(Path::new(".")))
 }
 
+fn lock(path: &Path) -> Result<File, StoreError> {
+    let lock_path = path.join("lock");
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&lock_path)
+        .map_err(io("open", &lock_path))?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| StoreError::InUse(path.to_owned()))?;
+    Ok(lock)
+}
+
 impl Folder {
     /// Takes a folder into possession, making it when it does not exist.
     ///
@@ -63,28 +79,55 @@ impl Folder {
                 return Err(StoreError::NewerFormat { path, found, known: FORMAT });
             }
         } else {
-            let ours = ["lock", "FORMAT.partial"];
             let foreign = fs::read_dir(path)
                 .map_err(io("read the folder", path))?
                 .filter_map(Result::ok)
-                .any(|entry| !ours.iter().any(|name| entry.file_name() == *name));
+                .any(|entry| !EMPTY.iter().any(|name| entry.file_name() == *name));
             if foreign {
                 return Err(StoreError::Foreign(path.to_owned()));
             }
         }
-        let lock_path = path.join("lock");
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&lock_path)
-            .map_err(io("open", &lock_path))?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| StoreError::InUse(path.to_owned()))?;
+        let lock = lock(path)?;
         if !format.exists() {
             write_whole(&format, format!("{FORMAT}\n").as_bytes())?;
         }
         Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// Takes an empty folder into possession, making it when it does not exist, for a server's data
+    /// that is put there. Until [`Folder::finish`] no server takes it for a data folder.
+    ///
+    /// # Errors
+    /// [`StoreError::NotEmpty`]; when it is in use or cannot be written.
+    pub fn fresh(path: &Path) -> Result<Self, StoreError> {
+        fs::create_dir_all(path).map_err(io("make the folder", path))?;
+        let empty = || -> Result<bool, StoreError> {
+            let mut entries = fs::read_dir(path).map_err(io("read the folder", path))?;
+            Ok(entries.all(|e| e.is_ok_and(|e| EMPTY.iter().any(|name| e.file_name() == *name))))
+        };
+        if !empty()? {
+            return Err(StoreError::NotEmpty(path.to_owned()));
+        }
+        let lock = lock(path)?;
+        // Somebody may have been faster.
+        if !empty()? {
+            return Err(StoreError::NotEmpty(path.to_owned()));
+        }
+        Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// Whether a server's data is here.
+    #[must_use]
+    pub fn is_one(path: &Path) -> bool {
+        path.join("FORMAT").exists()
+    }
+
+    /// What was put into a fresh folder is whole: servers take it from now on.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn finish(&self) -> Result<(), StoreError> {
+        write_whole(&self.path.join("FORMAT"), format!("{FORMAT}\n").as_bytes())
     }
 
     /// Where it is.
@@ -93,25 +136,26 @@ impl Folder {
         &self.path
     }
 
-    /// Makes the ballast file of so many bytes, when there is room for it beside as much again.
+    /// Makes the ballast file of so many bytes, when there is room for it beside as much again; answers
+    /// whether it is there.
     ///
     /// # Errors
     /// When the file cannot be written for another reason than a full disk.
-    pub fn ballast(&self, bytes: u64) -> Result<(), StoreError> {
+    pub fn ballast(&self, bytes: u64) -> Result<bool, StoreError> {
         let path = self.path.join("ballast");
         if bytes == 0 || fs::metadata(&path).is_ok_and(|m| m.len() == bytes) {
-            return Ok(());
+            return Ok(true);
         }
         if free_bytes(&self.path)? < bytes.saturating_mul(2) {
-            return Ok(());
+            return Ok(false);
         }
         let file = File::create(&path).map_err(io("make", &path))?;
         match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
-            Ok(()) => Ok(()),
+            Ok(()) => Ok(true),
             Err(error) => {
                 let _ = fs::remove_file(&path);
                 let error = io::Error::from(error);
-                if is_full(&error) { Ok(()) } else { Err(io("make", &path)(error)) }
+                if is_full(&error) { Ok(false) } else { Err(io("make", &path)(error)) }
             }
         }
     }
@@ -161,7 +205,7 @@ mod tests {
     fn the_ballast_can_be_given_up() {
         let dir = tempfile::tempdir().unwrap();
         let folder = Folder::open(dir.path()).unwrap();
-        folder.ballast(4096).unwrap();
+        assert!(folder.ballast(4096).unwrap());
         assert_eq!(fs::metadata(dir.path().join("ballast")).unwrap().len(), 4096);
         assert!(folder.release_ballast().unwrap());
         assert!(!folder.release_ballast().unwrap());

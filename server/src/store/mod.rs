@@ -7,25 +7,19 @@
 //! not run on the runtime's workers and a journal's `fdatasync` blocks anyway.
 
 pub mod conformance;
+pub mod embedded;
+mod export;
 pub mod folder;
+mod follower;
 pub mod journal;
 pub mod memory;
-pub mod sled;
+mod sled;
 
 use berth_proto::ids::Revision;
-use berth_server_core::batching::Batch;
+use berth_server_core::batching::{Batch, Limits};
 use std::path::PathBuf;
 
-/// A stored entry.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry {
-    /// Its key.
-    pub key: Vec<u8>,
-    /// The revision that wrote it.
-    pub revision: Revision,
-    /// Its bytes.
-    pub value: Vec<u8>,
-}
+pub use berth_server_core::memory::Entry;
 
 /// Why a store cannot do it.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +65,9 @@ pub enum StoreError {
     /// The folder holds something else.
     #[error("{} is not empty and was not made by a Berth server; choose another folder", .0.display())]
     Foreign(PathBuf),
+    /// The folder holds something already.
+    #[error("{} is not empty; choose another folder, or move aside what is there", .0.display())]
+    NotEmpty(PathBuf),
     /// The materialised store failed; the journal is whole.
     #[error("the materialised store failed: {0}")]
     Materialised(String),
@@ -98,6 +95,9 @@ pub trait Store: Send {
     /// The newest revision held.
     fn revision(&self) -> Revision;
 
+    /// How much one batch may hold; never less than [`Limits::ANY`].
+    fn limits(&self) -> Limits;
+
     /// Makes batches durable, all or (when the disk is full) none. Revisions must follow each other.
     ///
     /// # Errors
@@ -110,6 +110,24 @@ pub trait Store: Send {
     /// # Errors
     /// When they cannot be read.
     fn load(&self, prefix: &[u8]) -> Result<Vec<Entry>, StoreError>;
+
+    /// The last `limit` entries whose keys begin so and are less than `below`, from the last to the
+    /// first.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    fn newest(
+        &self,
+        prefix: &[u8],
+        below: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<Entry>, StoreError>;
+
+    /// Of the keys that begin so all but the last `keep`, the first of them, at most `limit`.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    fn beyond(&self, prefix: &[u8], keep: usize, limit: usize) -> Result<Vec<Vec<u8>>, StoreError>;
 
     /// Puts what is only in the journal into the materialised store and writes an export; called now
     /// and then, and before a clean end.

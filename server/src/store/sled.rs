@@ -1,98 +1,98 @@
-//! The embedded default: the journal is the durable truth, sled the materialised store behind it.
-//!
-//! A commit is durable when the journal has it; sled follows, with the revision it has applied in the
-//! same batch. At a checkpoint sled is flushed and `fdatasync`ed (its own flush does not survive a
-//! power cut), an export of all entries is written, read back and verified, and the journal's older
-//! segments go. A start replays what the journal has after sled's revision; a sled that does not open
-//! (it may panic on damage) or whose checksum is wrong is thrown away, loudly, and made anew from the
-//! newest good export and the journal.
+//! sled as the materialised store: readable entries behind the journal, with the revision applied and
+//! a checksum over all in the same batch.
 
-use super::folder::{io, sync_folder, write_whole};
-use super::journal::Journal;
+use super::folder::io;
+use super::follower::Materialised;
 use super::memory::Memory;
-use super::{Entry, Opened, Store, StoreError};
+use super::{Entry, StoreError};
 use berth_proto::ids::Revision;
 use berth_server_core::batching::Batch;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 /// sled writes larger values to files that it never syncs; they are split over keys instead.
 const CHUNK: usize = 4000;
-/// Batches between two checkpoints.
-const CHECKPOINT_EVERY: u64 = 10_000;
-/// Exports kept: the newest may be the one that is damaged.
-const EXPORTS: usize = 2;
-const EXPORT_MAGIC: &[u8; 8] = b"BRTHEXP1";
-
-/// The embedded default store.
-pub struct Embedded {
-    folder: PathBuf,
-    journal: Journal,
-    db: sled::Db,
-    /// What sled holds, for reading: the ledger is small, and sled's reads are not needed twice.
-    entries: Memory,
-    checkpointed: Revision,
-}
 
 fn broken(error: impl std::fmt::Display) -> StoreError {
     StoreError::Materialised(error.to_string())
 }
 
-impl Embedded {
-    /// Opens the store in a folder.
+/// An open sled.
+pub(super) struct Sled {
+    db: sled::Db,
+    folder: PathBuf,
+}
+
+/// Why sled did not open.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OpenError {
+    /// It is damaged, or the disk is.
+    #[error(transparent)]
+    Broken(#[from] StoreError),
+    /// It is still at it, and may still use its files.
+    #[error("it does not open within {0:?}")]
+    Hung(Duration),
+}
+
+impl Sled {
+    /// Opens it, on a thread of its own because a damaged file makes it panic, and reads all it has.
     ///
     /// # Errors
-    /// When neither sled nor an export can be read, or files cannot be written.
-    pub fn open(folder: &Path) -> Result<(Self, Opened), StoreError> {
-        fs::create_dir_all(folder).map_err(io("make the folder", folder))?;
-        let sled_path = folder.join("sled");
-        let mut opened = Opened::default();
-        let (db, mut entries) = match open_sled(&sled_path) {
-            Ok(found) => found,
-            Err(why) => {
-                tracing::error!(%why, "the materialised store is damaged and is made anew");
-                if sled_path.exists() {
-                    fs::remove_dir_all(&sled_path).map_err(io("remove", &sled_path))?;
-                }
-                let entries = newest_export(&folder.join("exports"))?.unwrap_or_default();
-                opened.rebuilt = Some(why.to_string());
-                let (db, _) = open_sled(&sled_path)?;
-                fill(&db, &entries)?;
-                (db, entries)
+    /// When it does not open, does not verify, or is not done within `patience`.
+    pub(super) fn open(folder: &Path, patience: Duration) -> Result<(Self, Memory), OpenError> {
+        let folder = folder.to_owned();
+        let (done, opened) = channel();
+        let opening = std::thread::Builder::new().name("sled-open".to_owned()).spawn(move || {
+            // Nobody waits any more: it is closed again.
+            let _ = done.send(open(folder));
+        });
+        opening.map_err(broken)?;
+        match opened.recv_timeout(patience) {
+            Ok(result) => Ok(result?),
+            Err(RecvTimeoutError::Timeout) => Err(OpenError::Hung(patience)),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(broken("sled panicked while it opened").into())
             }
-        };
-        let held = entries.revision();
-        let (journal, read) = Journal::open(&folder.join("journal"), held)?;
-        for batch in &read.batches {
-            apply(&db, batch)?;
-            entries.apply(batch);
         }
-        opened.fell_back = read.damaged_from;
-        let checkpointed = held;
-        let mut store = Self { folder: folder.to_owned(), journal, db, entries, checkpointed };
-        if opened.rebuilt.is_some() || opened.fell_back.is_some() || !read.batches.is_empty() {
-            store.checkpoint()?;
-        }
-        Ok((store, opened))
     }
 }
 
-/// Opens sled on a thread of its own, because a damaged file makes it panic.
-fn open_sled(path: &Path) -> Result<(sled::Db, Memory), StoreError> {
-    let path = path.to_owned();
-    let opening = std::thread::Builder::new().name("sled-open".to_owned()).spawn(move || {
-        let db = sled::Config::new()
-            .path(&path)
-            .cache_capacity(16 * 1024 * 1024)
-            .flush_every_ms(None)
-            .open()
-            .map_err(broken)?;
-        let entries = read_all(&db)?;
-        Ok((db, entries))
-    });
-    match opening.map_err(broken)?.join() {
-        Ok(result) => result,
-        Err(_) => Err(StoreError::Materialised("sled panicked while it opened".to_owned())),
+fn open(folder: PathBuf) -> Result<(Sled, Memory), StoreError> {
+    let db = sled::Config::new()
+        .path(&folder)
+        .cache_capacity(16 * 1024 * 1024)
+        .flush_every_ms(None)
+        .open()
+        .map_err(broken)?;
+    let entries = read_all(&db)?;
+    Ok((Sled { db, folder }, entries))
+}
+
+impl Materialised for Sled {
+    fn apply(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
+        apply(&self.db, batches)?;
+        // Few writes of its own are under way at a time then: when more of its threads wait for its
+        // segment lock than it has, nobody is left to end what the holder waits for (sled 0.34.7,
+        // `SegmentAccountant::next`).
+        self.db.flush().map_err(broken)?;
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<(), StoreError> {
+        self.db.flush().map_err(broken)?;
+        // Its own flush does not survive a power cut.
+        let file = self.folder.join("db");
+        File::open(&file).and_then(|f| f.sync_data()).map_err(io("sync", &file))?;
+        let blobs = self.folder.join("blobs");
+        if fs::read_dir(&blobs).is_ok_and(|mut d| d.next().is_some()) {
+            tracing::error!(
+                "sled has made files that it does not sync; the journal and the exports hold"
+            );
+        }
+        Ok(())
     }
 }
 
@@ -158,17 +158,21 @@ fn chunk_key(key: &[u8], number: u32) -> Vec<u8> {
     [key, &[0], &number.to_be_bytes()].concat()
 }
 
-fn apply(db: &sled::Db, batch: &Batch) -> Result<(), StoreError> {
+fn apply(db: &sled::Db, batches: &[Batch]) -> Result<(), StoreError> {
+    let Some(newest) = batches.last() else { return Ok(()) };
     let held = db.get(meta_key()).map_err(broken)?;
     let mut sum = held
         .and_then(|v| Some(u64::from_le_bytes(v.get(8..16)?.try_into().ok()?)))
         .unwrap_or_default();
-    let mut out = sled::Batch::default();
-    for (i, (key, value)) in batch.ops.iter().enumerate() {
-        // Of several writes of one key the last one counts.
-        if batch.ops[i + 1..].iter().any(|(later, _)| later == key) {
-            continue;
+    // Of several writes of one key the last one counts.
+    let mut last = BTreeMap::new();
+    for batch in batches {
+        for (key, value) in &batch.ops {
+            last.insert(key, (batch.revision, value));
         }
+    }
+    let mut out = sled::Batch::default();
+    for (key, (revision, value)) in last {
         for old in db.scan_prefix([key.as_slice(), &[0]].concat()) {
             let (old_key, old_value) = old.map_err(broken)?;
             if old_key.len() == key.len() + 5 {
@@ -178,7 +182,7 @@ fn apply(db: &sled::Db, batch: &Batch) -> Result<(), StoreError> {
         }
         if let Some(value) = value {
             let length = u32::try_from(value.len()).map_err(broken)?;
-            let head = [&batch.revision.0.to_le_bytes()[..], &length.to_le_bytes()].concat();
+            let head = [&revision.0.to_le_bytes()[..], &length.to_le_bytes()].concat();
             let first = value.len().min(CHUNK);
             let mut put = |number: u32, bytes: Vec<u8>| {
                 let key = chunk_key(key, number);
@@ -191,232 +195,7 @@ fn apply(db: &sled::Db, batch: &Batch) -> Result<(), StoreError> {
             }
         }
     }
-    let meta = [batch.revision.0.to_le_bytes(), sum.to_le_bytes()].concat();
+    let meta = [newest.revision.0.to_le_bytes(), sum.to_le_bytes()].concat();
     out.insert(meta_key(), meta);
     db.apply_batch(out).map_err(broken)
-}
-
-fn fill(db: &sled::Db, entries: &Memory) -> Result<(), StoreError> {
-    let all = entries.load(b"")?;
-    for entry in all {
-        // Each under the revision that wrote it; the last word is the export's own revision.
-        apply(db, &Batch { revision: entry.revision, ops: vec![(entry.key, Some(entry.value))] })?;
-    }
-    apply(db, &Batch { revision: entries.revision(), ops: Vec::new() })
-}
-
-fn flush(db: &sled::Db, folder: &Path) -> Result<(), StoreError> {
-    db.flush().map_err(broken)?;
-    let file = folder.join("sled").join("db");
-    File::open(&file).and_then(|f| f.sync_data()).map_err(io("sync", &file))?;
-    let blobs = folder.join("sled").join("blobs");
-    if fs::read_dir(&blobs).is_ok_and(|mut d| d.next().is_some()) {
-        tracing::error!(
-            "sled has made files that it does not sync; the journal and the exports hold"
-        );
-    }
-    Ok(())
-}
-
-fn encode_export(entries: &Memory) -> Result<Vec<u8>, StoreError> {
-    let mut plain = entries.revision().0.to_le_bytes().to_vec();
-    for entry in entries.load(b"")? {
-        for bytes in [&entry.key[..], &entry.revision.0.to_le_bytes(), &entry.value[..]] {
-            plain.extend_from_slice(&u32::try_from(bytes.len()).map_err(broken)?.to_le_bytes());
-            plain.extend_from_slice(bytes);
-        }
-    }
-    let packed = zstd::bulk::compress(&plain, 3).map_err(broken)?;
-    let mut out = EXPORT_MAGIC.to_vec();
-    out.extend_from_slice(&crc32c::crc32c(&plain).to_le_bytes());
-    out.extend_from_slice(&(plain.len() as u64).to_le_bytes());
-    out.extend_from_slice(&packed);
-    Ok(out)
-}
-
-fn decode_export(bytes: &[u8]) -> Option<Memory> {
-    let head = bytes.get(..20)?;
-    if &head[..8] != EXPORT_MAGIC {
-        return None;
-    }
-    let crc = u32::from_le_bytes(head[8..12].try_into().ok()?);
-    let length = usize::try_from(u64::from_le_bytes(head[12..20].try_into().ok()?)).ok()?;
-    let plain = zstd::bulk::decompress(&bytes[20..], length).ok()?;
-    if crc32c::crc32c(&plain) != crc {
-        return None;
-    }
-    let mut rest = &plain[..];
-    let mut take = |n: usize| -> Option<Vec<u8>> {
-        let (head, tail) = rest.split_at_checked(n)?;
-        rest = tail;
-        Some(head.to_vec())
-    };
-    let revision = Revision(u64::from_le_bytes(take(8)?.try_into().ok()?));
-    let mut entries = Memory::default();
-    while let Some(length) = take(4) {
-        let mut sized = |length: Option<Vec<u8>>| {
-            let n = u32::from_le_bytes(length?.try_into().ok()?) as usize;
-            take(n)
-        };
-        let key = sized(Some(length))?;
-        let length = take(4);
-        let written: Vec<u8> = {
-            let n = u32::from_le_bytes(length?.try_into().ok()?) as usize;
-            take(n)?
-        };
-        let length = take(4);
-        let value = {
-            let n = u32::from_le_bytes(length?.try_into().ok()?) as usize;
-            take(n)?
-        };
-        let revision = Revision(u64::from_le_bytes(written.try_into().ok()?));
-        entries.put(Entry { key, revision, value });
-    }
-    entries.set_revision(revision);
-    Some(entries)
-}
-
-fn exports(folder: &Path) -> Result<Vec<(Revision, PathBuf)>, StoreError> {
-    let mut all = Vec::new();
-    if let Ok(list) = fs::read_dir(folder) {
-        for path in list.filter_map(|e| Some(e.ok()?.path())) {
-            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-            if let Some(number) = name.strip_suffix(".export").and_then(|n| n.parse().ok()) {
-                all.push((Revision(number), path));
-            }
-        }
-    }
-    all.sort();
-    Ok(all)
-}
-
-fn newest_export(folder: &Path) -> Result<Option<Memory>, StoreError> {
-    for (_, path) in exports(folder)?.into_iter().rev() {
-        match fs::read(&path).ok().as_deref().and_then(decode_export) {
-            Some(entries) => return Ok(Some(entries)),
-            None => {
-                tracing::error!(path = %path.display(), "an export is damaged; trying an older one")
-            }
-        }
-    }
-    Ok(None)
-}
-
-impl Store for Embedded {
-    fn revision(&self) -> Revision {
-        self.journal.revision()
-    }
-
-    fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
-        self.journal.append(batches)?;
-        for batch in batches {
-            apply(&self.db, batch)?;
-            self.entries.apply(batch);
-        }
-        if self.journal.revision().0.saturating_sub(self.checkpointed.0) >= CHECKPOINT_EVERY
-            && let Err(error) = self.checkpoint()
-        {
-            // The journal holds; the next checkpoint may have room.
-            tracing::warn!(error = %crate::error::Chain(&error), "a checkpoint failed");
-            self.checkpointed = self.journal.revision();
-        }
-        Ok(())
-    }
-
-    fn load(&self, prefix: &[u8]) -> Result<Vec<Entry>, StoreError> {
-        self.entries.load(prefix)
-    }
-
-    fn checkpoint(&mut self) -> Result<(), StoreError> {
-        flush(&self.db, &self.folder)?;
-        let folder = self.folder.join("exports");
-        fs::create_dir_all(&folder).map_err(io("make the folder", &folder))?;
-        let revision = self.entries.revision();
-        let path = folder.join(format!("{:020}.export", revision.0));
-        write_whole(&path, &encode_export(&self.entries)?)?;
-        let good = fs::read(&path).ok().as_deref().and_then(decode_export);
-        if good.map(|e| e.revision()) != Some(revision) {
-            return Err(StoreError::Materialised("an export does not read back".to_owned()));
-        }
-        let all = exports(&folder)?;
-        let keep_from = all.len().saturating_sub(EXPORTS);
-        for (_, old) in &all[..keep_from] {
-            fs::remove_file(old).map_err(io("remove", old))?;
-        }
-        sync_folder(&folder)?;
-        // The journal goes back to the older export, in case the newer one is damaged later.
-        if let Some((oldest, _)) = all.get(keep_from)
-            && all.len() - keep_from == EXPORTS
-        {
-            self.journal.forget(*oldest)?;
-        }
-        self.checkpointed = revision;
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn batch(revision: u64) -> Batch {
-        Batch {
-            revision: Revision(revision),
-            ops: vec![(
-                format!("k/{:03}", revision % 50).into_bytes(),
-                Some(vec![
-                    u8::try_from(revision % 251).unwrap();
-                    10 + (revision as usize * 37) % 9000
-                ]),
-            )],
-        }
-    }
-
-    fn filled(dir: &Path, to: u64) -> Vec<Entry> {
-        let (mut store, _) = Embedded::open(dir).unwrap();
-        for revision in store.revision().0 + 1..=to {
-            store.commit(&[batch(revision)]).unwrap();
-        }
-        store.load(b"").unwrap()
-    }
-
-    #[test]
-    fn a_damaged_sled_is_made_anew_from_export_and_journal() {
-        let dir = tempfile::tempdir().unwrap();
-        filled(dir.path(), 60);
-        {
-            let (mut store, _) = Embedded::open(dir.path()).unwrap();
-            store.checkpoint().unwrap();
-        }
-        let before = filled(dir.path(), 120);
-        let file = dir.path().join("sled/db");
-        let mut bytes = fs::read(&file).unwrap();
-        let len = bytes.len();
-        for byte in &mut bytes[len / 4..len / 2] {
-            *byte ^= 0x5a;
-        }
-        fs::write(&file, bytes).unwrap();
-        let (store, opened) = Embedded::open(dir.path()).unwrap();
-        assert!(opened.rebuilt.is_some() || store.load(b"").unwrap() == before);
-        assert_eq!(opened.fell_back, None);
-        assert_eq!(store.load(b"").unwrap(), before);
-        assert_eq!(store.revision(), Revision(120));
-    }
-
-    #[test]
-    fn a_missing_sled_and_a_damaged_newest_export_lose_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        for to in [30, 60, 90] {
-            filled(dir.path(), to);
-            let (mut store, _) = Embedded::open(dir.path()).unwrap();
-            store.checkpoint().unwrap();
-        }
-        let before = filled(dir.path(), 100);
-        fs::remove_dir_all(dir.path().join("sled")).unwrap();
-        let newest = exports(&dir.path().join("exports")).unwrap().pop().unwrap().1;
-        fs::write(newest, b"nothing").unwrap();
-        let (store, opened) = Embedded::open(dir.path()).unwrap();
-        assert_eq!(store.load(b"").unwrap(), before);
-        assert_eq!(opened.fell_back, None);
-    }
 }

@@ -5,6 +5,7 @@
 mod batching;
 mod grpc;
 mod harness;
+mod hostile;
 mod http;
 mod life;
 

@@ -1,0 +1,73 @@
+//! Bugs planted on purpose, one at a time, to see that the simulator finds them.
+//!
+//! Compiled in only with the feature `bugs`, which the simulator alone asks for: without it `bug!` is
+//! `false`. Each stands where the line is whose loss it plays.
+
+use std::cell::Cell;
+
+thread_local! {
+    static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
+}
+
+/// A bug.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "their words are in ALL")]
+pub enum Bug {
+    OlderSetTaken,
+    EpochUnasked,
+    ActsBeforeDurable,
+    UndurableAcknowledged,
+    EmptySetForNoNews,
+    HeldBodiesForgotten,
+    CreatedBeforeRecorded,
+    NumberUsedTwice,
+    FailedWriteTaken,
+    LateLookBelieved,
+    AwayMeansEmpty,
+    BothSideBySide,
+    BytesNotFirst,
+    NeverRolledBack,
+    SameContainerAgain,
+    BackoffForgotten,
+    ReportsOutliveReplicas,
+    HelloLacksReports,
+    WipeForgotten,
+    RefusedNeverDialsAgain,
+    ReadinessNotTold,
+    RemovedByHandForgotten,
+}
+
+/// Every bug, with what goes wrong.
+pub const ALL: &[(Bug, &str)] = &[
+    (Bug::OlderSetTaken, "an older set is taken"),
+    (Bug::EpochUnasked, "only the generations of sets are compared"),
+    (Bug::ActsBeforeDurable, "a set is acted on before it is durable"),
+    (Bug::UndurableAcknowledged, "a set that the disk did not take is acknowledged"),
+    (Bug::EmptySetForNoNews, "no news is taken for the empty set"),
+    (Bug::HeldBodiesForgotten, "a body that was held already is missing in the next set"),
+    (Bug::CreatedBeforeRecorded, "a container is made before its number is durable"),
+    (Bug::NumberUsedTwice, "an attempt's number is taken from what is seen alone"),
+    (Bug::FailedWriteTaken, "a failed write is taken for a durable one"),
+    (Bug::LateLookBelieved, "a look that began before a step ended is believed"),
+    (Bug::AwayMeansEmpty, "an engine that does not answer is taken for one without containers"),
+    (Bug::BothSideBySide, "a replacement is started beside the one it replaces"),
+    (Bug::BytesNotFirst, "the old one is stopped before the new one's image is here"),
+    (Bug::NeverRolledBack, "a replacement that is not ready in time stays"),
+    (Bug::SameContainerAgain, "a program that ended is started in the same container"),
+    (Bug::BackoffForgotten, "a program that ended is started again at once"),
+    (Bug::ReportsOutliveReplicas, "a replica of which nothing is left is still reported"),
+    (Bug::HelloLacksReports, "a hello does not say what is there"),
+    (Bug::WipeForgotten, "a host that is to be wiped keeps what it runs"),
+    (Bug::RefusedNeverDialsAgain, "an agent that was refused never dials again"),
+    (Bug::ReadinessNotTold, "a replica's readiness is not reported when only that changes"),
+    (Bug::RemovedByHandForgotten, "a container that somebody removed is never made anew"),
+];
+
+/// From now on this one is planted in this thread's machines, and no other.
+pub fn plant(bug: Option<Bug>) {
+    PLANTED.set(bug);
+}
+
+pub(crate) fn is_planted(bug: Bug) -> bool {
+    PLANTED.get() == Some(bug)
+}

@@ -1,0 +1,104 @@
+//! The door's guards, asked as the engine asks.
+
+use super::super::testing::{FakeRegistry, RoomFor, noise};
+use super::*;
+use http_body_util::{BodyExt as _, Empty};
+use hyper_util::rt::TokioIo;
+
+struct Asked {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Bytes,
+}
+
+async fn ask(door: &Door, method: &str, path: &str, password: &str, range: Option<&str>) -> Asked {
+    let stream = tokio::net::TcpStream::connect(door.0.address).await.unwrap();
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let pair = base64::engine::general_purpose::STANDARD.encode(format!("berth:{password}"));
+    let mut request = http::Request::builder()
+        .method(method)
+        .uri(path)
+        .header(header::HOST, "door")
+        .header(header::AUTHORIZATION, format!("Basic {pair}"));
+    if let Some(range) = range {
+        request = request.header(header::RANGE, range);
+    }
+    let request = request.body(Empty::<Bytes>::new()).unwrap();
+    let (head, body) = sender.send_request(request).await.unwrap().into_parts();
+    let body = body.collect().await.unwrap().to_bytes();
+    Asked { status: head.status, headers: head.headers, body }
+}
+
+#[tokio::test]
+async fn only_the_engine_reads_and_only_what_is_pulled_for_the_set() {
+    let registry = FakeRegistry::start().await;
+    let layer = noise(300_000, 3);
+    let (config, layer_digest) = (registry.put(b"{}"), registry.put(&layer));
+    let secret = registry.put(b"another's");
+    let manifest = Bytes::from(
+        serde_json::json!({
+            "config": {"digest": config.as_str(), "size": 2},
+            "layers": [{"digest": layer_digest.as_str(), "size": layer.len()}],
+        })
+        .to_string(),
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let spool = Spool::open(dir.path()).unwrap();
+    let transfers = Arc::new(Transfers::new(registry.client.clone(), None));
+    let door = Door::open(transfers, Arc::new(RoomFor(u64::MAX)), spool).await.unwrap();
+    let password = door.password().to_owned();
+    assert!(password.len() >= 40);
+    assert!(password.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-'));
+
+    let digest = Digest::of(&manifest);
+    let path = format!("/v2/{MARK}/r/manifests/{digest}");
+    let blob = format!("/v2/{MARK}/r/blobs/{layer_digest}");
+    assert_eq!(ask(&door, "GET", &path, "guess", None).await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(ask(&door, "GET", "/v2/", "guess", None).await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(ask(&door, "GET", "/v2/", &password, None).await.status, StatusCode::OK);
+    // Not being pulled, then not wanted: not there.
+    assert_eq!(ask(&door, "GET", &path, &password, None).await.status, StatusCode::NOT_FOUND);
+    let image = Image {
+        repository: "r".to_owned(),
+        blobs: blobs_of(&manifest).unwrap().into_iter().map(|b| (b.digest, b.size_bytes)).collect(),
+        manifest: manifest.clone(),
+        media_type: "application/vnd.oci.image.manifest.v1+json".to_owned(),
+    };
+    let opened = door.begin(&digest, image);
+    assert_eq!(ask(&door, "GET", &path, &password, None).await.status, StatusCode::NOT_FOUND);
+    door.allow([digest.clone()].into());
+
+    let got = ask(&door, "GET", &path, &password, None).await;
+    assert_eq!((got.status, got.body), (StatusCode::OK, manifest));
+    for method in ["PUT", "POST", "PATCH", "DELETE"] {
+        let got = ask(&door, method, &blob, &password, None).await;
+        assert_eq!(got.status, StatusCode::METHOD_NOT_ALLOWED, "{method}");
+    }
+    let tag = format!("/v2/{MARK}/r/manifests/latest");
+    assert_eq!(ask(&door, "GET", &tag, &password, None).await.status, StatusCode::NOT_FOUND);
+    let foreign = format!("/v2/{MARK}/r/blobs/{secret}");
+    assert_eq!(ask(&door, "GET", &foreign, &password, None).await.status, StatusCode::NOT_FOUND);
+    let elsewhere = format!("/v2/{MARK}/other/blobs/{layer_digest}");
+    assert_eq!(ask(&door, "GET", &elsewhere, &password, None).await.status, StatusCode::NOT_FOUND);
+
+    let head = ask(&door, "HEAD", &blob, &password, None).await;
+    assert_eq!((head.status, registry.answers()), (StatusCode::OK, 0));
+    assert_eq!(head.headers[header::CONTENT_LENGTH], "300000");
+    // A connection that breaks behind us is not seen by the engine.
+    registry.cut(&[100_000]);
+    let got = ask(&door, "GET", &blob, &password, None).await;
+    assert_eq!((got.status, got.body.as_ref()), (StatusCode::OK, layer.as_slice()));
+    assert_eq!(registry.sent(), 300_000);
+    let got = ask(&door, "GET", &blob, &password, Some("bytes=299990-")).await;
+    assert_eq!(got.status, StatusCode::PARTIAL_CONTENT);
+    assert_eq!(got.body.as_ref(), &layer[299_990..]);
+    // Asked twice, brought once.
+    assert_eq!(registry.sent(), 300_000);
+
+    drop(opened);
+    assert_eq!(ask(&door, "GET", &blob, &password, None).await.status, StatusCode::NOT_FOUND);
+    door.drop_blobs(vec![layer_digest]).await;
+    assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none());
+}

@@ -1,0 +1,163 @@
+//! A registry for tests: real TLS, blobs in memory, connections that break when told.
+
+use super::client::Client;
+use super::transfer::Room;
+use async_trait::async_trait;
+use berth_proto::ids::Digest;
+use berth_proto::tls::{self, Trusted};
+use parking_lot::Mutex;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+
+#[derive(Default)]
+struct State {
+    blobs: BTreeMap<String, Arc<Vec<u8>>>,
+    /// Each of the next answers is cut after so many bytes of its body.
+    cuts: Vec<usize>,
+    sent: u64,
+    answers: u64,
+}
+
+/// The registry. Clones are the same one.
+#[derive(Clone)]
+pub(super) struct FakeRegistry {
+    state: Arc<Mutex<State>>,
+    pub(super) client: Client,
+}
+
+impl FakeRegistry {
+    pub(super) async fn start() -> Self {
+        let mut ca = CertificateParams::new(Vec::new()).unwrap();
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let ca_key = KeyPair::generate().unwrap();
+        let root = ca.self_signed(&ca_key).unwrap().pem();
+        let issuer = Issuer::from_ca_cert_pem(&root, ca_key).unwrap();
+        let mut leaf = CertificateParams::new(Vec::new()).unwrap();
+        leaf.subject_alt_names = vec![SanType::URI("spiffe://c/server".try_into().unwrap())];
+        let key = KeyPair::generate().unwrap();
+        let leaf = leaf.signed_by(&key, &issuer).unwrap();
+        let config = rustls::ServerConfig::builder_with_provider(tls::provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![leaf.der().clone()],
+                tls::private_key(&key.serialize_pem()).unwrap(),
+            )
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let trusted = Trusted::Roots { pem: root, cluster: "c".parse().unwrap() };
+        let tls = tls::client_config(trusted, None, &[], None).unwrap();
+        let this = Self { state: Arc::default(), client: Client::new(address, tls) };
+        let registry = this.clone();
+        tokio::spawn(async move {
+            while let Ok((tcp, _)) = listener.accept().await {
+                let (registry, acceptor) = (registry.clone(), acceptor.clone());
+                tokio::spawn(async move {
+                    if let Ok(stream) = acceptor.accept(tcp).await {
+                        registry.serve(stream).await.ok();
+                    }
+                });
+            }
+        });
+        this
+    }
+
+    pub(super) fn put(&self, bytes: &[u8]) -> Digest {
+        let digest = Digest::of(bytes);
+        self.state.lock().blobs.insert(digest.to_string(), Arc::new(bytes.to_vec()));
+        digest
+    }
+
+    /// The next answers break off after so many bytes.
+    pub(super) fn cut(&self, after: &[usize]) {
+        self.state.lock().cuts = after.iter().rev().copied().collect();
+    }
+
+    /// Bytes of bodies sent so far.
+    pub(super) fn sent(&self) -> u64 {
+        self.state.lock().sent
+    }
+
+    /// Requests answered so far.
+    pub(super) fn answers(&self) -> u64 {
+        self.state.lock().answers
+    }
+
+    async fn serve(
+        &self,
+        stream: tokio_rustls::server::TlsStream<tokio::net::TcpStream>,
+    ) -> std::io::Result<()> {
+        let mut stream = BufReader::new(stream);
+        loop {
+            let (mut path, mut range) = (String::new(), None);
+            loop {
+                let mut line = String::new();
+                if stream.read_line(&mut line).await? == 0 {
+                    return Ok(());
+                }
+                if let Some(rest) = line.strip_prefix("GET ") {
+                    path = rest.split(' ').next().unwrap_or_default().to_owned();
+                } else if let Some(rest) = line.to_ascii_lowercase().strip_prefix("range: bytes=") {
+                    let (from, to) = rest.trim().split_once('-').unwrap();
+                    range = Some((from.parse::<usize>().unwrap(), to.parse::<usize>().unwrap()));
+                } else if line.trim().is_empty() {
+                    break;
+                }
+            }
+            let name = path.rsplit('/').next().unwrap_or_default();
+            let (blob, cut) = {
+                let mut state = self.state.lock();
+                state.answers += 1;
+                (state.blobs.get(name).cloned(), state.cuts.pop())
+            };
+            let Some(blob) = blob else {
+                stream.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await?;
+                continue;
+            };
+            let (from, end) = range.map_or((0, blob.len()), |(a, b)| (a, (b + 1).min(blob.len())));
+            let status = if range.is_some() { "206 Partial Content" } else { "200 OK" };
+            let head = format!(
+                "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\
+                 content-range: bytes {from}-{}/{}\r\n\r\n",
+                end - from,
+                end.saturating_sub(1),
+                blob.len()
+            );
+            stream.write_all(head.as_bytes()).await?;
+            let stop = cut.map_or(end, |cut| (from + cut).min(end));
+            for piece in blob[from..stop].chunks(64 * 1024) {
+                stream.write_all(piece).await?;
+                self.state.lock().sent += piece.len() as u64;
+            }
+            stream.flush().await?;
+            if stop < end {
+                return stream.shutdown().await;
+            }
+        }
+    }
+}
+
+/// A disk that has room for so many bytes.
+pub(super) struct RoomFor(pub(super) u64);
+
+#[async_trait]
+impl Room for RoomFor {
+    async fn room(&self, bytes: u64) -> Result<(), (u64, u64)> {
+        if bytes <= self.0 { Ok(()) } else { Err((bytes, self.0)) }
+    }
+}
+
+/// Bytes that do not repeat soon.
+pub(super) fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut draw = seed;
+    let mut next = || {
+        draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99);
+        (draw >> 56) as u8
+    };
+    (0..len).map(|_| next()).collect()
+}

@@ -1,0 +1,223 @@
+//! Deployments and their releases.
+
+use super::{ask, confirm, connect, pages, write};
+use crate::args::{Deployment as Verb, Global, Output, Release as ReleaseVerb, Rollout};
+use crate::error::{Error, Result};
+use crate::output::{age, moment, print, put, say, word};
+use berth_proto::api::*;
+use berth_proto::manifest;
+use serde_json::{Value, json};
+
+pub fn to_json(deployment: &Deployment) -> Value {
+    let mut value = manifest::to_json(deployment);
+    let s = deployment.status.clone().unwrap_or_default();
+    let meta = deployment.meta.clone().unwrap_or_default();
+    value["metadata"]["uid"] = json!(meta.uid);
+    value["metadata"]["revision"] = json!(meta.revision);
+    value["metadata"]["createTime"] = moment(meta.create_time.as_ref());
+    value["status"] = json!({
+        "release": s.release, "rollout": word(s.rollout().as_str_name(), "ROLLOUT_STATE_"),
+        "reason": s.reason, "wanted": s.wanted, "running": s.running, "ready": s.ready,
+        "updatedReady": s.updated_ready, "deferredHosts": s.deferred_hosts,
+        "stableRelease": s.stable_release, "resolved": s.resolved, "unknown": s.unknown,
+        "pending": s.pending.iter().map(|p| json!({"reason": p.reason, "message": p.message, "count": p.count})).collect::<Vec<_>>(),
+    });
+    value
+}
+
+pub async fn scale(global: &Global, name: &str, replicas: u32) -> Result<()> {
+    let client = connect(global).await?;
+    let request = ScaleRequest {
+        write: write(),
+        namespace: client.namespace.clone(),
+        name: name.to_owned(),
+        replicas,
+    };
+    let answer = ask(global, client.deployments().scale(request)).await?;
+    say(
+        global,
+        &format!("{name}: {replicas} replicas wanted"),
+        &to_json(&answer.deployment.unwrap_or_default()),
+    )
+}
+
+pub async fn remove(global: &Global, name: &str, allow_missing: bool) -> Result<()> {
+    confirm(global, &format!("stop all replicas of \"{name}\" and remove it"))?;
+    let client = connect(global).await?;
+    let request = DeleteRequest {
+        write: write(),
+        namespace: client.namespace.clone(),
+        name: name.to_owned(),
+        allow_missing,
+    };
+    ask(global, client.deployments().delete(request)).await?;
+    let watch =
+        WatchDeploymentRequest { namespace: client.namespace.clone(), name: name.to_owned() };
+    let gone = match ask(global, client.deployments().watch_deployment(watch)).await {
+        Ok(mut stream) => {
+            let gone = async {
+                while let Ok(Some(now)) = stream.message().await {
+                    if now.deleted {
+                        return true;
+                    }
+                }
+                false
+            };
+            tokio::time::timeout(global.request_timeout, gone).await.unwrap_or(false)
+        }
+        Err(error) => is_gone(&error),
+    };
+    let value = json!({"name": name, "removed": gone});
+    if gone {
+        return say(global, &format!("{name}: removed"), &value);
+    }
+    eprintln!("it ends when every host has confirmed that nothing of it is left");
+    match global.output {
+        Output::Json | Output::Yaml => say(global, "", &value),
+        Output::Table | Output::Wide => Ok(()),
+    }
+}
+
+/// What the server says of a deployment of which nothing is left; anything else says nothing of it.
+fn is_gone(error: &Error) -> bool {
+    error.reason == "DEPLOYMENT_NOT_FOUND"
+}
+
+pub async fn deployment(global: &Global, verb: Verb) -> Result<()> {
+    match verb {
+        Verb::List => {
+            let client = connect(global).await?;
+            let mut deployments = client.deployments();
+            let mut all = pages!(global, deployments, |page| deployments.list_deployments(
+                ListDeploymentsRequest { namespace: client.namespace.clone(), page }
+            ));
+            all.retain(|d| d.meta.as_ref().is_some_and(|m| global.selects(&m.labels)));
+            let rows = all
+                .iter()
+                .map(|d| {
+                    let (m, s) =
+                        (d.meta.clone().unwrap_or_default(), d.status.clone().unwrap_or_default());
+                    let reason =
+                        s.pending.first().map(|p| p.message.clone()).unwrap_or(s.reason.clone());
+                    vec![
+                        m.namespace,
+                        m.name,
+                        format!("{}/{}", s.ready, s.wanted),
+                        s.release.to_string(),
+                        word(s.rollout().as_str_name(), "ROLLOUT_STATE_"),
+                        age(m.create_time.as_ref()),
+                        reason,
+                        s.resolved,
+                    ]
+                })
+                .collect();
+            let value = Value::Array(all.iter().map(to_json).collect());
+            let heads =
+                ["NAMESPACE", "NAME", "READY", "RELEASE", "ROLLOUT", "AGE", "REASON", "SOURCE"];
+            print(global, &heads, 7, rows, &value)
+        }
+        Verb::Show { name } => {
+            let client = connect(global).await?;
+            let request = GetDeploymentRequest { namespace: client.namespace.clone(), name };
+            let one = ask(global, client.deployments().get_deployment(request)).await?;
+            let one = one.deployment.unwrap_or_default();
+            match global.output {
+                // Can be applied again and changes nothing.
+                Output::Yaml => put(&manifest::to_yaml(&manifest::to_json(&one))),
+                Output::Json => say(global, "", &to_json(&one)),
+                Output::Table | Output::Wide => put(&manifest::to_yaml(&to_json(&one))),
+            }
+        }
+        Verb::Scale { name, replicas } => scale(global, &name, replicas).await,
+        Verb::Restart { name } => {
+            let client = connect(global).await?;
+            let namespace = client.namespace.clone();
+            let request = RestartRequest { write: write(), namespace, name: name.clone() };
+            let answer = ask(global, client.deployments().restart(request)).await?;
+            let release =
+                answer.deployment.clone().unwrap_or_default().status.unwrap_or_default().release;
+            say(
+                global,
+                &format!("{name}: restarting as release {release}"),
+                &to_json(&answer.deployment.unwrap_or_default()),
+            )
+        }
+        Verb::Rm { name, allow_missing } => remove(global, &name, allow_missing).await,
+        Verb::Rollout(Rollout::Status { name }) => {
+            let client = connect(global).await?;
+            let namespace = client.namespace.clone();
+            let request = GetDeploymentRequest { namespace, name: name.clone() };
+            let one = ask(global, client.deployments().get_deployment(request)).await?;
+            let one = one.deployment.unwrap_or_default();
+            let s = one.status.clone().unwrap_or_default();
+            let state = word(s.rollout().as_str_name(), "ROLLOUT_STATE_");
+            let words = format!(
+                "{name}: release {} is {state}, {}/{} ready {}",
+                s.release, s.updated_ready, s.wanted, s.reason
+            );
+            say(global, words.trim(), &to_json(&one))
+        }
+        Verb::Rollout(Rollout::History { name }) => {
+            release(global, ReleaseVerb::List { deployment: name }).await
+        }
+        Verb::Rollout(Rollout::Undo { name, to }) => {
+            let client = connect(global).await?;
+            let namespace = client.namespace.clone();
+            let request =
+                UndoRequest { write: write(), namespace, name: name.clone(), to_release: to };
+            let answer = ask(global, client.deployments().undo(request))
+                .await?
+                .deployment
+                .unwrap_or_default();
+            let release = answer.status.as_ref().map_or(0, |s| s.release);
+            say(global, &format!("{name}: going back, as release {release}"), &to_json(&answer))
+        }
+    }
+}
+
+fn release_json(r: &Release) -> Value {
+    json!({
+        "deployment": r.deployment, "namespace": r.namespace, "number": r.number,
+        "state": word(r.state().as_str_name(), "RELEASE_STATE_"), "cause": r.cause,
+        "createdBy": r.created_by, "createTime": moment(r.create_time.as_ref()),
+        "bodyDigest": r.body_digest, "copiedFrom": r.copied_from,
+        "spec": r.spec.as_ref().map(manifest::spec_to_json),
+    })
+}
+
+pub async fn release(global: &Global, verb: ReleaseVerb) -> Result<()> {
+    let client = connect(global).await?;
+    let namespace = client.namespace.clone();
+    match verb {
+        ReleaseVerb::List { deployment } => {
+            let mut deployments = client.deployments();
+            let all =
+                pages!(global, releases, |page| deployments.list_releases(ListReleasesRequest {
+                    namespace: namespace.clone(),
+                    deployment: deployment.clone(),
+                    page,
+                }));
+            let rows = all
+                .iter()
+                .map(|r| {
+                    vec![
+                        r.number.to_string(),
+                        word(r.state().as_str_name(), "RELEASE_STATE_"),
+                        r.cause.clone(),
+                        r.created_by.clone(),
+                        age(r.create_time.as_ref()),
+                        r.body_digest.clone(),
+                    ]
+                })
+                .collect();
+            let value = Value::Array(all.iter().map(release_json).collect());
+            print(global, &["RELEASE", "STATE", "CAUSE", "BY", "AGE", "BODY"], 5, rows, &value)
+        }
+        ReleaseVerb::Show { deployment, number } => {
+            let request = GetReleaseRequest { namespace, deployment, number };
+            let one = ask(global, client.deployments().get_release(request)).await?;
+            let value = release_json(&one.release.unwrap_or_default());
+            say(global, manifest::to_yaml(&value).trim_end(), &value)
+        }
+    }
+}

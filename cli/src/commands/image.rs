@@ -1,0 +1,198 @@
+//! Images: pushed from the local engine, or built there from a folder.
+
+use super::model::version_json;
+use super::{ask, connect, name_and_version, pair, write};
+use crate::args::{Build, Global, Image};
+use crate::dockerignore::{self, Rules};
+use crate::engine;
+use crate::error::{Error, Result};
+use crate::output::say;
+use crate::{package, push};
+use berth_proto::api::*;
+use berth_proto::escape::for_terminal;
+use berth_proto::quantity::human_bytes;
+use bollard::models::BuildInfo;
+use bollard::query_parameters::{BuildImageOptionsBuilder, RemoveImageOptions};
+use futures_util::StreamExt as _;
+use serde_json::json;
+use std::collections::HashMap;
+use std::path::Path;
+use tokio_util::io::ReaderStream;
+
+/// Pieces of the context on their way to the engine.
+const PIECE: usize = 256 * 1024;
+
+pub async fn image(global: &Global, verb: Image) -> Result<()> {
+    let Image::Push { local, remote } = verb;
+    let (repository, tag) = name_and_version(&remote)?;
+    let client = connect(global).await?;
+    let pushed = push::image(&client.context, &local, repository, tag).await?;
+    say(
+        global,
+        &format!(
+            "{remote}@{} pushed, {} ({} sent)",
+            pushed.digest,
+            human_bytes(pushed.size),
+            human_bytes(pushed.sent)
+        ),
+        &json!({
+            "image": remote, "digest": pushed.digest, "sizeBytes": pushed.size,
+            "sentBytes": pushed.sent,
+        }),
+    )
+}
+
+/// The folder as a tar file in `to`, without what `.dockerignore` names.
+fn pack(folder: &Path, dockerfile: &str, to: &Path) -> Result<(usize, u64)> {
+    let rules = match std::fs::read_to_string(folder.join(".dockerignore")) {
+        Ok(text) => Rules::parse(&text)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Rules::default(),
+        Err(error) => return Err(Error::user(format!("cannot read .dockerignore: {error}"))),
+    };
+    let entries = dockerignore::context(folder, &rules, &[dockerfile, ".dockerignore"])?;
+    let file = std::io::BufWriter::new(std::fs::File::create(to)?);
+    let mut archive = tar::Builder::new(file);
+    archive.follow_symlinks(false);
+    for entry in &entries {
+        let path = folder.join(entry);
+        let kind = std::fs::symlink_metadata(&path)?.file_type();
+        if kind.is_dir() {
+            archive.append_dir(entry, &path)?;
+        } else if kind.is_file() || kind.is_symlink() {
+            archive.append_path_with_name(&path, entry)?;
+        }
+        // Sockets and devices are no part of a context.
+    }
+    std::io::Write::flush(&mut archive.into_inner()?)?;
+    Ok((entries.len(), std::fs::metadata(to)?.len()))
+}
+
+/// What the engine says while it builds, on standard error; its error, where that is what it says.
+fn step(info: &BuildInfo) -> Result<()> {
+    if let Some(text) = &info.stream {
+        for line in text.lines().filter(|l| !l.trim().is_empty()) {
+            eprintln!("{}", for_terminal(line));
+        }
+    }
+    if let (Some(id), Some(status)) = (&info.id, &info.status)
+        && info.progress_detail.as_ref().is_none_or(|p| p.total.is_none())
+    {
+        eprintln!("{}", for_terminal(&format!("{id}: {status}")));
+    }
+    match info.error_detail.as_ref().and_then(|e| e.message.as_ref()) {
+        Some(message) => Err(failed(message)),
+        None => Ok(()),
+    }
+}
+
+fn failed(message: &str) -> Error {
+    Error::user(format!("the build failed: {}", for_terminal(message.trim())))
+        .hint("the lines above are the engine's; nothing was pushed or registered")
+}
+
+/// Builds the folder under the name `local`.
+async fn run_build(engine: &bollard::Docker, args: &Build, local: &str) -> Result<()> {
+    let folder = push::TempFolder::new()?;
+    let archive = folder.path().join("context.tar");
+    let (entries, size) = pack(&args.folder, &args.file, &archive)?;
+    eprintln!("context: {entries} entries, {}", human_bytes(size));
+    let build_args: HashMap<String, String> =
+        args.build_args.iter().map(|a| pair(a)).collect::<Result<_>>()?;
+    let options = BuildImageOptionsBuilder::default()
+        .dockerfile(&args.file)
+        .t(local)
+        .nocache(args.no_cache)
+        .rm(true)
+        .forcerm(true)
+        .buildargs(&build_args)
+        .build();
+    let file = tokio::fs::File::open(&archive).await?;
+    let pieces = ReaderStream::with_capacity(file, PIECE);
+    let body = bollard::body_try_stream(pieces);
+    let mut stream = engine.build_image(options, None, Some(body));
+    while let Some(next) = stream.next().await {
+        match next {
+            Ok(info) => step(&info)?,
+            Err(bollard::errors::Error::DockerStreamError { error }) => return Err(failed(&error)),
+            Err(error) => return Err(engine::explain(error)),
+        }
+    }
+    Ok(())
+}
+
+pub async fn build(global: &Global, args: Build) -> Result<()> {
+    let (name, version) = name_and_version(&args.tag)?;
+    if !args.folder.is_dir() {
+        return Err(Error::user(format!("{} is not a folder", args.folder.display())));
+    }
+    let dockerfile = args.folder.join(&args.file);
+    if !dockerfile.is_file() {
+        return Err(Error::user(format!("{} does not exist", dockerfile.display()))
+            .hint("--file names another one, as a path in the folder"));
+    }
+    let client = connect(global).await?;
+    let engine = engine::connect().await?;
+    let repository = package::repository(&client.namespace, name);
+    let local =
+        format!("berth.local/build-{}:{}", name.replace('/', "-"), uuid::Uuid::new_v4().simple());
+    let result = async {
+        run_build(&engine, &args, &local).await?;
+        push::image(&client.context, &local, &repository, version).await
+    }
+    .await;
+    let _ = engine.remove_image(&local, None::<RemoveImageOptions>, None).await;
+    let pushed = result?;
+    let request = RegisterVersionRequest {
+        write: write(),
+        version: Some(ModelVersion {
+            model: name.to_owned(),
+            namespace: client.namespace.clone(),
+            version: version.to_owned(),
+            repository,
+            digest: pushed.digest.clone(),
+            kind: ModelVersionKind::Image as i32,
+            format: "image".to_owned(),
+            size_bytes: pushed.size,
+            lineage: Some(package::lineage(&args.folder, "", Vec::new())),
+            ..ModelVersion::default()
+        }),
+        aliases: args.aliases,
+    };
+    let made =
+        ask(global, client.models().register_version(request)).await?.version.unwrap_or_default();
+    let words = format!(
+        "{} registered as image {}, {} ({} sent)",
+        args.tag,
+        pushed.digest,
+        human_bytes(pushed.size),
+        human_bytes(pushed.sent)
+    );
+    say(global, &words, &version_json(&made))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_context_keeps_links_and_leaves_out_what_is_ignored() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::create_dir(at("src")).unwrap();
+        for (name, text) in [("Dockerfile", "FROM scratch"), ("src/a", "a"), ("x.log", "log")] {
+            std::fs::write(at(name), text).unwrap();
+        }
+        std::os::unix::fs::symlink("src/a", at("link")).unwrap();
+        std::fs::write(at(".dockerignore"), "*.log\n").unwrap();
+        let out = tempfile::NamedTempFile::new().unwrap();
+        pack(dir.path(), "Dockerfile", out.path()).unwrap();
+        let mut archive = tar::Archive::new(std::fs::File::open(out.path()).unwrap());
+        let mut names: Vec<String> = archive
+            .entries()
+            .unwrap()
+            .map(|e| e.unwrap().path().unwrap().to_string_lossy().trim_end_matches('/').to_owned())
+            .collect();
+        names.sort();
+        assert_eq!(names, [".dockerignore", "Dockerfile", "link", "src", "src/a"]);
+    }
+}

@@ -1,0 +1,142 @@
+//! People and services.
+
+use super::{ask, confirm, connect, pages, write};
+use crate::args::{Global, User as UserVerb, UserRole};
+use crate::client;
+use crate::error::Result;
+use crate::output::{moment, print, put, say, word};
+use berth_proto::api::*;
+use berth_proto::manifest;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+fn token_words(token: &UserToken) -> String {
+    if token.deployment.is_empty() {
+        token.id.clone()
+    } else {
+        format!("{} (only {})", token.id, token.deployment)
+    }
+}
+
+fn token_json(token: &UserToken) -> Value {
+    json!({"id": token.id, "expireTime": moment(token.expire_time.as_ref()), "deployment": token.deployment})
+}
+
+pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
+    let client = connect(global).await?;
+    let mut users = client.users();
+    let bindings = |list: &[RoleBinding]| -> Vec<Value> {
+        list.iter().map(|b| json!({"role": word(b.role().as_str_name(), "ROLE_"), "namespace": b.namespace, "exec": b.exec})).collect()
+    };
+    match verb {
+        UserVerb::Create { name, role, expires, exec } => {
+            let role = match role {
+                UserRole::Admin => Role::Admin,
+                UserRole::Operator => Role::Operator,
+                UserRole::Viewer => Role::Viewer,
+            };
+            let (key, csr_pem) = berth_proto::tls::key_and_request()?;
+            let until = time::OffsetDateTime::now_utc() + expires;
+            let request = CreateUserRequest {
+                write: write(),
+                name: name.clone(),
+                bindings: vec![RoleBinding {
+                    role: role as i32,
+                    namespace: global.namespace.clone().unwrap_or_default(),
+                    exec,
+                }],
+                expire_time: Some(prost_types::Timestamp {
+                    seconds: until.unix_timestamp(),
+                    nanos: 0,
+                }),
+                csr_pem,
+            };
+            let made = ask(global, users.create_user(request)).await?;
+            let context = client::Context {
+                user: name,
+                cluster: made.cluster,
+                endpoints: made.endpoints,
+                registry: client.context.registry.clone(),
+                gateway: client.context.gateway.clone(),
+                roots: made.roots_pem,
+                certificate: made.certificate_pem,
+                key,
+            };
+            let config = client::Config {
+                current: "default".to_owned(),
+                contexts: BTreeMap::from([("default".to_owned(), context)]),
+            };
+            // A secret: shown once, to be kept in ~/.config/berth/config.toml over there.
+            put(&toml::to_string(&config)?)
+        }
+        UserVerb::List => {
+            let all = pages!(global, users, |page| users.list_users(ListUsersRequest { page }));
+            let rows = all
+                .iter()
+                .map(|u| {
+                    let until =
+                        u.expire_time.as_ref().map(crate::output::rfc3339).unwrap_or_default();
+                    let roles = u
+                        .bindings
+                        .iter()
+                        .map(|b| word(b.role().as_str_name(), "ROLE_"))
+                        .collect::<Vec<_>>()
+                        .join(", ");
+                    let state = if u.revoked { "revoked" } else { "" };
+                    vec![
+                        u.meta.clone().unwrap_or_default().name,
+                        roles,
+                        until,
+                        u.tokens.to_string(),
+                        state.to_owned(),
+                        u.live_tokens.iter().map(token_words).collect::<Vec<_>>().join(", "),
+                    ]
+                })
+                .collect();
+            let value = all.iter().map(|u| json!({"name": u.meta.clone().unwrap_or_default().name, "bindings": bindings(&u.bindings), "expireTime": moment(u.expire_time.as_ref()), "revoked": u.revoked, "tokens": u.tokens, "liveTokens": u.live_tokens.iter().map(token_json).collect::<Vec<_>>()})).collect();
+            print(
+                global,
+                &["NAME", "ROLES", "EXPIRES", "TOKENS", "STATE", "TOKEN IDS"],
+                5,
+                rows,
+                &Value::Array(value),
+            )
+        }
+        UserVerb::Token { name, mut deployment, expires } => {
+            // By the name that callers of the gateway use.
+            if let Some(namespace) = global.namespace.as_deref().filter(|n| *n != "default")
+                && !deployment.is_empty()
+            {
+                deployment = format!("{namespace}.{deployment}");
+            }
+            let expire_time = expires.map(|expires| {
+                let until = time::OffsetDateTime::now_utc() + expires;
+                prost_types::Timestamp { seconds: until.unix_timestamp(), nanos: 0 }
+            });
+            let request = CreateUserTokenRequest { write: write(), name, expire_time, deployment };
+            let made = ask(global, users.create_user_token(request)).await?;
+            say(global, &made.secret, &json!({"id": made.id, "secret": made.secret}))
+        }
+        UserVerb::Revoke { name, token } => {
+            let what = match &token {
+                Some(id) => format!("token {id} of \"{name}\""),
+                None => format!("\"{name}\" with all its tokens"),
+            };
+            confirm(global, &format!("revoke {what}"))?;
+            let request = RevokeUserRequest {
+                write: write(),
+                name: name.clone(),
+                token_id: token.clone().unwrap_or_default(),
+                ..Default::default()
+            };
+            ask(global, users.revoke_user(request)).await?;
+            let value = json!({"name": name, "token": token, "revoked": true});
+            say(global, &format!("{what}: revoked"), &value)
+        }
+        UserVerb::Whoami => {
+            let me = ask(global, users.who_am_i(WhoAmIRequest {})).await?;
+            let value = json!({"subject": me.subject, "bindings": bindings(&me.bindings), "expireTime": moment(me.expire_time.as_ref())});
+            say(global, manifest::to_yaml(&value).trim_end(), &value)
+        }
+    }
+}

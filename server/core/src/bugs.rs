@@ -1,0 +1,112 @@
+//! Bugs planted on purpose, one at a time, to see that the simulator finds them.
+//!
+//! Compiled in only with the feature `bugs`, which the simulator alone asks for: without it `bug!` is
+//! `false`. Each stands where the line is whose loss it plays.
+
+use std::cell::Cell;
+
+thread_local! {
+    static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
+}
+
+/// A bug.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "their words are in ALL")]
+pub enum Bug {
+    SupersededStatusBelieved,
+    SupersededHelloBelieved,
+    StatusAcknowledgedUnkept,
+    WriteAcknowledgedUndurable,
+    FullDiskForgotten,
+    PreconditionsUnasked,
+    GenerationNotRaised,
+    CapacityNotGivenBack,
+    CapacityGivenBackEarly,
+    RoomUnasked,
+    CordonUnasked,
+    LabelsUnasked,
+    FloorIgnored,
+    SurgeIgnored,
+    OldHealthCounted,
+    RollbackForgotten,
+    DeadlineStandsStill,
+    LostAtOnce,
+    DeletionEndsEarly,
+    ReplacedChain,
+    SuccessorBeside,
+    StoppedStaysInSet,
+    EpochKept,
+    RestoreDoesNotObserve,
+    OrphansForgotten,
+    OrphansUndecided,
+    GoneStayInLedger,
+    NeverThereStays,
+    CloneNumbersKept,
+    BodiesTakenForHeld,
+    SetsInterleaved,
+    HostWakeLost,
+    RoomWakeLost,
+    ReadinessNotStored,
+    TwoBootsWelcome,
+    WantedForgotten,
+    SurplusUnasked,
+}
+
+/// Every bug, with what goes wrong.
+pub const ALL: &[(Bug, &str)] = &[
+    (
+        Bug::SupersededStatusBelieved,
+        "a status of a session that another has taken over from is believed",
+    ),
+    (
+        Bug::SupersededHelloBelieved,
+        "a hello that took long to keep counts though a newer session has said hello meanwhile",
+    ),
+    (Bug::StatusAcknowledgedUnkept, "statuses are acknowledged before the ledger keeps them"),
+    (Bug::WriteAcknowledgedUndurable, "a write is acknowledged before it is durable"),
+    (Bug::FullDiskForgotten, "what a full disk refused stays in the view that is planned over"),
+    (Bug::PreconditionsUnasked, "a proposal is taken whatever has changed since it was made"),
+    (Bug::GenerationNotRaised, "a replica that is to stop does not raise its host's generation"),
+    (Bug::CapacityNotGivenBack, "a replica that is gone goes on taking its host's memory"),
+    (
+        Bug::CapacityGivenBackEarly,
+        "a replica that is being stopped takes nothing of its host any more",
+    ),
+    (Bug::RoomUnasked, "a host's room is not asked before a replica is placed there"),
+    (Bug::CordonUnasked, "replicas are placed on cordoned hosts"),
+    (Bug::LabelsUnasked, "the labels that a deployment requires are not asked"),
+    (Bug::FloorIgnored, "a rollout stops what is old whatever its floor is"),
+    (Bug::SurgeIgnored, "a rollout starts as many as it likes at once"),
+    (Bug::OldHealthCounted, "a rollout is complete when the old release is healthy"),
+    (Bug::RollbackForgotten, "a rollout that fails is paused where it should roll back"),
+    (Bug::DeadlineStandsStill, "the time a rollout has left never passes"),
+    (Bug::LostAtOnce, "a host that is away is lost at once"),
+    (Bug::DeletionEndsEarly, "a deployment's deletion ends while its hosts still stop it"),
+    (Bug::ReplacedChain, "a replica that changes places is itself replaced (mended)"),
+    (Bug::SuccessorBeside, "a set does not say that one replica takes another's place"),
+    (Bug::StoppedStaysInSet, "a replica that is to stop stays in its host's set"),
+    (Bug::EpochKept, "a restore keeps the epoch"),
+    (Bug::RestoreDoesNotObserve, "a restored server sends sets before it knows what runs"),
+    (Bug::OrphansForgotten, "what a host runs and a restored ledger does not know is forgotten"),
+    (Bug::OrphansUndecided, "a host with orphans gets sets before anybody has decided about them"),
+    (Bug::GoneStayInLedger, "what a complete hello lacks stays in the ledger"),
+    (Bug::NeverThereStays, "a replica that was given up before it got to its host stays (mended)"),
+    (Bug::CloneNumbersKept, "the numbers of another copy of an agent outlive it (mended)"),
+    (Bug::BodiesTakenForHeld, "bodies of a set that was not durable are taken for held"),
+    (Bug::SetsInterleaved, "a newer set is sent before the last one is answered"),
+    (Bug::HostWakeLost, "a host that comes back wakes nobody"),
+    (Bug::RoomWakeLost, "room that is given back wakes nobody"),
+    (Bug::ReadinessNotStored, "the first readiness of a replica is not written to disk"),
+    (Bug::TwoBootsWelcome, "two boots of one identity take the session from each other for ever"),
+    (Bug::WantedForgotten, "a wanted replica is forgotten when its host has nothing of it"),
+    (Bug::SurplusUnasked, "of two in one slot one is stopped whatever the floor is (mended)"),
+];
+
+/// From now on this one is planted in this thread's machines, and no other.
+pub fn plant(bug: Option<Bug>) {
+    PLANTED.set(bug);
+}
+
+pub(crate) fn is_planted(bug: Bug) -> bool {
+    PLANTED.get() == Some(bug)
+}

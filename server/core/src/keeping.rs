@@ -1,0 +1,109 @@
+//! Keeping what was found out, against others who write the same objects.
+//!
+//! A machine without I/O: it asks for one proposal at a time and is told how it went. Each object must
+//! be as it was seen; where the planner or an operator was faster, what is to be written is made anew
+//! from what is there then, so that none of them undoes another's write.
+
+use crate::batching::{Proposal, Refusal};
+use crate::change::Change;
+use crate::intake;
+use crate::view::View;
+use std::collections::VecDeque;
+
+/// Changes proposed at once, below what one commit holds.
+const CHUNK: usize = 40;
+/// How often a write is made anew because somebody else was faster: each time that was another's
+/// success, and no object of a host has so many writers at once.
+pub const TRIES: usize = 16;
+
+/// What comes next.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Next {
+    /// Propose this, then [`Keeping::answered`].
+    Propose(Proposal),
+    /// Make what is to be kept from the newest submitted view, then [`Keeping::made`].
+    Make,
+    /// All of it is kept, or it could not be.
+    Over(bool),
+}
+
+/// The machine.
+#[derive(Debug, Default)]
+pub struct Keeping {
+    made: usize,
+    chunks: VecDeque<Proposal>,
+}
+
+impl Keeping {
+    /// What is to be kept, as made from this view.
+    pub fn made(&mut self, view: &View, changes: &[Change]) -> Next {
+        self.made += 1;
+        self.chunks = changes.chunks(CHUNK).map(|chunk| intake::seen(view, chunk)).collect();
+        self.next()
+    }
+
+    fn next(&mut self) -> Next {
+        self.chunks.pop_front().map_or(Next::Over(true), Next::Propose)
+    }
+
+    /// How the last proposal went.
+    pub fn answered(&mut self, refusal: Option<&Refusal>) -> Next {
+        match refusal {
+            None => self.next(),
+            Some(Refusal::Conflict { .. }) if self.made < TRIES => Next::Make,
+            Some(
+                Refusal::Conflict { .. }
+                | Refusal::Epoch { .. }
+                | Refusal::TooLarge { .. }
+                | Refusal::Busy
+                | Refusal::Failed
+                | Refusal::Unsure
+                | Refusal::Full,
+            ) => Next::Over(false),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::ObjectKey;
+    use berth_proto::ids::Revision;
+
+    fn changes(n: usize) -> Vec<Change> {
+        (0..n).map(|n| Change::DeleteReplica(format!("r{n}").parse().unwrap())).collect()
+    }
+
+    fn conflict() -> Refusal {
+        let object = ObjectKey::Replica("r".parse().unwrap());
+        Refusal::Conflict { object, expected: Revision(1), found: Revision(2) }
+    }
+
+    #[test]
+    fn a_long_list_is_kept_in_parts_one_after_the_other() {
+        let mut keeping = Keeping::default();
+        let mut next = keeping.made(&View::default(), &changes(CHUNK + 1));
+        let mut sizes = Vec::new();
+        while let Next::Propose(proposal) = next {
+            assert_eq!(proposal.preconditions.len(), proposal.changes.len());
+            sizes.push(proposal.changes.len());
+            next = keeping.answered(None);
+        }
+        assert_eq!((sizes, next), (vec![CHUNK, 1], Next::Over(true)));
+    }
+
+    #[test]
+    fn whoever_was_slower_makes_it_anew_and_a_full_disk_ends_it() {
+        let mut keeping = Keeping::default();
+        for _ in 1..TRIES {
+            keeping.made(&View::default(), &changes(1));
+            assert_eq!(keeping.answered(Some(&conflict())), Next::Make);
+        }
+        keeping.made(&View::default(), &changes(1));
+        assert_eq!(keeping.answered(Some(&conflict())), Next::Over(false));
+        let mut keeping = Keeping::default();
+        keeping.made(&View::default(), &changes(1));
+        assert_eq!(keeping.answered(Some(&Refusal::Full)), Next::Over(false));
+        assert_eq!(Keeping::default().made(&View::default(), &[]), Next::Over(true));
+    }
+}

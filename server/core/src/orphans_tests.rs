@@ -1,0 +1,194 @@
+//! Claims about orphans.
+
+use super::*;
+use crate::dispatch::host_set;
+use crate::miniature::World;
+use crate::objects::Host;
+use crate::session::Hold;
+use berth_proto::ids::Digest;
+
+fn uid() -> HostUid {
+    "h0".parse().unwrap()
+}
+
+/// A deployment of two replicas on one host, in a ledger that was restored just now.
+fn restored() -> World {
+    let mut w = World::new(1);
+    w.apply(World::spec("one"));
+    w.settle();
+    let mut cluster = w.view.cluster.clone();
+    (cluster.epoch, cluster.observing) = (5, true);
+    w.change(vec![Change::PutCluster(cluster)]);
+    w
+}
+
+fn report(
+    replica: &str,
+    deployment: &str,
+    release: u64,
+    slot: u32,
+    body: &Digest,
+) -> ReplicaReport {
+    ReplicaReport {
+        replica_uid: replica.into(),
+        deployment_uid: deployment.into(),
+        release,
+        slot,
+        body_digest: body.to_string(),
+        ..ReplicaReport::default()
+    }
+}
+
+fn body(w: &World) -> Digest {
+    w.view.releases_of(&w.uid()).last().unwrap().body_digest.clone()
+}
+
+/// The host says what it runs, for the first time in this epoch.
+fn observe(w: &mut World, more: &[ReplicaReport]) {
+    let mut all: Vec<ReplicaReport> = w
+        .view
+        .replicas_on(&uid())
+        .map(|r| report(r.uid.as_str(), "d", r.release.0, r.slot, &body(w)))
+        .collect();
+    all.extend(more.iter().cloned());
+    let mut changes = found(&w.view, &uid(), &all, w.now.wall);
+    let host = w.view.host(&uid()).unwrap();
+    let seen: Host = host.edited(|r| r.observed_epoch = w.view.cluster.epoch).unwrap();
+    changes.push(Change::PutHost(Arc::new(seen)));
+    w.change(changes);
+}
+
+fn held_back(w: &World) -> bool {
+    host_set(&w.view, &uid()).unwrap() == Err(Hold::Observing)
+}
+
+fn orphans(w: &World) -> Vec<Arc<Replica>> {
+    w.view.orphans_on(&uid()).cloned().collect()
+}
+
+fn adopted(w: &mut World) -> Resolution {
+    let asked = Asked { actor: "user/test", now: w.now.wall };
+    let done = adopt(&w.view, &orphans(w), &asked);
+    w.change(done.changes.clone());
+    done
+}
+
+#[test]
+fn a_host_gets_no_set_before_it_has_said_what_it_runs_and_then_at_once_if_all_is_known() {
+    let mut w = restored();
+    assert!(held_back(&w));
+    observe(&mut w, &[]);
+    assert!(!held_back(&w));
+    // The next restore begins anew.
+    let mut cluster = w.view.cluster.clone();
+    cluster.epoch += 1;
+    w.change(vec![Change::PutCluster(cluster)]);
+    assert!(held_back(&w));
+}
+
+#[test]
+fn no_set_lacks_an_orphan_and_nothing_new_is_placed_beside_it() {
+    let mut w = restored();
+    let body = body(&w);
+    observe(&mut w, &[report("lost", "other", 1, 0, &body)]);
+    assert_eq!(orphans(&w).len(), 1);
+    assert!(held_back(&w));
+    w.apply(berth_proto::api::DeploymentSpec { replicas: Some(3), ..World::spec("one") });
+    let plan = w.plan();
+    assert!(plan.report.pending.keys().any(|why| why.contains("orphan")), "{:?}", plan.report);
+    let done = release(&orphans(&w));
+    assert_eq!(done.resolved, 1);
+    w.change(done.changes);
+    let set = host_set(&w.view, &uid()).unwrap().unwrap();
+    assert!(set.entries.iter().all(|e| e.replica_uid != "lost"));
+    assert_eq!(set.entries.len(), 2);
+}
+
+#[test]
+fn what_was_scaled_up_after_the_backup_is_adopted_and_not_stopped_by_the_next_plan() {
+    let mut w = restored();
+    let body = body(&w);
+    observe(&mut w, &[report("c", "d", 1, 2, &body), report("e", "d", 1, 4, &body)]);
+    let done = adopted(&mut w);
+    assert_eq!((done.resolved, done.kept.len()), (2, 0));
+    assert_eq!(w.deployment().wanted(), Some(5));
+    assert!(!held_back(&w));
+    w.settle();
+    for name in ["c", "e"] {
+        assert!(w.view.replica(&name.parse().unwrap()).unwrap().runs());
+    }
+    assert_eq!(w.view.replicas_of(&w.uid()).count(), 5, "slot 3 was filled");
+}
+
+#[test]
+fn each_reason_against_an_adoption_has_its_name() {
+    let mut w = restored();
+    let (good, other) = (body(&w), Digest::of(b"another body"));
+    let why = |w: &mut World, report: ReplicaReport| {
+        let mut w = World { view: w.view.clone(), ..restored() };
+        observe(&mut w, &[report]);
+        adopted(&mut w).kept.first().map(|(_, why)| *why)
+    };
+    assert_eq!(why(&mut w, report("x", "d", 1, 7, &good)), None);
+    let unknown = report("x", "nosuch", 1, 7, &good);
+    assert_eq!(why(&mut w, unknown), Some(Unadoptable::DeploymentUnknown));
+    let newer = report("x", "d", 2, 7, &good);
+    assert_eq!(why(&mut w, newer), Some(Unadoptable::ReleaseUnknown));
+    let another = report("x", "d", 1, 7, &other);
+    assert_eq!(why(&mut w, another), Some(Unadoptable::ReleaseUnknown), "another body restarts it");
+    assert_eq!(why(&mut w, report("x", "d", 1, 0, &good)), Some(Unadoptable::SlotFilled));
+    let deleted = w.deployment().edited(|r| r.meta.as_mut().unwrap().delete_unix_ms = 1);
+    w.change(vec![Change::PutDeployment(Arc::new(deleted))]);
+    assert_eq!(why(&mut w, report("x", "d", 1, 7, &good)), Some(Unadoptable::Deleting));
+}
+
+#[test]
+fn a_release_number_that_an_orphan_has_is_not_given_again() {
+    let mut w = restored();
+    let other = Digest::of(b"lost release");
+    observe(&mut w, &[report("x", "d", 4, 0, &other)]);
+    w.apply(World::spec("two"));
+    assert_eq!(w.deployment().release(), ReleaseNumber(5));
+}
+
+#[test]
+fn two_orphans_of_one_slot_become_one_and_decisions_are_bounded() {
+    let mut w = restored();
+    let body = body(&w);
+    let twice = [report("a", "d", 1, 3, &body), report("b", "d", 1, 3, &body)];
+    observe(&mut w, &twice);
+    let done = adopted(&mut w);
+    assert_eq!(done.resolved, 1);
+    assert_eq!(done.kept, [("b".parse().unwrap(), Unadoptable::SlotFilled)]);
+
+    let mut w = restored();
+    let many: Vec<_> = (2..300).map(|n| report(&format!("m{n}"), "d", 1, n, &body)).collect();
+    observe(&mut w, &many);
+    let mut calls = 0;
+    while !orphans(&w).is_empty() {
+        let done = adopted(&mut w);
+        assert!(done.changes.len() <= MAX_CHANGES && done.resolved > 0, "{}", done.changes.len());
+        calls += 1;
+    }
+    assert!(calls > 1);
+    assert_eq!(w.deployment().wanted(), Some(300));
+}
+
+#[test]
+fn an_orphan_that_its_host_has_no_room_for_any_more_is_not_adopted() {
+    let mut w = World::new(1);
+    let mut spec = World::spec("one");
+    spec.replicas = Some(1);
+    // The host has 1 GiB.
+    let memory_bytes = 600 << 20;
+    spec.resources = Some(berth_proto::api::Resources { memory_bytes, ..Default::default() });
+    w.apply(spec);
+    w.settle();
+    let mut cluster = w.view.cluster.clone();
+    (cluster.epoch, cluster.observing) = (5, true);
+    w.change(vec![Change::PutCluster(cluster)]);
+    let body = body(&w);
+    observe(&mut w, &[report("x", "d", 1, 7, &body)]);
+    let done = adopted(&mut w);
+    assert_eq!((done.resolved, done.kept), (0, vec![("x".parse().unwrap(), Unadoptable::NoRoom)]));
+}

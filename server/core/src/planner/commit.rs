@@ -1,0 +1,49 @@
+//! Cuts a plan into what the ledger takes at once.
+//!
+//! Starts are counted against the surge as if nothing stopped, stops against the floor as if nothing
+//! started, so any part of a plan is safe alone, and its changes may be spread over several commits,
+//! of which some may be refused; what they make of the deployment itself stays together, in the last
+//! one. Each commit names what it was planned on: had the deployment or one of the replicas been
+//! written since, it is refused and the plan is made anew, so that a plan never undoes what it has not
+//! seen.
+
+use super::Plan;
+use crate::batching::{Precondition, Proposal};
+use crate::objects::Deployment;
+use crate::view::{ObjectKey, View};
+
+/// Steps in one commit. Each may raise the generation of a host of its own, which is an operation as
+/// well: 40 and 40, and at most 4 of a verdict, are below what one commit holds
+/// ([`crate::batching::Limits::ANY`]).
+pub const STEPS_PER_COMMIT: usize = 40;
+
+impl Plan {
+    /// The plan as proposals, in order. `view` is the one it was made on.
+    #[must_use]
+    pub fn proposals(self, view: &View, deployment: &Deployment) -> Vec<Proposal> {
+        let still =
+            Precondition::At(ObjectKey::Deployment(deployment.uid.clone()), deployment.revision);
+        let mut all: Vec<Proposal> = Vec::new();
+        for change in self.changes {
+            if all.last().is_none_or(|last| last.changes.len() >= STEPS_PER_COMMIT) {
+                all.push(Proposal { preconditions: vec![still.clone()], changes: Vec::new() });
+            }
+            let Some(last) = all.last_mut() else { continue };
+            if let Some(uid) = change.replica() {
+                let key = ObjectKey::Replica(uid.clone());
+                let at = view.revision_of(&key);
+                last.preconditions.push(Precondition::At(key, at));
+            }
+            last.changes.push(change);
+        }
+        if !self.verdict.is_empty() {
+            match all.last_mut() {
+                Some(last) => last.changes.extend(self.verdict),
+                None => {
+                    all.push(Proposal { preconditions: vec![still], changes: self.verdict });
+                }
+            }
+        }
+        all
+    }
+}

@@ -1,0 +1,421 @@
+//! The rollout: what starts and what stops, slot by slot, within its bounds.
+//!
+//! The floor is what must stay healthy: the wanted number less the slots that are deferred and those
+//! that may be unavailable. The room is what may still be started: the wanted number and the surge
+//! less what exists. A replica that is being stopped exists until its absence is known.
+
+use super::{Health, Planning};
+use crate::live::Presence;
+use crate::objects::{Release, Replica};
+use crate::placement::{Need, Pool, Unplaceable, has_room};
+use berth_proto::api::{ReplicaIntent, RolloutState};
+use berth_proto::ids::{HostUid, ReplicaUid};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// A place the deployment fills.
+pub(super) struct Slot<'a> {
+    /// Its number; 0 where the host is the slot.
+    pub(super) slot: u32,
+    /// The host that it is.
+    pub(super) host: Option<HostUid>,
+    /// What shall run in it now.
+    pub(super) replicas: Vec<&'a Arc<Replica>>,
+}
+
+/// A slot's replicas, sorted out.
+pub(super) struct SlotWork<'a> {
+    slot: u32,
+    host: Option<HostUid>,
+    /// Of the wanted release, and to stay.
+    pub(super) new: Vec<(&'a Arc<Replica>, Health)>,
+    /// All others.
+    pub(super) old: Vec<(&'a Arc<Replica>, Health)>,
+}
+
+impl<'a> SlotWork<'a> {
+    pub(super) fn all(&self) -> impl Iterator<Item = &(&'a Arc<Replica>, Health)> {
+        self.new.iter().chain(&self.old)
+    }
+
+    /// Of the wanted release, and one too many in this slot.
+    fn surplus(&self, release: &Release) -> impl Iterator<Item = &(&'a Arc<Replica>, Health)> {
+        let number = release.number;
+        self.old.iter().filter(move |(r, _)| !self.new.is_empty() && r.release == number)
+    }
+
+    fn all_deferred(&self) -> bool {
+        !(self.new.is_empty() && self.old.is_empty())
+            && self.all().all(|(_, health)| *health == Health::Deferred)
+    }
+}
+
+/// What the slots come to.
+#[derive(Default)]
+pub(super) struct Tally {
+    pub(super) wanted: u32,
+    pub(super) new_healthy: u32,
+    /// Replicas on hosts not heard of since the server's start.
+    pub(super) unknown: u32,
+    old_healthy: u32,
+    existing: u32,
+    deferred_slots: u32,
+    replacing: u32,
+}
+
+fn count<T>(items: impl Iterator<Item = T>) -> u32 {
+    u32::try_from(items.count()).unwrap_or(u32::MAX)
+}
+
+impl<'a> Planning<'a> {
+    pub(super) fn roll(
+        &mut self,
+        release: &Arc<Release>,
+        mine: &[Arc<Replica>],
+        slots: Vec<Slot<'_>>,
+    ) {
+        let mut tally = Tally { unknown: self.unheard, ..Tally::default() };
+        tally.wanted = u32::try_from(slots.len()).unwrap_or(u32::MAX);
+        let work: Vec<SlotWork<'_>> =
+            slots.into_iter().map(|slot| self.sort_out(release, slot, &mut tally)).collect();
+        // Those that are being stopped exist until their absence is known.
+        let stopping: Vec<&Arc<Replica>> = mine
+            .iter()
+            .filter(|r| r.intent == ReplicaIntent::Stop && self.live.is_present(&r.host))
+            .collect();
+        tally.existing += count(stopping.iter());
+        let (healthy, surge_room) = self.start(release, mine, &work, &stopping, &tally);
+        self.stop_old(release, &work, healthy, surge_room, &tally);
+        self.plan.report.unsettled = work.iter().any(|item| !item.old.is_empty());
+        self.judge(release, &work, &tally);
+    }
+
+    /// Sorts out one slot and counts it; two of one slot on hosts in reach become one.
+    fn sort_out<'b>(
+        &mut self,
+        release: &Release,
+        slot: Slot<'b>,
+        tally: &mut Tally,
+    ) -> SlotWork<'b> {
+        let Slot { slot, host, replicas } = slot;
+        let (mut new, mut old) = (Vec::new(), Vec::new());
+        for replica in replicas {
+            if self.live.presence(&replica.host) == Presence::Unknown {
+                tally.unknown += 1;
+            }
+            let current = replica.release == release.number && !replica.failed;
+            let list = if current && !self.leaving(replica) { &mut new } else { &mut old };
+            list.push((replica, self.health(replica)));
+        }
+        if new.len() > 1 {
+            new.sort_by_key(|(r, health)| {
+                let rank = match health {
+                    Health::Healthy => 0,
+                    Health::NotYet(_) => 1,
+                    Health::Deferred => 2,
+                };
+                (rank, r.created, r.uid.clone())
+            });
+            let reachable = new[0].1 != Health::Deferred;
+            for (replica, health) in new.split_off(1) {
+                // An away host's replica is left alone until it can be told. Another one goes as what is
+                // old does: as far as the floor allows.
+                if health == Health::Deferred {
+                    self.plan.report.deferred.insert(replica.host.clone());
+                } else if reachable && bug!(SurplusUnasked) {
+                    self.stop(replica);
+                } else if reachable {
+                    old.push((replica, health));
+                }
+            }
+        }
+        for (_, health) in &new {
+            match health {
+                Health::Healthy => tally.new_healthy += 1,
+                Health::NotYet(Some(at)) => self.wake(*at),
+                Health::NotYet(None) | Health::Deferred => {}
+            }
+        }
+        let work = SlotWork { slot, host, new, old };
+        tally.old_healthy += count(work.old.iter().filter(|(_, h)| *h == Health::Healthy));
+        for (_, health) in &work.old {
+            // One that is drained may become healthy, which makes room to stop it.
+            if let Health::NotYet(Some(at)) = health {
+                self.wake(*at);
+            }
+        }
+        tally.existing += count(work.all().filter(|(_, h)| *h != Health::Deferred));
+        tally.replacing += count(work.new.iter().filter(|(r, h)| {
+            *h != Health::Healthy
+                && r.replaces.as_ref().is_some_and(|old| self.view.replica(old).is_some())
+        }));
+        for (replica, health) in work.all() {
+            if *health == Health::Deferred {
+                self.plan.report.deferred.insert(replica.host.clone());
+            }
+        }
+        if work.all_deferred() {
+            tally.deferred_slots += 1;
+        }
+        work
+    }
+
+    /// Starts what is missing; answers how many are healthy and how much room is left after it.
+    fn start(
+        &mut self,
+        release: &Arc<Release>,
+        mine: &[Arc<Replica>],
+        work: &[SlotWork<'_>],
+        stopping: &[&Arc<Replica>],
+        tally: &Tally,
+    ) -> (u32, u32) {
+        let rollout = self.deployment.spec.rollout;
+        let (view, live) = (self.view, self.live);
+        let mut healthy = tally.new_healthy + tally.old_healthy;
+        let mut surge_room = tally
+            .wanted
+            .saturating_add(rollout.max_surge)
+            .saturating_sub(tally.existing + tally.deferred_slots);
+        if bug!(SurgeIgnored) {
+            surge_room = u32::MAX;
+        }
+        // A single slot that cannot stand side by side must be allowed to change places.
+        let replace_at_most = rollout.max_unavailable.max(1);
+        let mut replacing = tally.replacing;
+        let halted =
+            matches!(self.deployment.rollout(), RolloutState::Paused | RolloutState::Failed);
+        let stopping_slots: BTreeSet<u32> = stopping.iter().map(|r| r.slot).collect();
+        let stopping_hosts: BTreeSet<&HostUid> = stopping.iter().map(|r| &r.host).collect();
+        let mut displaced: BTreeSet<&ReplicaUid> =
+            mine.iter().filter_map(|r| r.replaces.as_ref()).collect();
+        let mut held: BTreeMap<HostUid, u32> = BTreeMap::new();
+        for replica in mine.iter().filter(|r| r.runs()) {
+            *held.entry(replica.host.clone()).or_default() += 1;
+        }
+        let need = Need::new(self.deployment, release);
+        let mut pool: Option<Pool<'_>> = None;
+        // Once no host fits, none will for the rest of this plan.
+        let mut full: Option<Unplaceable> = None;
+        let mut unplaced: Vec<(Unplaceable, u32)> = Vec::new();
+        // Empty slots first: what is missing goes before what is only to be renewed.
+        let (empty, filled): (Vec<_>, Vec<_>) =
+            work.iter().partition(|item| item.old.is_empty() && item.new.is_empty());
+        for item in empty.into_iter().chain(filled) {
+            let stand_in_for = self.needs_stand_in(item);
+            let has_new = item.new.iter().any(|(_, h)| *h != Health::Deferred);
+            let waits =
+                item.new.iter().any(|(_, h)| *h == Health::Deferred) && stand_in_for.is_none();
+            let old_deferred = !item.old.is_empty()
+                && item.old.iter().all(|(_, h)| *h == Health::Deferred)
+                && stand_in_for.is_none()
+                && !item.old.iter().all(|(r, _)| self.leaving(r));
+            if has_new || waits || old_deferred {
+                continue;
+            }
+            let first_fill = item.old.is_empty() && item.new.is_empty();
+            // A halted rollout still fills what is empty.
+            if halted && !first_fill && stand_in_for.is_none() {
+                continue;
+            }
+            if !self.room() {
+                break;
+            }
+            let empty_slot = first_fill || stand_in_for.is_some();
+            let still_stopping = match &item.host {
+                Some(host) => stopping_hosts.contains(host),
+                None => stopping_slots.contains(&item.slot),
+            };
+            if surge_room == 0 && (!empty_slot || still_stopping) {
+                continue;
+            }
+            // Where the host is the slot, its place is free once the one before is gone, whatever the
+            // surge: the same whether the host is looked at alone or with all.
+            if item.host.is_some() && first_fill && still_stopping {
+                continue;
+            }
+            let chosen = match (&item.host, &full) {
+                (Some(host), _) => match view.host(host).map(|h| need.fits(view, live, h)) {
+                    Some(Ok(())) => Ok(host.clone()),
+                    Some(Err(why)) => Err(Unplaceable(BTreeMap::from([(why, 1)]))),
+                    None => Err(Unplaceable::default()),
+                },
+                (None, Some(why)) => Err(why.clone()),
+                (None, None) => {
+                    pool.get_or_insert_with(|| Pool::new(view, live, &need, &held)).take()
+                }
+            };
+            match chosen {
+                Ok(host) => {
+                    self.place(item.slot, host, release, None, stand_in_for);
+                    if stand_in_for.is_none() {
+                        surge_room = surge_room.saturating_sub(1);
+                    }
+                }
+                Err(why) => {
+                    // In place of the old one, on its host. An empty slot has none: there one may give
+                    // way that another slot has too many, which else would keep the room for ever.
+                    let surplus = work
+                        .iter()
+                        .filter(|_| first_fill && item.host.is_none())
+                        .flat_map(|other| other.surplus(release))
+                        .filter(|(r, _)| !displaced.contains(&r.uid));
+                    let candidate = item.old.iter().chain(surplus).find(|(r, h)| {
+                        *h != Health::Deferred
+                            && !r.failed
+                            && !self.changes_places(r)
+                            && !self.leaving(r)
+                            && self.fits_instead(&need, r)
+                    });
+                    match candidate {
+                        Some((old, health)) if replacing < replace_at_most => {
+                            replacing += 1;
+                            displaced.insert(&old.uid);
+                            if *health == Health::Healthy {
+                                healthy = healthy.saturating_sub(1);
+                            }
+                            self.place(item.slot, old.host.clone(), release, Some(old), None);
+                        }
+                        Some(_) => {}
+                        None => match unplaced.last_mut() {
+                            Some((same, slots)) if *same == why => *slots += 1,
+                            Some(_) | None => unplaced.push((why.clone(), 1)),
+                        },
+                    }
+                    if item.host.is_none() {
+                        full = Some(why);
+                    }
+                }
+            }
+        }
+        for (why, slots) in unplaced {
+            self.pending(&why, slots);
+        }
+        (healthy, surge_room)
+    }
+
+    /// Stops what is old, as far as the floor allows.
+    fn stop_old(
+        &mut self,
+        release: &Release,
+        work: &[SlotWork<'_>],
+        healthy: u32,
+        surge_room: u32,
+        tally: &Tally,
+    ) {
+        let current = release.number;
+        let rollout = self.deployment.spec.rollout;
+        let halted =
+            matches!(self.deployment.rollout(), RolloutState::Paused | RolloutState::Failed);
+        let floor = tally
+            .wanted
+            .saturating_sub(tally.deferred_slots)
+            .saturating_sub(rollout.max_unavailable);
+        let mut spare = healthy.saturating_sub(if bug!(FloorIgnored) { 0 } else { floor });
+        // Slots that come back to one that was displaced; as many at once as may change places.
+        let mut recovering = count(work.iter().filter(|item| {
+            item.old.is_empty() && item.new.iter().any(|(_, h)| matches!(h, Health::NotYet(_)))
+        }));
+        // Mostly of the same slot; one that a slot has too many gives way to one of another.
+        let successors: BTreeMap<&ReplicaUid, Health> = work
+            .iter()
+            .flat_map(SlotWork::all)
+            .filter(|(r, _)| !r.failed)
+            .filter_map(|(r, health)| Some((r.replaces.as_ref()?, *health)))
+            .collect();
+        for item in work {
+            let new_is_healthy = item.new.iter().any(|(_, h)| *h == Health::Healthy);
+            let new_exists = !item.new.is_empty();
+            // A rollout that another one took the place of may have left two that serve in one slot. The
+            // one of the stable release goes last: it is what a failure goes back to.
+            let mut serving = count(item.all().filter(|(_, h)| *h == Health::Healthy));
+            let mut old: Vec<_> = item.old.iter().collect();
+            old.sort_by_key(|(r, _)| r.release == self.deployment.stable());
+            for (old, health) in old {
+                if *health == Health::Deferred {
+                    continue;
+                }
+                // The agent itself stops the old one of a replacement, and brings it back.
+                let replaced_by = successors.get(&old.uid);
+                // It took the place of one that is wanted again: that one can only run once it is gone.
+                let displaces = item.new.iter().any(|(r, _)| old.replaces.as_ref() == Some(&r.uid));
+                let may = if old.failed {
+                    true
+                } else if displaces && *health == Health::Healthy && spare == 0 {
+                    let may = recovering < rollout.max_unavailable.max(1);
+                    recovering += u32::from(may);
+                    may
+                } else if let Some(successor) = replaced_by {
+                    *successor == Health::Healthy
+                } else if halted && (old.release != current || self.leaving(old)) {
+                    false
+                } else if *health == Health::Healthy {
+                    // Stopping a healthy one must not go below the floor.
+                    spare > 0
+                        && (new_is_healthy
+                            || serving > 1
+                            || (rollout.max_unavailable > 0 && (new_exists || surge_room == 0)))
+                } else {
+                    // Unhealthy ones serve nobody and go first.
+                    new_is_healthy || new_exists || surge_room == 0
+                };
+                if may && self.room() {
+                    if *health == Health::Healthy && replaced_by.is_none() && !old.failed {
+                        spare = spare.saturating_sub(1);
+                        serving = serving.saturating_sub(1);
+                    }
+                    self.stop(old);
+                }
+            }
+        }
+    }
+
+    /// It has itself not yet taken the place it was given: one change at a time, since the one that gave
+    /// way first would stand beside the third.
+    fn changes_places(&self, replica: &Replica) -> bool {
+        let still = |old| self.view.replica(old).is_some() && !bug!(ReplacedChain);
+        replica.replaces.as_ref().is_some_and(still)
+    }
+
+    /// The slot's replicas are all on lost hosts: whom a stand-in would stand in for. Where the host
+    /// is the slot, nothing can stand in.
+    fn needs_stand_in<'b>(&mut self, item: &SlotWork<'b>) -> Option<&'b Replica> {
+        if item.host.is_some() {
+            return None;
+        }
+        let mut first: Option<&'b Replica> = None;
+        for (replica, health) in item.all() {
+            if *health != Health::Deferred {
+                return None;
+            }
+            match self.lost(&replica.host) {
+                Ok(()) => first = first.or(Some(replica)),
+                Err(at) => {
+                    if let Some(at) = at {
+                        self.wake(at);
+                    }
+                    return None;
+                }
+            }
+        }
+        first
+    }
+
+    /// Whether the new release fits on the old one's host once the old one is gone.
+    fn fits_instead(&self, need: &Need<'_>, old: &Replica) -> bool {
+        let Some(host) = self.view.host(&old.host) else { return false };
+        if need.suits(host, self.live).is_err() {
+            return false;
+        }
+        let mut beside = self.view.use_beside(&old.host, &old.uid);
+        if let Some(placed) = self.placed.get(&old.host) {
+            beside.add_all(placed);
+        }
+        // The ports the host itself sees in use are the old one's own.
+        let mut host = crate::objects::Host::clone(host);
+        host.facts.used_ports.clear();
+        // Either of the two may run, so there must be room for either.
+        let before = self.view.release(&old.deployment, old.release);
+        has_room(&host, &beside, &need.release.spec).is_ok()
+            && before.is_none_or(|before| has_room(&host, &beside, &before.spec).is_ok())
+    }
+}

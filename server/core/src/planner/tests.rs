@@ -1,0 +1,642 @@
+//! Claims about rollouts, in a cluster in miniature.
+
+use super::*;
+use crate::audit;
+use crate::change::Change;
+use crate::decide::{self, Asked};
+use crate::miniature::World;
+use berth_proto::api::{self, RolloutState};
+use berth_proto::ids::Revision;
+
+#[test]
+fn a_deployment_is_placed_spread_and_complete() {
+    let mut w = World::new(4);
+    let mut spec = World::spec("one");
+    spec.replicas = Some(4);
+    spec.placement = Some(api::Placement { require: vec![], spread: "zone".into() });
+    assert_eq!(w.apply(spec.clone()), api::ApplyAction::Created);
+    w.settle();
+    assert_eq!(w.deployment().rollout(), RolloutState::Complete);
+    let hosts: BTreeSet<&HostUid> = w.running.values().map(|(host, ..)| host).collect();
+    assert_eq!(hosts.len(), 4);
+    assert_eq!(w.apply(spec), api::ApplyAction::Unchanged);
+}
+
+#[test]
+fn a_rollout_keeps_its_floor_and_its_surge() {
+    let mut w = World::new(3);
+    w.apply(World::spec("one"));
+    w.settle();
+    (w.most_at_once, w.lowest_ready) = (0, usize::MAX);
+    assert_eq!(w.apply(World::spec("two")), api::ApplyAction::Changed);
+    w.settle();
+    assert_eq!(w.releases_running(), [2, 2]);
+    assert_eq!(w.deployment().rollout(), RolloutState::Complete);
+    assert!(w.most_at_once <= 3, "{}", w.most_at_once);
+    assert!(w.lowest_ready >= 2, "{}", w.lowest_ready);
+}
+
+#[test]
+fn without_surge_the_old_one_stops_first() {
+    let mut w = World::new(3);
+    let mut spec = World::spec("one");
+    spec.rollout.as_mut().unwrap().max_surge = Some(0);
+    spec.rollout.as_mut().unwrap().max_unavailable = Some(1);
+    w.apply(spec.clone());
+    w.settle();
+    (w.most_at_once, w.lowest_ready) = (0, usize::MAX);
+    spec.source = World::spec("two").source;
+    w.apply(spec);
+    w.settle();
+    assert_eq!(w.releases_running(), [2, 2]);
+    assert!(w.most_at_once <= 2, "{}", w.most_at_once);
+    assert!(w.lowest_ready >= 1, "{}", w.lowest_ready);
+}
+
+#[test]
+fn a_failed_rollout_goes_back_without_touching_the_good_ones() {
+    let mut w = World::new(3);
+    w.apply(World::spec("one"));
+    w.settle();
+    let good: Vec<ReplicaUid> = w.running.keys().cloned().collect();
+    w.broken.insert(2);
+    w.apply(World::spec("two"));
+    for _ in 0..200 {
+        w.pass(150);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::RolledBack);
+    assert!(w.deployment().record.reason.contains("release 2 failed"));
+    assert_eq!(w.running.keys().cloned().collect::<Vec<_>>(), good);
+    // The same spec again is another try.
+    w.broken.clear();
+    assert_eq!(w.apply(World::spec("two")), api::ApplyAction::Changed);
+    w.settle();
+    assert_eq!(w.releases_running(), [3, 3]);
+}
+
+#[test]
+fn a_first_release_that_fails_waits_for_a_person() {
+    let mut w = World::new(2);
+    w.broken.insert(1);
+    w.apply(World::spec("one"));
+    for _ in 0..200 {
+        w.pass(150);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::Paused);
+    let reason = &w.deployment().record.reason;
+    let why = "no replica became healthy within";
+    assert!(reason.starts_with(&format!("release 1 failed: {why}")), "{reason}");
+    let cause = "(2 replicas: it runs and has not passed its health check)";
+    assert!(reason.ends_with(cause), "{reason}");
+}
+
+#[test]
+fn a_rollout_begun_while_another_one_is_at_its_surge_goes_on_from_there() {
+    for passes in 0..8 {
+        let mut w = World::new(3);
+        w.apply(World::spec("one"));
+        w.settle();
+        w.apply(World::spec("two"));
+        // However far it has come: the one that it has started beside the others may serve already.
+        for _ in 0..passes {
+            w.pass(150);
+        }
+        (w.most_at_once, w.lowest_ready) = (0, usize::MAX);
+        w.apply(World::spec("three"));
+        w.settle();
+        assert_eq!(w.releases_running(), [3, 3], "after {passes} passes");
+        assert_eq!(w.deployment().rollout(), RolloutState::Complete);
+        assert!(w.most_at_once <= 3 && w.lowest_ready >= 2, "{passes}");
+    }
+}
+
+#[test]
+fn of_two_that_serve_in_one_slot_the_one_to_go_back_to_stays() {
+    let mut w = World::new(3);
+    w.apply(World::spec("one"));
+    w.settle();
+    let good: Vec<ReplicaUid> = w.running.keys().cloned().collect();
+    w.apply(World::spec("two"));
+    w.pass(150);
+    w.broken.insert(3);
+    w.apply(World::spec("three"));
+    for _ in 0..200 {
+        w.pass(150);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::RolledBack);
+    assert_eq!(w.running.keys().cloned().collect::<Vec<_>>(), good);
+}
+
+#[test]
+fn a_release_that_fits_nowhere_fails_with_the_words_of_the_hosts() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    spec.placement = Some(api::Placement { require: vec!["zone=x".into()], spread: String::new() });
+    w.apply(spec);
+    for _ in 0..200 {
+        w.pass(150);
+    }
+    let reason = &w.deployment().record.reason;
+    assert!(reason.ends_with("(2 slots: no host fits: 2 without label zone=x)"), "{reason}");
+}
+
+#[test]
+fn what_cannot_stand_side_by_side_is_replaced_in_place() {
+    let mut w = World::new(1);
+    let mut spec = World::spec("one");
+    spec.replicas = Some(1);
+    spec.ports = vec![api::Port {
+        name: "http".into(),
+        container: 80,
+        host_port: 8080,
+        bind: "127.0.0.1".into(),
+    }];
+    w.apply(spec.clone());
+    w.settle();
+    spec.source = World::spec("two").source;
+    w.apply(spec.clone());
+    let plan = w.plan();
+    assert!(plan.steps.iter().any(|s| s.kind == PlannedStepKind::Replace), "{:?}", plan.steps);
+    w.agents();
+    w.settle();
+    assert_eq!(w.releases_running(), [2]);
+    // And when the new one fails, the old one stays.
+    w.broken.insert(3);
+    spec.source = World::spec("three").source;
+    w.apply(spec);
+    for _ in 0..20 {
+        w.pass(150);
+    }
+    assert_eq!(w.releases_running(), [2]);
+    assert_eq!(w.deployment().rollout(), RolloutState::RolledBack);
+}
+
+#[test]
+fn why_nothing_is_placed_is_said_in_words() {
+    let mut w = World::new(3);
+    let host = w.view.host(&"h0".parse().unwrap()).unwrap();
+    let cordoned = host.edited(|r| {
+        r.spec = Some(api::HostSpec { cordoned: true, draining: false });
+    });
+    w.change(vec![Change::PutHost(Arc::new(cordoned.unwrap()))]);
+    w.presence(1, Presence::Away(Mono(0)));
+    let mut spec = World::spec("one");
+    spec.placement = Some(api::Placement { require: vec!["zone=b".into()], spread: String::new() });
+    w.apply(spec);
+    let plan = w.plan();
+    let words: Vec<&String> = plan.report.pending.keys().collect();
+    assert_eq!(words, ["no host fits: 1 away, 1 cordoned, 1 without label zone=b"]);
+}
+
+#[test]
+fn a_short_absence_changes_nothing_and_a_lost_host_is_replaced_once() {
+    let mut w = World::new(3);
+    w.apply(World::spec("one"));
+    w.settle();
+    let on: HostUid = w.running.values().next().unwrap().0.clone();
+    let n: u32 = on.as_str()[1..].parse().unwrap();
+    let at = w.now.mono;
+    w.presence(n, Presence::Away(at));
+    for _ in 0..20 {
+        assert!(w.pass(100).is_empty());
+    }
+    w.now.mono = at.plus_ms(6_000);
+    w.settle();
+    assert_eq!(w.view.replicas_of(&w.uid()).filter(|r| r.runs()).count(), 3);
+    // It returns: one of the two goes, and the slot has one again.
+    w.presence(n, Presence::Present);
+    w.settle();
+    assert_eq!(w.running.len(), 2);
+    let slots: BTreeSet<u32> = w.running.values().map(|(_, _, slot)| *slot).collect();
+    assert_eq!(slots.len(), 2);
+}
+
+#[test]
+fn one_too_many_in_a_slot_gives_way_to_a_slot_that_finds_no_room() {
+    let mut w = World::new(3);
+    let mut spec = World::spec("one");
+    // One fills a host.
+    spec.resources = Some(api::Resources { memory_bytes: 900 << 20, ..Default::default() });
+    w.apply(spec);
+    w.settle();
+    let number = |host: &HostUid| host.as_str()[1..].parse::<u32>().unwrap();
+    let on: Vec<(u32, u32)> = w.running.values().map(|(h, _, slot)| (number(h), *slot)).collect();
+    let (stays, leaves) = (on[0].0, on[1].0);
+    w.presence(leaves, Presence::Away(w.now.mono));
+    w.now.mono = w.now.mono.plus_ms(6_000);
+    w.settle();
+    // It returns just as the other one's host goes for good: both that are left are in one slot.
+    edit_host(&mut w, stays, |r| r.removed = true);
+    w.live.remove_host(&format!("h{stays}").parse().unwrap());
+    w.presence(leaves, Presence::Present);
+    let plan = w.plan();
+    let kinds: Vec<_> = plan.steps.iter().map(|s| (s.kind, s.slot)).collect();
+    assert_eq!(kinds, [(PlannedStepKind::Replace, on[0].1)]);
+    w.settle();
+    assert_eq!(audit::deployment(&w.view, &w.live, &w.uid()), []);
+    let slots: BTreeSet<u32> = w
+        .view
+        .replicas_of(&w.uid())
+        .filter(|r| r.runs() && number(&r.host) != stays)
+        .map(|r| r.slot)
+        .collect();
+    assert_eq!(slots, BTreeSet::from([0, 1]));
+}
+
+#[test]
+fn after_a_server_start_nothing_happens_until_hosts_have_spoken() {
+    let mut w = World::new(3);
+    w.apply(World::spec("one"));
+    w.settle();
+    w.apply(World::spec("two"));
+    w.live = Live::default();
+    for _ in 0..200 {
+        assert!(w.pass(1000).is_empty());
+    }
+    for n in 0..3 {
+        w.presence(n, Presence::Present);
+    }
+    w.settle();
+    assert_eq!(w.releases_running(), [2, 2]);
+}
+
+#[test]
+fn an_away_host_is_deferred_and_does_not_hold_up_the_rollout() {
+    let mut w = World::new(2);
+    w.apply(World::spec("one"));
+    w.settle();
+    let at = w.now.mono;
+    w.presence(0, Presence::Away(at));
+    let mut spec = World::spec("two");
+    spec.on_host_loss = Some(api::HostLossPolicy { after: None, action: 2 });
+    w.apply(spec);
+    w.settle();
+    assert_eq!(w.deployment().rollout(), RolloutState::Complete);
+    assert_eq!(w.releases_running(), [1, 2]);
+    w.presence(0, Presence::Present);
+    w.settle();
+    assert_eq!(w.releases_running(), [2, 2]);
+}
+
+#[test]
+fn every_host_gets_one_and_a_new_host_too() {
+    let mut w = World::new(3);
+    let mut spec = World::spec("one");
+    spec.replicas = None;
+    spec.every_host = true;
+    w.apply(spec.clone());
+    w.settle();
+    assert_eq!(w.running.len(), 3);
+    w.host(3, 1 << 30, "a");
+    w.settle();
+    assert_eq!(w.running.len(), 4);
+    spec.source = World::spec("two").source;
+    w.apply(spec);
+    w.settle();
+    assert_eq!(w.releases_running(), [2, 2, 2, 2]);
+}
+
+#[test]
+fn a_drained_host_is_left_without_going_below_the_floor() {
+    let mut w = World::new(3);
+    w.apply(World::spec("one"));
+    w.settle();
+    let on: HostUid = w.running.values().next().unwrap().0.clone();
+    let drained = w.view.host(&on).unwrap().edited(|r| {
+        r.spec = Some(api::HostSpec { cordoned: true, draining: true });
+    });
+    w.change(vec![Change::PutHost(Arc::new(drained.unwrap()))]);
+    w.lowest_ready = usize::MAX;
+    w.settle();
+    assert!(w.running.values().all(|(host, ..)| *host != on));
+    assert_eq!(w.running.len(), 2);
+    assert!(w.lowest_ready >= 2);
+}
+
+#[test]
+fn scaling_and_deleting_end_when_absence_is_confirmed() {
+    let mut w = World::new(3);
+    w.apply(World::spec("one"));
+    w.settle();
+    let asked = Asked { actor: "user/test", now: w.now.wall };
+    let scaled = decide::scale(w.deployment(), 5, &asked).unwrap();
+    w.change(scaled.proposal.changes);
+    w.settle();
+    assert_eq!(w.running.len(), 5);
+    let scaled = decide::scale(w.deployment(), 1, &asked).unwrap();
+    w.change(scaled.proposal.changes);
+    w.settle();
+    assert_eq!(w.running.len(), 1);
+    let deleted = decide::delete(w.deployment(), &asked).unwrap();
+    w.change(deleted.proposal.changes);
+    w.presence(0, Presence::Away(Mono(0)));
+    w.presence(1, Presence::Away(Mono(0)));
+    w.presence(2, Presence::Away(Mono(0)));
+    for _ in 0..5 {
+        w.pass(100);
+    }
+    assert!(w.view.deployment(&w.uid()).is_some(), "no host has confirmed absence");
+    for n in 0..3 {
+        w.presence(n, Presence::Present);
+    }
+    w.settle();
+    assert!(w.view.deployment(&w.uid()).is_none());
+    assert_eq!(w.view.releases_of(&w.uid()).count(), 0);
+}
+
+#[test]
+fn a_plan_is_the_same_for_the_same_view() {
+    let mut w = World::new(5);
+    let mut spec = World::spec("one");
+    spec.replicas = Some(9);
+    w.apply(spec);
+    let make = |w: &World| {
+        let mut n = 0;
+        plan(&w.view, &w.live, &w.uid(), w.now, &mut || {
+            n += 1;
+            format!("x{n}").parse().unwrap()
+        })
+    };
+    assert_eq!(make(&w), make(&w));
+    assert_eq!(w.view.revision, Revision(6));
+}
+
+#[test]
+fn no_host_is_given_more_than_it_has() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    spec.replicas = Some(20);
+    spec.resources =
+        Some(api::Resources { cpu_millis: 100, memory_bytes: 300 << 20, gpu_memory_bytes: 0 });
+    w.apply(spec);
+    for _ in 0..10 {
+        w.pass(150);
+    }
+    // 1 GiB holds three of 300 MiB.
+    assert_eq!(w.running.len(), 6);
+    let plan = w.plan();
+    assert_eq!(plan.report.pending.keys().collect::<Vec<_>>(), ["no host fits: 2 short of memory"]);
+}
+
+#[test]
+fn with_no_host_in_reach_nothing_is_complete_and_nothing_fails() {
+    let mut w = World::new(2);
+    w.broken.insert(1);
+    w.apply(World::spec("one"));
+    w.pass(100);
+    let at = w.now.mono;
+    for n in 0..2 {
+        w.presence(n, Presence::Away(at));
+    }
+    let mut spec = World::spec("one");
+    spec.on_host_loss = Some(api::HostLossPolicy { after: None, action: 2 });
+    w.apply(spec);
+    for _ in 0..200 {
+        w.pass(1000);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::Rolling);
+    w.broken.clear();
+    for n in 0..2 {
+        w.presence(n, Presence::Present);
+    }
+    w.settle();
+    assert_eq!(w.deployment().rollout(), RolloutState::Complete);
+}
+
+/// What the planner says of one replica on hosts that were edited.
+fn one_on(
+    w: &mut World,
+    edit: impl FnOnce(&mut api::DeploymentSpec),
+) -> (Vec<String>, Vec<String>) {
+    let mut spec = World::spec("one");
+    spec.replicas = Some(1);
+    edit(&mut spec);
+    w.apply(spec);
+    let plan = w.plan();
+    let hosts = plan.steps.iter().map(|s| s.host.to_string()).collect();
+    (hosts, plan.report.pending.into_keys().collect())
+}
+
+fn edit_host(w: &mut World, n: u32, edit: impl FnOnce(&mut berth_proto::record::HostRecord)) {
+    let host = w.view.host(&format!("h{n}").parse().unwrap()).unwrap().edited(edit).unwrap();
+    w.change(vec![Change::PutHost(Arc::new(host))]);
+}
+
+#[test]
+fn each_label_operator_chooses_the_hosts_it_says() {
+    // h0 and h2 are in zone a, h1 and h3 in zone b; h3 has a GPU.
+    for (require, expected) in [
+        ("zone=b", "h1"),
+        ("zone!=a", "h1"),
+        ("zone in (b, c)", "h1"),
+        ("zone notin (a, c)", "h1"),
+        ("gpu", "h3"),
+        ("!zone", ""),
+        ("host=host-2", "h2"),
+        ("arch=amd64", "h0"),
+    ] {
+        let mut w = World::new(4);
+        edit_host(&mut w, 3, |r| {
+            r.meta.as_mut().unwrap().labels.insert("gpu".into(), String::new());
+        });
+        let (hosts, pending) = one_on(&mut w, |spec| {
+            spec.placement =
+                Some(api::Placement { require: vec![require.into()], spread: String::new() });
+        });
+        if expected.is_empty() {
+            assert_eq!(pending, [format!("no host fits: 4 without label {require}")]);
+        } else {
+            assert_eq!(hosts, [expected], "{require}");
+        }
+    }
+}
+
+#[test]
+fn a_rare_label_is_found_by_the_index_and_the_others_are_counted_all_the_same() {
+    let mut w = World::new(40);
+    edit_host(&mut w, 17, |r| {
+        r.meta.as_mut().unwrap().labels.insert("gpu".into(), "big".into());
+    });
+    let gpu = |spec: &mut api::DeploymentSpec| {
+        spec.placement =
+            Some(api::Placement { require: vec!["gpu=big".into()], spread: String::new() });
+    };
+    assert_eq!(one_on(&mut w, gpu).0, ["h17"]);
+    edit_host(&mut w, 17, |r| {
+        r.spec = Some(api::HostSpec { cordoned: true, draining: false });
+    });
+    let mut other = World::spec("two");
+    other.replicas = Some(1);
+    gpu(&mut other);
+    w.apply_as("other", other);
+    let uid = w.view.deployments().find(|d| d.name.as_str() == "other").unwrap().uid.clone();
+    let plan = plan(&w.view, &w.live, &uid, w.now, &mut || "x".parse().unwrap());
+    assert_eq!(
+        plan.report.pending.into_keys().collect::<Vec<_>>(),
+        ["no host fits: 39 without label gpu=big, 1 cordoned"]
+    );
+}
+
+#[test]
+fn a_host_of_another_platform_or_short_of_cpu_or_with_the_port_taken_is_passed_over() {
+    let mut w = World::new(4);
+    edit_host(&mut w, 0, |r| r.facts.as_mut().unwrap().arch = "arm64".into());
+    edit_host(&mut w, 1, |r| {
+        r.facts.as_mut().unwrap().capacity.as_mut().unwrap().cpu_millis = 100;
+    });
+    edit_host(&mut w, 2, |r| r.facts.as_mut().unwrap().used_ports = vec![8080]);
+    let wants = |spec: &mut api::DeploymentSpec| {
+        spec.resources =
+            Some(api::Resources { cpu_millis: 500, memory_bytes: 0, gpu_memory_bytes: 0 });
+        spec.ports = vec![api::Port {
+            name: "http".into(),
+            container: 80,
+            host_port: 8080,
+            bind: "127.0.0.1".into(),
+        }];
+    };
+    assert_eq!(one_on(&mut w, wants).0, ["h3"]);
+    let mut two = World::spec("one");
+    two.replicas = Some(2);
+    wants(&mut two);
+    w.apply(two);
+    let words: Vec<String> = w.plan().report.pending.into_keys().collect();
+    assert_eq!(
+        words,
+        ["no host fits: 2 with host port 8080 taken, \
+          1 of platform linux/arm64, for which there is no image, 1 short of cpu"]
+    );
+}
+
+#[test]
+fn a_host_whose_policy_forbids_it_is_passed_over_and_says_so() {
+    let mut w = World::new(1);
+    let (hosts, pending) = one_on(&mut w, |spec| {
+        spec.privileges = Some(api::Privileges { privileged: true, ..Default::default() });
+    });
+    assert_eq!(hosts, Vec::<String>::new());
+    assert_eq!(pending, ["no host fits: 1 whose policy forbids privileged containers"]);
+}
+
+#[test]
+fn a_replica_checked_by_network_goes_where_its_agent_reaches_it() {
+    use api::health_check::Check;
+    let unreached = |w: &mut World, n| {
+        edit_host(w, n, |r| r.facts.as_mut().unwrap().container_network_reachable = false);
+    };
+    let by_network = |spec: &mut api::DeploymentSpec| {
+        spec.ports = vec![api::Port { name: "http".into(), container: 80, ..Default::default() }];
+        let check = Some(Check::Tcp(api::TcpCheck { port: "http".into() }));
+        spec.health = Some(api::HealthCheck { check, ..Default::default() });
+    };
+    let mut w = World::new(2);
+    unreached(&mut w, 0);
+    assert_eq!(one_on(&mut w, by_network).0, ["h1"]);
+    let mut w = World::new(1);
+    unreached(&mut w, 0);
+    let words = "no host fits: 1 where the agent does not reach containers, as the health check needs \
+                 it to";
+    assert_eq!(one_on(&mut w, by_network), (vec![], vec![words.to_owned()]));
+    // What is checked inside, or not at all, runs there.
+    let mut w = World::new(1);
+    unreached(&mut w, 0);
+    assert_eq!(one_on(&mut w, |_| {}).0, ["h0"]);
+}
+
+#[test]
+fn a_standing_deadline_counts_no_time_and_goes_on_where_it_stood() {
+    let mut w = World::new(2);
+    w.broken.insert(1);
+    w.apply(World::spec("one"));
+    w.pass(100);
+    w.pass(4_000);
+    let left = w.live.clock(&w.uid()).unwrap().left_ms;
+    let at = w.now.mono;
+    (0..2).for_each(|n| w.presence(n, Presence::Away(at)));
+    w.pass(0);
+    let standing = w.live.clock(&w.uid()).unwrap().clone();
+    assert_eq!((standing.left_ms, standing.running), (left, None));
+    // Nothing plans in the meantime, and much of it goes by.
+    w.now.mono = w.now.mono.plus_ms(4_000);
+    (0..2).for_each(|n| w.presence(n, Presence::Present));
+    w.pass(0);
+    assert_eq!(w.live.clock(&w.uid()).unwrap().left_ms, left);
+    assert_eq!(w.deployment().rollout(), RolloutState::Rolling);
+}
+
+#[test]
+fn a_plan_cut_into_commits_names_what_it_was_made_on_and_fits_each() {
+    let mut w = World::new(5);
+    let mut spec = World::spec("one");
+    spec.replicas = Some(130);
+    w.apply(spec);
+    let made = plan(&w.view, &w.live, &w.uid(), w.now, &mut || {
+        w.ids += 1;
+        format!("n{}", w.ids).parse().unwrap()
+    });
+    let deployment = Arc::clone(w.deployment());
+    let all = made.clone().proposals(&w.view, &deployment);
+    assert_eq!(all.len(), 130_usize.div_ceil(STEPS_PER_COMMIT));
+    let mut ledger = crate::batching::Batching::new(w.view.clone(), crate::batching::Limits::ANY);
+    for (id, proposal) in (0..).zip(all.clone()) {
+        let refused = ledger
+            .propose(id, proposal)
+            .into_iter()
+            .any(|e| matches!(e, crate::batching::Effect::Reject { .. }));
+        assert!(!refused);
+    }
+    assert_eq!(ledger.ahead().replicas().count(), 130);
+    // Once more: everything it was made on has changed.
+    for (id, proposal) in (100..).zip(all) {
+        let effects = ledger.propose(id, proposal);
+        assert!(matches!(effects[0], crate::batching::Effect::Reject { .. }));
+    }
+}
+
+/// One host with room for one of 600 MiB and hardly more.
+fn tight() -> (World, api::DeploymentSpec) {
+    let mut w = World::new(1);
+    let mut spec = World::spec("one");
+    spec.replicas = Some(1);
+    let memory_bytes = 600 << 20;
+    spec.resources = Some(api::Resources { memory_bytes, ..Default::default() });
+    w.apply(spec.clone());
+    w.settle();
+    (w, spec)
+}
+
+#[test]
+fn one_that_has_not_yet_taken_its_place_is_not_itself_replaced() {
+    let (mut w, mut spec) = tight();
+    spec.source = World::spec("two").source;
+    w.apply(spec.clone());
+    w.plan();
+    spec.source = World::spec("three").source;
+    w.apply(spec);
+    w.plan();
+    let replacing = w.view.replicas().filter(|r| r.replaces.is_some()).count();
+    assert_eq!(replacing, 1, "the third waits until the first is gone");
+    w.settle();
+    assert_eq!(w.releases_running(), [3]);
+}
+
+#[test]
+fn a_rollout_on_every_host_is_not_complete_while_one_that_takes_no_part_has_something_old() {
+    let mut w = World::new(1);
+    let mut spec = World::spec("one");
+    (spec.replicas, spec.every_host) = (None, true);
+    w.apply(spec.clone());
+    w.settle();
+    let host = w.view.hosts().next().unwrap().clone();
+    let away = host.edited(|r| r.facts.as_mut().unwrap().engine_available = false).unwrap();
+    w.change(vec![Change::PutHost(Arc::new(away))]);
+    spec.source = World::spec("two").source;
+    w.apply(spec);
+    for _ in 0..20 {
+        w.pass(100);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::Rolling);
+    w.change(vec![Change::PutHost(Arc::new(host.edited(|_| ()).unwrap()))]);
+    w.settle();
+    assert_eq!((w.deployment().rollout(), w.releases_running()), (RolloutState::Complete, vec![2]));
+}

@@ -1,0 +1,333 @@
+//! The server itself: how it is, its backups, its house.
+
+use super::{Api, audit, auth};
+use crate::backup::{self, BackupError, Contents, PrivateFile, Recovery};
+use crate::error::{Chain, Error, Kind};
+use crate::ledger::refused;
+use crate::registry::RegistryError;
+use crate::store::StoreError;
+use berth_proto::api::system_service_server::SystemService;
+use berth_proto::api::*;
+use berth_proto::convert::timestamp;
+use berth_server_core::batching::Proposal;
+use berth_server_core::view::View;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedMutexGuard, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+/// Bytes of a backup in one message, as the contract says.
+const PIECE: usize = 64 * 1024;
+/// Messages of a backup ahead of the wire.
+const PIECES: usize = 8;
+/// A caller that takes nothing for so long has gone.
+const STALL: Duration = Duration::from_secs(60);
+
+/// What a backup will hold. One is made at a time: each holds the ledger in memory.
+struct Taken {
+    contents: Contents,
+    recovery: Recovery,
+    running: OwnedMutexGuard<()>,
+}
+
+fn not_written(error: BackupError) -> Error {
+    if let BackupError::File { source, .. } = &error
+        && source.kind() == std::io::ErrorKind::StorageFull
+    {
+        let message = "the server's disk is full; no backup was written".to_owned();
+        return Error::Exhausted { reason: "DISK_FULL", message };
+    }
+    Error::precondition("BACKUP_FILE", Chain(&error).to_string())
+}
+
+fn not_collected(error: RegistryError) -> Error {
+    if matches!(error, RegistryError::TooMany(_)) {
+        let words = "a collection is under way; ask again when it is done";
+        return Error::unavailable("COLLECTION_RUNNING", words);
+    }
+    Error::internal("cannot collect", error)
+}
+
+/// Sends what is written to it as messages, and waits for a slow caller within bounds.
+struct Pieces {
+    tx: mpsc::Sender<Result<StreamBackupResponse, Status>>,
+    held: Vec<u8>,
+    handle: Handle,
+}
+
+impl Pieces {
+    fn send(&self, item: stream_backup_response::Item) -> std::io::Result<()> {
+        let message = Ok(StreamBackupResponse { item: Some(item) });
+        let sent = async { tokio::time::timeout(STALL, self.tx.send(message)).await };
+        match self.handle.block_on(sent) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(std::io::ErrorKind::BrokenPipe.into()),
+            Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+        }
+    }
+}
+
+impl std::io::Write for Pieces {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let n = bytes.len().min(PIECE - self.held.len());
+        self.held.extend_from_slice(&bytes[..n]);
+        if self.held.len() == PIECE {
+            self.flush()?;
+        }
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        if self.held.is_empty() {
+            return Ok(());
+        }
+        let piece = std::mem::take(&mut self.held);
+        self.send(stream_backup_response::Item::Data(piece))
+    }
+}
+
+impl Api {
+    /// Takes together what a backup holds, as of one revision.
+    async fn take_backup(&self, new_key: bool) -> Result<Taken, Error> {
+        let running = Arc::clone(&self.0.backing_up).try_lock_owned().map_err(|_| {
+            Error::unavailable("BACKUP_RUNNING", "another backup is being made; ask again")
+        })?;
+        let cluster = self.0.ledger.ahead().cluster.clone();
+        let recovery = Recovery::of(&cluster, new_key)
+            .map_err(|e| Error::precondition("RECOVERY_KEY", Chain(&e).to_string()))?;
+        let unread = |e: StoreError| Error::internal("cannot read the ledger", e);
+        // Blobs after the ledger: what it names is then listed.
+        let (revision, entries) = self.0.ledger.snapshot().await.map_err(unread)?;
+        let blobs = self
+            .0
+            .registry
+            .all_blobs()
+            .await
+            .map_err(|e| Error::internal("cannot list the registry's blobs", e))?;
+        let header = backup::header(&self.0.ca, revision, cluster.epoch);
+        let contents = Contents::new(header, entries, blobs, &recovery);
+        Ok(Taken { contents, recovery, running })
+    }
+
+    /// Writes down who took a backup, and the key it is encrypted to when that is new.
+    async fn note_backup(
+        &self,
+        caller: &auth::Caller,
+        method: &str,
+        recovery: &Recovery,
+    ) -> Result<(), Error> {
+        let cluster = self.0.ledger.ahead().cluster.clone();
+        let mut changes: Vec<_> = recovery.recorded(&cluster).into_iter().collect();
+        changes.push(audit(caller, method, "", vec!["backup".to_owned()]));
+        let proposal = Proposal { preconditions: Vec::new(), changes };
+        let written = self.0.ledger.propose(proposal).await;
+        written.map(|_| ()).map_err(|why| refused(why, Kind::User, &caller.subject))
+    }
+
+    /// What an operator still has to look at since a restore.
+    fn since_a_restore(&self, view: &View) -> Vec<String> {
+        let mut words = Vec::new();
+        if !view.cluster.observing {
+            return words;
+        }
+        let orphans = view.hosts().map(|host| view.orphans_on(&host.uid).count()).sum::<usize>();
+        if orphans > 0 {
+            words.push(format!(
+                "{orphans} replicas run that the restored ledger does not know: `berth orphan list` \
+                 shows what to decide about"
+            ));
+        }
+        let unheard = view.hosts().filter(|host| view.is_unobserved(&host.uid)).count();
+        if unheard > 0 {
+            words.push(format!(
+                "{unheard} hosts have not said what they run since the ledger was restored; nothing is \
+                 changed there before they have"
+            ));
+        }
+        words
+    }
+}
+
+#[tonic::async_trait]
+impl SystemService for Api {
+    async fn get_server_info(
+        &self,
+        _request: Request<GetServerInfoRequest>,
+    ) -> Result<Response<GetServerInfoResponse>, Status> {
+        let view = self.0.ledger.view();
+        let mut warnings = Vec::new();
+        warnings.extend(self.since_a_restore(&view));
+        if self.0.cramped.load(Ordering::Relaxed) {
+            warnings.push(
+                "the disk is full: only deleting and cleaning are taken until there is room"
+                    .to_owned(),
+            );
+        }
+        let free = crate::store::folder::free_bytes(&self.0.settings.data_dir).unwrap_or(u64::MAX);
+        if free < 1 << 30 {
+            warnings.push(format!("the disk has only {} MiB left", free >> 20));
+        }
+        Ok(Response::new(GetServerInfoResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            cluster: self.0.ca.cluster().to_string(),
+            epoch: view.cluster.epoch,
+            revision: view.revision.0,
+            start_time: Some(timestamp(self.0.started)),
+            endpoints: self.0.endpoints.clone(),
+            registry: self.0.registry_address.clone(),
+            gateway: self.0.gateway_address.clone(),
+            page: self.0.page_address.clone(),
+            warnings,
+        }))
+    }
+
+    async fn create_page_link(
+        &self,
+        request: Request<CreatePageLinkRequest>,
+    ) -> Result<Response<CreatePageLinkResponse>, Status> {
+        let code = self.0.links.make(auth::of(&request));
+        let url = format!("https://{}/login?code={code}", self.0.page_address);
+        Ok(Response::new(CreatePageLinkResponse { url }))
+    }
+
+    async fn backup(
+        &self,
+        request: Request<BackupRequest>,
+    ) -> Result<Response<BackupResponse>, Status> {
+        let caller = auth::of(&request);
+        let r = request.into_inner();
+        let path = PathBuf::from(&r.path);
+        if !path.is_absolute() {
+            let words =
+                "must be an absolute path on the server; `berth backup` sends the file here";
+            return Err(Error::field("path", words).into());
+        }
+        let taken = self.take_backup(r.new_recovery_key).await?;
+        let Taken { contents, recovery, running } = taken;
+        let revision = contents.header.revision;
+        let recipient = recovery.recipient.clone();
+        let written = tokio::task::spawn_blocking(move || {
+            let mut out = PrivateFile::create(&path)?;
+            let size = backup::write(&contents, &recipient, &mut out).map_err(|source| {
+                BackupError::File { doing: "write", path: path.clone(), source }
+            })?;
+            out.finish()?;
+            Ok(size)
+        });
+        let size_bytes = written
+            .await
+            .map_err(|e| Error::internal("cannot write the backup", e))?
+            .map_err(not_written)?;
+        self.note_backup(&caller, "SystemService/Backup", &recovery).await?;
+        drop(running);
+        Ok(Response::new(BackupResponse {
+            size_bytes,
+            revision,
+            recovery_recipient: recovery.recipient.to_string(),
+            recovery_key: recovery.shown.unwrap_or_default(),
+        }))
+    }
+
+    type StreamBackupStream = ReceiverStream<Result<StreamBackupResponse, Status>>;
+
+    async fn stream_backup(
+        &self,
+        request: Request<StreamBackupRequest>,
+    ) -> Result<Response<Self::StreamBackupStream>, Status> {
+        use stream_backup_response::Item;
+        let caller = auth::of(&request);
+        let Taken { contents, recovery, running } =
+            self.take_backup(request.into_inner().new_recovery_key).await?;
+        let head = BackupHead {
+            revision: contents.header.revision,
+            recovery_recipient: recovery.recipient.to_string(),
+            // Before it counts: a link that breaks takes no key with it that is used from then on.
+            recovery_key: recovery.shown.clone().unwrap_or_default(),
+        };
+        let (tx, rx) = mpsc::channel(PIECES);
+        let api = self.clone();
+        tokio::spawn(async move {
+            let _running = running;
+            let mut out = Pieces { tx: tx.clone(), held: Vec::new(), handle: Handle::current() };
+            let recipient = recovery.recipient.clone();
+            let written = tokio::task::spawn_blocking(move || {
+                out.send(Item::Head(head))?;
+                let size = backup::write(&contents, &recipient, &mut out)?;
+                out.flush()?;
+                Ok::<u64, std::io::Error>(size)
+            });
+            let size_bytes = match written.await {
+                Ok(Ok(size)) => size,
+                // Whoever does not read any more needs no answer.
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "a backup was not taken by its caller");
+                    return;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "a backup ended");
+                    return;
+                }
+            };
+            let noted = api.note_backup(&caller, "SystemService/StreamBackup", &recovery).await;
+            let last = noted.map_err(Status::from).map(|()| StreamBackupResponse {
+                item: Some(Item::Tail(BackupTail { size_bytes })),
+            });
+            let _ = tokio::time::timeout(STALL, tx.send(last)).await;
+        });
+        Ok(Response::new(ReceiverStream::new(rx)))
+    }
+
+    async fn collect_garbage(
+        &self,
+        request: Request<CollectGarbageRequest>,
+    ) -> Result<Response<CollectGarbageResponse>, Status> {
+        let caller = auth::of(&request);
+        let r = request.into_inner();
+        if !r.dry_run {
+            let entry = audit(&caller, "SystemService/CollectGarbage", "", Vec::new());
+            let proposal = Proposal { preconditions: Vec::new(), changes: vec![entry] };
+            let kept = self.0.ledger.propose(proposal).await;
+            kept.map_err(|why| refused(why, Kind::Image, ""))?;
+        }
+        let view = self.0.ledger.view();
+        let mut roots = Vec::new();
+        let digests =
+            view.versions().filter_map(|v| v.record.version.as_ref()?.digest.parse().ok());
+        roots.extend(digests);
+        for deployment in view.deployments() {
+            for release in view.releases_of(&deployment.uid) {
+                roots.push(release.source.image.digest.clone());
+                roots.extend(release.source.artifact.as_ref().map(|a| a.digest.clone()));
+            }
+        }
+        let done =
+            self.0.registry.collect(roots, Vec::new(), r.dry_run).await.map_err(not_collected)?;
+        Ok(Response::new(CollectGarbageResponse {
+            digests: done.blobs.iter().map(|(digest, _)| digest.to_string()).collect(),
+            count: done.blobs_total,
+            size_bytes: done.bytes,
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tonic::Code;
+
+    #[test]
+    fn a_second_collection_at_once_is_told_to_ask_again() {
+        let busy = not_collected(RegistryError::TooMany("a collection is under way"));
+        assert_eq!(
+            (busy.code(), busy.reason().as_str()),
+            (Code::Unavailable, "COLLECTION_RUNNING")
+        );
+        let broken = not_collected(RegistryError::BodyBroken);
+        assert_eq!(broken.code(), Code::Internal);
+    }
+}

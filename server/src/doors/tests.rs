@@ -1,0 +1,154 @@
+//! Who gets through a door.
+
+use super::*;
+use crate::identity::ca::Ca;
+use berth_proto::tls::{ALPN_H2, Credentials, Trusted};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+/// How long a handshake on this machine may take before the test gives up.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn ca() -> (tempfile::TempDir, Ca) {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = Ca::open(dir.path()).unwrap();
+    (dir, ca)
+}
+
+fn credentials(ca: &Ca, days: i64) -> Credentials {
+    let (certificate_pem, key_pem) = ca.user(&"vera".parse().unwrap(), days).unwrap();
+    Credentials { certificate_pem, key_pem }
+}
+
+/// Whether a client with these credentials gets through, and with how many certificates.
+async fn enters(ca: &Ca, shown: Option<Credentials>) -> Result<usize, String> {
+    let internal = certificates::Internal::new(ca, vec!["127.0.0.1".to_owned()]).unwrap();
+    let certificates = Certificates { internal: Arc::new(internal), operators: None };
+    let config = server_config(certificates, ca.root_pem(), &[ALPN_H2], Speaks::Ours).unwrap();
+    let listener = bind("--listen", "127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (_stop, stop) = watch::channel(false);
+    let mut entered = accept("control", listener, config, stop);
+    let trusted = Trusted::Roots { pem: ca.root_pem().to_owned(), cluster: ca.cluster().clone() };
+    let client = tls::client_config(trusted, shown.as_ref(), &[ALPN_H2], None).unwrap();
+    let knocking = async {
+        let mut stream =
+            tls::connect(&address, client, PATIENCE).await.map_err(|e| e.to_string())?;
+        // In TLS 1.3 the client learns of a refusal with the first thing it reads.
+        stream.write_all(b"x").await.map_err(|e| e.to_string())?;
+        stream.read_u8().await.map_err(|e| e.to_string())
+    };
+    let opening = tokio::spawn(async move {
+        let Some(mut one) = entered.recv().await else { return 0 };
+        let shown = one.stream.get_ref().1.peer_certificates().map_or(0, <[_]>::len);
+        one.stream.write_u8(7).await.unwrap();
+        one.stream.flush().await.unwrap();
+        shown
+    });
+    let knocked = tokio::time::timeout(PATIENCE, knocking).await.expect("neither in nor out");
+    match knocked {
+        Ok(_) => Ok(opening.await.unwrap()),
+        Err(words) => {
+            opening.abort();
+            Err(words)
+        }
+    }
+}
+
+#[tokio::test]
+async fn only_good_certificates_of_this_cluster_get_through_and_none_at_all_is_asked_later() {
+    let (_dir, ours) = ca();
+    let (_other_dir, theirs) = ca();
+    assert_eq!(enters(&ours, Some(credentials(&ours, 1))).await, Ok(1));
+    assert_eq!(enters(&ours, None).await, Ok(0), "joining and health need none");
+    let expired = enters(&ours, Some(credentials(&ours, -1))).await.unwrap_err();
+    assert!(expired.to_lowercase().contains("expired"), "{expired}");
+    let foreign = enters(&ours, Some(credentials(&theirs, 1))).await.unwrap_err();
+    assert!(foreign.to_lowercase().contains("ca") || foreign.contains("alert"), "{foreign}");
+}
+
+/// Whether a client that speaks nothing newer than TLS 1.2 gets through.
+async fn enters_with_1_2(ca: &Ca, speaks: Speaks) -> bool {
+    let internal = certificates::Internal::new(ca, vec!["127.0.0.1".to_owned()]).unwrap();
+    let certificates = Certificates { internal: Arc::new(internal), operators: None };
+    let config = server_config(certificates, ca.root_pem(), &[ALPN_H2], speaks).unwrap();
+    let listener = bind("--listen", "127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (_stop, stop) = watch::channel(false);
+    let _entered = accept("control", listener, config, stop);
+    let client = rustls::ClientConfig::builder_with_provider(tls::provider())
+        .with_protocol_versions(&[&rustls::version::TLS12])
+        .unwrap()
+        .with_root_certificates(tls::roots(ca.root_pem()).unwrap())
+        .with_no_client_auth();
+    let tcp = tokio::net::TcpStream::connect(address).await.unwrap();
+    let name = rustls::pki_types::ServerName::from(address.ip());
+    let shaking = tokio_rustls::TlsConnector::from(Arc::new(client)).connect(name, tcp);
+    tokio::time::timeout(PATIENCE, shaking).await.expect("neither in nor out").is_ok()
+}
+
+#[tokio::test]
+async fn our_own_door_speaks_the_newest_tls_only_and_the_others_the_one_before_as_well() {
+    let (_dir, ca) = ca();
+    assert!(!enters_with_1_2(&ca, Speaks::Ours).await);
+    assert!(enters_with_1_2(&ca, Speaks::Anybody).await);
+}
+
+/// What a client that trusts `trusted` says to a server that shows this chain and key.
+async fn takes(trusted: Trusted, (chain_pem, key_pem): (String, String)) -> Result<(), String> {
+    let server = rustls::ServerConfig::builder_with_provider(tls::provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(
+            tls::certificates(&chain_pem).unwrap(),
+            tls::private_key(&key_pem).unwrap(),
+        )
+        .unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        let (tcp, _) = listener.accept().await.unwrap();
+        let _ = tokio_rustls::TlsAcceptor::from(Arc::new(server)).accept(tcp).await;
+    });
+    let client = tls::client_config(trusted, None, &[], None).unwrap();
+    tls::connect(&address, client, PATIENCE).await.map(|_| ()).map_err(|error| {
+        let cause = std::error::Error::source(&error).map(ToString::to_string);
+        format!("{error}: {}", cause.unwrap_or_default())
+    })
+}
+
+#[tokio::test]
+async fn a_server_is_known_by_its_root_and_its_uri_and_by_no_name() {
+    let (_dir, ours) = ca();
+    let (_other_dir, theirs) = ca();
+    let roots =
+        || Trusted::Roots { pem: ours.root_pem().to_owned(), cluster: ours.cluster().clone() };
+    let pin = || Trusted::Pin(tls::pin(ours.root_pem()).unwrap());
+    // It has no name at all, let alone that of the address.
+    takes(roots(), ours.server(&[]).unwrap()).await.unwrap();
+    takes(pin(), ours.server(&[]).unwrap()).await.unwrap();
+    // A host or a user of the same cluster is no server.
+    let (key, csr) = tls::key_and_request().unwrap();
+    let host = ours.sign(&csr, tls::Subject::Host("h".parse().unwrap()), 1).unwrap();
+    let with_root = format!("{host}{}", ours.root_pem());
+    let user = ours.user(&"vera".parse().unwrap(), 1).unwrap();
+    for shown in [(host, key.clone()), (with_root.clone(), key.clone()), user] {
+        let words = takes(roots(), shown).await.unwrap_err();
+        assert!(words.contains("is not a server"), "{words}");
+    }
+    let words = takes(pin(), (with_root, key)).await.unwrap_err();
+    assert!(words.contains("is not a server"), "{words}");
+    // A server of another root is none, and one of our root for another cluster is not ours.
+    let words = takes(roots(), theirs.server(&[]).unwrap()).await.unwrap_err();
+    assert!(!words.contains("is not a server"), "{words}");
+    let words = takes(pin(), theirs.server(&[]).unwrap()).await.unwrap_err();
+    assert!(words.contains("not the one the token names"), "{words}");
+    let elsewhere =
+        Trusted::Roots { pem: ours.root_pem().to_owned(), cluster: theirs.cluster().clone() };
+    let words = takes(elsewhere, ours.server(&[]).unwrap()).await.unwrap_err();
+    assert!(words.contains("another cluster"), "{words}");
+    // A server that shows our root behind its own certificate of another one has not our root.
+    let (theirs_pem, theirs_key) = theirs.server(&[]).unwrap();
+    let mixed = format!("{theirs_pem}{}", ours.root_pem());
+    takes(pin(), (mixed, theirs_key)).await.unwrap_err();
+}

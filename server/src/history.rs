@@ -1,0 +1,164 @@
+//! The past: events and audit entries, which no view holds.
+//!
+//! Both are only ever added to at one end and forgotten at the other, in bounds: each entry costs its
+//! bytes in memory. They are read from the newest backwards, in pieces, so that a reader costs what it
+//! asks for and the ledger's thread is never held up by the length of a log.
+
+use crate::cluster::Cluster;
+use berth_proto::api::Event;
+use berth_proto::record::EventRecord;
+use berth_server_core::batching::Proposal;
+use berth_server_core::change::Change;
+use prost::Message as _;
+
+/// Entries read at once: some hundred KiB.
+const PIECE: usize = 1000;
+/// Events kept: some 20 MiB. A deployment of ten replicas makes about fifty in its rollout.
+pub const EVENTS_KEPT: usize = 50_000;
+/// Audit entries kept: some 100 MiB, years of a busy cluster's writes by people.
+pub const AUDIT_KEPT: usize = 200_000;
+/// What one write forgets: within what one commit of any store holds.
+const FORGOTTEN_AT_ONCE: usize = 80;
+
+impl Cluster {
+    /// Sequence of the newest event that is kept; 0: there is none.
+    pub async fn newest_event(&self) -> u64 {
+        let newest = self.ledger.newest("event/", None, 1).await.pop();
+        let record = newest.and_then(|entry| EventRecord::decode(entry.value.as_slice()).ok());
+        record.and_then(|record| record.event).map_or(0, |event| event.sequence)
+    }
+
+    /// Of the events after a sequence that are wanted the newest `limit`, oldest first.
+    pub async fn past_events(
+        &self,
+        after_sequence: u64,
+        limit: usize,
+        wanted: impl Fn(&Event) -> bool,
+    ) -> Vec<Event> {
+        let mut found: Vec<Event> = Vec::new();
+        let mut below = None;
+        loop {
+            let entries = self.ledger.newest("event/", below.take(), PIECE).await;
+            let last = entries.len() < PIECE;
+            for entry in entries {
+                below = String::from_utf8(entry.key).ok();
+                let record = EventRecord::decode(entry.value.as_slice());
+                let Some(event) = record.ok().and_then(|record| record.event) else { continue };
+                if event.sequence <= after_sequence || found.len() >= limit {
+                    found.reverse();
+                    return found;
+                }
+                if wanted(&event) {
+                    found.push(event);
+                }
+            }
+            if last || below.is_none() {
+                found.reverse();
+                return found;
+            }
+        }
+    }
+
+    /// Forgets the oldest events and audit entries beyond what is kept.
+    pub async fn forget_old_history(&self) {
+        self.forget_beyond("event/", EVENTS_KEPT).await;
+        self.forget_beyond("audit/", AUDIT_KEPT).await;
+    }
+
+    async fn forget_beyond(&self, prefix: &'static str, keep: usize) {
+        loop {
+            let keys = self.ledger.beyond(prefix, keep, FORGOTTEN_AT_ONCE).await;
+            let changes: Vec<Change> = keys.iter().filter_map(|key| forget(key)).collect();
+            if changes.is_empty() {
+                return;
+            }
+            let proposal = Proposal { preconditions: Vec::new(), changes };
+            if let Err(why) = self.ledger.propose(proposal).await {
+                tracing::debug!(%why, "old history was not forgotten; the next sweep will");
+                return;
+            }
+        }
+    }
+}
+
+/// The change that deletes what is kept under a key.
+fn forget(key: &[u8]) -> Option<Change> {
+    let (kind, number) = std::str::from_utf8(key).ok()?.split_once('/')?;
+    let number = number.parse().ok()?;
+    match kind {
+        "event" => Some(Change::DeleteEvent(number)),
+        "audit" => Some(Change::DeleteAudit(number)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::tests::served;
+    use berth_proto::record::AuditRecord;
+
+    async fn happen(cluster: &Cluster, count: usize) {
+        let mut left = count;
+        while left > 0 {
+            let some = left.min(1000);
+            left -= some;
+            let event = |n| Event { name: format!("{n}"), ..Event::default() };
+            let changes = (0..some).map(|n| Change::AppendEvent(event(n))).collect();
+            let proposal = Proposal { changes, ..Proposal::default() };
+            cluster.ledger.propose(proposal).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn the_newest_events_that_are_wanted_come_oldest_first_however_long_the_log_is() {
+        let (_dir, api) = served();
+        happen(&api.0, 2500).await;
+        let numbers =
+            |events: Vec<Event>| -> Vec<u64> { events.into_iter().map(|e| e.sequence).collect() };
+        let all = numbers(api.0.past_events(0, 9999, |_| true).await);
+        assert_eq!(all, (1..=2500).collect::<Vec<u64>>());
+        assert_eq!(numbers(api.0.past_events(0, 2, |_| true).await), [2499, 2500]);
+        assert_eq!(numbers(api.0.past_events(2498, 9, |_| true).await), [2499, 2500]);
+        // Seldom, and far back.
+        let rare = numbers(api.0.past_events(0, 9, |e| e.sequence % 1000 == 7).await);
+        assert_eq!(rare, [7, 1007, 2007]);
+    }
+
+    #[tokio::test]
+    async fn what_is_beyond_the_bounds_is_forgotten_and_the_newest_stays() {
+        let (_dir, api) = served();
+        happen(&api.0, 700).await;
+        let audit = Change::AppendAudit(AuditRecord::default());
+        let proposal = Proposal { changes: vec![audit], ..Proposal::default() };
+        api.0.ledger.propose(proposal).await.unwrap();
+        api.0.forget_beyond("event/", 500).await;
+        let kept = api.0.past_events(0, usize::MAX, |_| true).await;
+        assert_eq!((kept.len(), kept[0].sequence), (500, 201));
+        api.0.forget_old_history().await;
+        assert_eq!(api.0.ledger.newest("audit/", None, 9).await.len(), 1);
+        assert_eq!(forget(b"audit/00000000000000000007"), Some(Change::DeleteAudit(7)));
+        assert_eq!(forget(b"host/7"), None);
+    }
+
+    #[tokio::test]
+    async fn who_has_seen_more_than_is_known_here_is_told_to_begin_anew() {
+        use crate::api::tests::call;
+        use berth_proto::api::event_service_server::EventService as _;
+        use futures_util::StreamExt as _;
+        let (_dir, api) = served();
+        happen(&api.0, 5).await;
+        let newest = api.0.newest_event().await;
+        let watch = |after_sequence| {
+            api.watch_events(call(berth_proto::api::WatchEventsRequest {
+                after_sequence,
+                ..Default::default()
+            }))
+        };
+        let refused = watch(newest + 1).await.map(|_| ()).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::OutOfRange);
+        assert_eq!(watch(newest).await.unwrap().into_inner().count().await, 0);
+        let last = watch(newest - 1).await.unwrap().into_inner().next().await;
+        assert_eq!(last.unwrap().unwrap().event.unwrap().sequence, newest);
+    }
+}

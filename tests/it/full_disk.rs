@@ -1,0 +1,80 @@
+//! The server's disk, filled to its last block under writes: it says so, refuses writes, loses nothing
+//! that it acknowledged, comes up on the full disk, and goes on by itself once there is room.
+
+use crate::load::{Book, Shared, book_says, join, nothing_is_lost, writers};
+use anyhow::ensure;
+use berth_tests::disk::Disk;
+use berth_tests::{Cluster, PATIENCE, eventually};
+
+const WRITERS: usize = 4;
+
+#[test]
+fn a_full_disk_refuses_writes_and_loses_nothing_and_the_server_goes_on_when_there_is_room() {
+    let mut disk = None;
+    let cluster = Cluster::start_on(&[], |server| {
+        disk = Disk::mount("a_full_disk", server, 64);
+        ensure!(disk.is_some(), "skipped");
+        Ok(())
+    });
+    let Some(disk) = disk else { return };
+    let mut cluster = cluster.unwrap();
+    join(&cluster).unwrap();
+    let spare = cluster.berth_json(&["host", "token", "create"]).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let book = Shared::default();
+    let load = |cluster: &Cluster, goal: &dyn Fn(&Book) -> bool| {
+        runtime.block_on(async {
+            let load = writers(cluster, WRITERS, &book).await.unwrap();
+            book_says(&book, goal).await.unwrap();
+            load
+        })
+    };
+    let mut ends = load(&cluster, &|book| book.acknowledged >= 50);
+
+    // Held meanwhile, so that what fills the disk does not take the ballast's room as well.
+    cluster.server().freeze().unwrap();
+    disk.fill().unwrap();
+    cluster.server().thaw().unwrap();
+    runtime.block_on(book_says(&book, |book| book.refused >= 50)).unwrap();
+    let warned = |cluster: &Cluster, yes: bool| {
+        eventually("the server tells of its disk as it is", PATIENCE, || {
+            let info = cluster.berth_json(&["server", "info"])?;
+            ensure!(info["warnings"].to_string().contains("disk is full") == yes, "{info}");
+            Ok(())
+        })
+        .unwrap();
+    };
+    warned(&cluster, true);
+    let refused = cluster.berth(&["host", "token", "create"]).unwrap();
+    let words = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && words.contains("disk is full"), "{words}");
+    // The ballast leaves room for what makes room.
+    cluster.berth_ok(&["host", "token", "rm", spare["id"].as_str().unwrap()]).unwrap();
+    runtime.block_on(nothing_is_lost(&cluster, &book)).unwrap();
+    assert!(cluster.server().is_running());
+
+    // It dies, and comes up on the full disk.
+    for _ in 0..2 {
+        cluster.server().kill();
+        for end in ends.drain(..) {
+            runtime.block_on(end).unwrap();
+        }
+        cluster.start_server().unwrap();
+        runtime.block_on(nothing_is_lost(&cluster, &book)).unwrap();
+    }
+
+    let before = book.lock().unwrap().acknowledged;
+    ends = load(&cluster, &|book| book.refused >= 60 || book.acknowledged > before);
+    disk.free().unwrap();
+    runtime.block_on(book_says(&book, |book| book.acknowledged >= before + 50)).unwrap();
+    warned(&cluster, false);
+    cluster.server().kill();
+    for end in ends {
+        runtime.block_on(end).unwrap();
+    }
+    cluster.start_server().unwrap();
+    runtime.block_on(nothing_is_lost(&cluster, &book)).unwrap();
+    let log = std::fs::read_to_string(&cluster.server().log).unwrap();
+    assert!(log.contains("the disk is full; writes are refused"), "{log}");
+    cluster.server().kill();
+}

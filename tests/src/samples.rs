@@ -1,0 +1,45 @@
+//! The sample models, and a cluster that can serve them on the machine's own engine.
+
+use crate::{Cluster, bin_dir, docker, root};
+use anyhow::{Context as _, Result};
+
+/// A cluster with one agent and the ONNX runtime's image in its registry.
+///
+/// # Errors
+/// When it does not come up, or the runtime is not built.
+pub fn onnx_cluster() -> Result<Cluster> {
+    onnx_cluster_with(&[])
+}
+
+/// The same, with more flags for the server.
+///
+/// # Errors
+/// As [`onnx_cluster`].
+pub fn onnx_cluster_with(args: &[&str]) -> Result<Cluster> {
+    let mut cluster = Cluster::start_with(args)?;
+    cluster.add_agent("one", &[])?;
+    let binary = bin_dir()?
+        .join(format!("../{}-unknown-linux-musl/release/berth-runtime", std::env::consts::ARCH));
+    let context = cluster.dir.path().join("image");
+    std::fs::create_dir(&context)?;
+    std::fs::copy(&binary, context.join("berth-runtime"))
+        .with_context(|| format!("{} is not built; run tests/run", binary.display()))?;
+    std::fs::copy(root().join("deploy/runtime/Dockerfile"), context.join("Dockerfile"))?;
+    let folder = cluster.dir.path().file_name().and_then(|name| name.to_str());
+    let name = folder.context("a folder has a name")?;
+    let tag = format!("berth-it/onnx:{name}");
+    docker(&["build", "-q", "-t", &tag, context.to_str().context("a path")?])?;
+    let pushed = cluster.berth_ok(&["image", "push", &tag, "runtimes/onnx:latest"]);
+    docker(&["rmi", "-f", &tag])?;
+    pushed?;
+    Ok(cluster)
+}
+
+/// The path of a sample model's file.
+///
+/// # Errors
+/// When it is not text.
+pub fn model(name: &str, file: &str) -> Result<String> {
+    let path = root().join("deploy/models").join(name).join(file);
+    path.to_str().map(str::to_owned).context("a path")
+}

@@ -1,0 +1,381 @@
+//! What must hold at every step, asked of the world and not of the machines that make it.
+
+use super::events::{LinkId, NodeId};
+use super::script::Program;
+use super::world::World;
+use berth_proto::agent::SetVerdict;
+use berth_proto::api::{ReplicaIntent, RolloutState};
+use berth_proto::ids::{DeploymentUid, HostUid, Now, ReplicaUid, Revision, SetNumber};
+use berth_server_core::audit::{self, Finding};
+use berth_server_core::change::Change;
+use berth_server_core::live::Live;
+use berth_server_core::objects::{Deployment, Replica};
+use berth_server_core::round::Sent;
+use berth_server_core::view::View;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// A full audit is made after so many durable groups.
+const FULL_EVERY: u64 = 200;
+
+/// A container has begun to run.
+#[derive(Debug)]
+pub(super) struct Started {
+    pub(super) node: NodeId,
+    pub(super) replica: ReplicaUid,
+    pub(super) starts: u32,
+}
+
+/// What the world remembers, to hold others to it.
+#[derive(Debug, Default)]
+pub(super) struct Book {
+    /// Replicas that somebody has durably said may stop.
+    pub(super) may_stop: BTreeSet<ReplicaUid>,
+    /// Containers of these were started by somebody else.
+    pub(super) by_hand: BTreeSet<ReplicaUid>,
+    /// Two machines share, or have shared, this identity.
+    pub(super) cloned: BTreeSet<HostUid>,
+    /// The newest revision that was acknowledged to anybody.
+    pub(super) acknowledged: Revision,
+    /// The newest durable view, as the server published it.
+    pub(super) durable: Option<View>,
+    /// The newest session of a host that has said hello.
+    pub(super) hello: BTreeMap<HostUid, u64>,
+    /// The newest session of a host whose hello is kept.
+    pub(super) newest: BTreeMap<HostUid, u64>,
+    /// Statuses that are durably kept: connection and sequence.
+    kept: BTreeSet<(LinkId, u64)>,
+    groups: u64,
+    /// Every attempt that was made on a machine, since its disk was new.
+    pub(super) made: BTreeSet<(NodeId, ReplicaUid, u32)>,
+    /// Machines that run what nobody has asked their room for: it is of a join before this one.
+    pub(super) loose: BTreeSet<NodeId>,
+    /// The server has gone back in time: what runs was not all placed by it.
+    pub(super) restored: bool,
+    /// Somebody removed images.
+    pub(super) pruned: bool,
+    /// The boots of each host that have said hello, since the server's start.
+    pub(super) boots: BTreeMap<HostUid, Vec<String>>,
+}
+
+impl World<'_> {
+    /// The first thing that is broken ends the run.
+    pub(super) fn broke(&mut self, what: String) {
+        if self.broken.is_none() {
+            self.broken = Some(what);
+        }
+    }
+
+    fn found(&mut self, findings: impl IntoIterator<Item = Finding>) {
+        if let Some(finding) = findings.into_iter().find(|f| !f.is_passing()) {
+            self.broke(finding.to_string());
+        }
+    }
+
+    // ---- the engine's side ----
+
+    /// A container is about to be made.
+    pub(super) fn check_made(&mut self, node: NodeId, replica: &ReplicaUid, attempt: u32) {
+        // A restored ledger may want again what was gone already.
+        let again = !self.book.made.insert((node, replica.clone(), attempt));
+        if again && !self.book.restored {
+            return self.broke(format!("attempt {attempt} of {replica} is made twice"));
+        }
+        let ended = self.ended(node, replica, attempt.saturating_sub(1));
+        // A second by a clock that runs too fast.
+        let by_hand = self.book.by_hand.contains(replica);
+        if !by_hand && ended.is_some_and(|ended| self.now - ended < 800) {
+            self.broke(format!("attempt {attempt} of {replica} follows the last one at once"));
+        }
+    }
+
+    pub(super) fn check_started(&mut self, started: &Started) {
+        let replica = &started.replica;
+        let held = &self.nodes[started.node];
+        if self.book.by_hand.contains(replica) {
+            return;
+        }
+        if started.starts > 1 {
+            return self.broke(format!("a container of {replica} is started again"));
+        }
+        if self.book.cloned.contains(&held.uid) {
+            return;
+        }
+        let runs = self.nodes.iter().flat_map(|n| n.engine.running());
+        let count = runs.filter(|c| c.shown.replica == *replica).count();
+        if count > 1 {
+            return self.broke(format!("{count} containers of {replica} run"));
+        }
+        let used: u64 = held.engine.running().map(|c| c.memory_bytes).sum();
+        let asked = !self.book.restored && !self.book.loose.contains(&started.node);
+        if asked && self.book.by_hand.is_empty() && used > held.machine.memory_mib << 20 {
+            let words = format!("what runs on {} takes {} MiB", held.uid, used >> 20);
+            return self.broke(format!("{words} of {}", held.machine.memory_mib));
+        }
+        let set = held.agent.as_ref().and_then(|a| a.board.wanted.set().cloned());
+        let Some(set) = set else {
+            return self.broke(format!("{replica} is started and nobody has said what is wanted"));
+        };
+        // Neither beside its predecessor nor beside its successor.
+        let old =
+            |uid: &ReplicaUid| set.entries.get(uid).and_then(berth_agent_core::diff::predecessor);
+        let new = set.entries.keys().find(|uid| old(uid).as_ref() == Some(replica)).cloned();
+        for other in old(replica).into_iter().chain(new) {
+            let beside = held.engine.running().any(|c| c.shown.replica == other);
+            if beside && !self.book.by_hand.contains(&other) {
+                return self.broke(format!("{replica} runs beside {other}, which it replaces"));
+            }
+        }
+    }
+
+    /// A running container was stopped, and so many others of its replica run on here.
+    pub(super) fn check_stopped(
+        &mut self,
+        node: NodeId,
+        replica: &ReplicaUid,
+        program: Program,
+        others: usize,
+    ) {
+        let held = &self.nodes[node];
+        let Some(set) = held.disk.wanted.set() else {
+            return self.broke(format!("{replica} is stopped and nobody has said what is wanted"));
+        };
+        let by_successor = |uid: &&ReplicaUid| {
+            let old = set.entries.get(*uid).and_then(berth_agent_core::diff::predecessor);
+            old.as_ref() == Some(replica)
+        };
+        let image = |uid: &ReplicaUid| {
+            let body = set.body(set.entries.get(uid)?)?;
+            Some(body.value.source.image.digest.clone())
+        };
+        if set.entries.contains_key(replica)
+            && !self.book.pruned
+            && let Some(image) = set.entries.keys().find(by_successor).and_then(image)
+            && !held.engine.images.contains(&image)
+        {
+            return self.broke(format!("{replica} is stopped before what replaces it is here"));
+        }
+        if self.book.may_stop.contains(replica) || self.book.by_hand.contains(replica) {
+            return;
+        }
+        let wiped = held.disk.removed && held.disk.wipe;
+        let replaces =
+            |uid: &ReplicaUid| set.entries.get(uid).and_then(berth_agent_core::diff::predecessor);
+        let in_exchange = replaces(replica).is_some()
+            || set.entries.keys().any(|uid| replaces(uid).as_ref() == Some(replica));
+        let unhealthy = matches!(program, Program::Deaf | Program::Slow);
+        if !wiped && !in_exchange && !unhealthy && others == 0 {
+            self.broke(format!("{replica} is stopped on {} and nobody has said so", held.uid));
+        }
+    }
+
+    // ---- the server's side ----
+
+    /// What is about to be proposed keeps what serves.
+    pub(super) fn check_plan(&mut self, before: &View, live: &Live, sent: &Sent, now: Now) {
+        let mut view = before.clone();
+        for proposal in &sent.proposals {
+            let revision = view.revision.next();
+            for change in &proposal.changes {
+                if let Change::PutDeployment(deployment) = change {
+                    self.check_complete(before, live, deployment);
+                }
+                view.apply(change, revision);
+            }
+            let found = audit::floor(before, &view, live, &sent.uid, now.mono);
+            self.found(found);
+            self.found(audit::placed(before, &view, live, &sent.uid, &proposal.changes, now.mono));
+        }
+    }
+
+    /// A group is durable.
+    pub(super) fn check_published(&mut self, view: &View, changes: &[(Revision, Change)]) {
+        self.book.groups += 1;
+        let before = self.book.durable.replace(view.clone()).unwrap_or_default();
+        let mut hosts: BTreeSet<HostUid> = BTreeSet::new();
+        let mut deployments: BTreeSet<DeploymentUid> = BTreeSet::new();
+        let mut found = Vec::new();
+        for (_, change) in changes {
+            found.extend(audit::change(&before, view, change));
+            match change {
+                Change::PutReplica(replica) => {
+                    hosts.insert(replica.host.clone());
+                    deployments.insert(replica.deployment.clone());
+                    if replica.intent == ReplicaIntent::Stop {
+                        self.book.may_stop.insert(replica.uid.clone());
+                    }
+                    self.book.may_stop.extend(replica.replaces.clone());
+                }
+                Change::DeleteReplica(uid) => {
+                    let wanted = before.replica(uid).filter(|r| r.runs());
+                    let there =
+                        |r: &&Arc<Replica>| view.host(&r.host).is_some_and(|h| !h.is_removed());
+                    let stopped = self.book.may_stop.contains(uid);
+                    if wanted.filter(there).is_some() && !stopped {
+                        self.broke(format!("{uid} is wanted and forgotten"));
+                    }
+                    self.book.may_stop.insert(uid.clone());
+                }
+                Change::PutHost(host) => {
+                    hosts.insert(host.uid.clone());
+                }
+                Change::PutDeployment(deployment) => {
+                    deployments.insert(deployment.uid.clone());
+                }
+                _ => {}
+            }
+        }
+        let Some(process) = &self.server.process else { return };
+        if self.book.groups.is_multiple_of(FULL_EVERY) {
+            found.extend(audit::everything(view, &process.live));
+        } else {
+            found.extend(hosts.iter().flat_map(|uid| audit::host(view, uid)));
+            let live = &process.live;
+            found.extend(deployments.iter().flat_map(|uid| audit::deployment(view, live, uid)));
+        }
+        self.found(found);
+    }
+
+    /// A rollout is complete when its own replicas have been ready.
+    fn check_complete(&mut self, before: &View, live: &Live, deployment: &Deployment) {
+        let complete = |d: &Deployment| d.rollout() == RolloutState::Complete;
+        let was = before
+            .deployment(&deployment.uid)
+            .is_some_and(|d| complete(d) && d.release() == deployment.release());
+        let Some(wanted) = deployment.wanted() else { return };
+        let here = |r: &&Arc<Replica>| {
+            let current = r.runs() && r.release == deployment.release() && r.slot < wanted;
+            current && live.is_present(&r.host)
+        };
+        let mine: Vec<_> = before.replicas_of(&deployment.uid).filter(here).collect();
+        let is_ready = |r: &&Arc<Replica>| live.replica(&r.uid).is_some_and(|l| l.status.ready);
+        let ready = mine.iter().any(is_ready);
+        if complete(deployment) && !was && !mine.is_empty() && !ready {
+            self.broke(format!("{} is complete and nothing of it was ever ready", deployment.uid));
+        }
+    }
+
+    /// The server has started from this.
+    pub(super) fn check_loaded(&mut self, view: &View) {
+        if view.revision < self.book.acknowledged {
+            let words = format!(
+                "revision {} was acknowledged and is lost: the ledger ends at {}",
+                self.book.acknowledged, view.revision
+            );
+            return self.broke(words);
+        }
+        let live = Live::default();
+        self.found(audit::everything(view, &live));
+        // What was durable and not told of before the server died.
+        let stopping = view.replicas().filter(|r| r.intent == ReplicaIntent::Stop);
+        self.book.may_stop.extend(stopping.map(|r| r.uid.clone()));
+        self.book.may_stop.extend(view.replicas().filter_map(|r| r.replaces.clone()));
+        if let Some(durable) = &self.book.durable {
+            let gone = durable.replicas().filter(|r| view.replica(&r.uid).is_none());
+            self.book.may_stop.extend(gone.map(|r| r.uid.clone()));
+        }
+        self.book.newest.clear();
+        self.book.hello.clear();
+        self.book.boots.clear();
+        // What was published is the same after it was written and read.
+        let Some(durable) = self.book.durable.take() else { return };
+        if durable.revision == view.revision {
+            let replicas = durable.replicas().eq(view.replicas());
+            let hosts = durable.hosts().eq(view.hosts());
+            let deployments = durable.deployments().eq(view.deployments());
+            let releases = durable
+                .deployments()
+                .all(|d| durable.releases_of(&d.uid).eq(view.releases_of(&d.uid)));
+            let generations =
+                durable.hosts().all(|h| durable.generation(&h.uid) == view.generation(&h.uid));
+            for (same, what) in [
+                (replicas, "replicas"),
+                (hosts, "hosts"),
+                (deployments, "deployments"),
+                (releases, "releases"),
+                (generations, "generations"),
+            ] {
+                if !same {
+                    self.broke(format!("{what} are others after they were written and read"));
+                }
+            }
+        } else if durable.revision > view.revision {
+            self.broke("what was published was not durable".to_owned());
+        }
+        self.book.durable = Some(view.clone());
+    }
+
+    /// A session's hello is kept, and its host counts as present.
+    pub(super) fn check_registered(&mut self, host: &HostUid, session: u64, boot: &str) {
+        let boots = self.book.boots.entry(host.clone()).or_default();
+        if boots.last().is_none_or(|last| last != boot) {
+            if boots.iter().any(|known| known == boot) {
+                return self.broke(format!("two boots of {host} take the session from each other"));
+            }
+            boots.push(boot.to_owned());
+        }
+        let newest = self.book.newest.entry(host.clone()).or_insert(session);
+        let hello = self.book.hello.get(host).copied().unwrap_or_default();
+        if *newest > session || hello > session {
+            return self
+                .broke(format!("a session of {host} counts though a newer one has said hello"));
+        }
+        *newest = session;
+    }
+
+    /// Statuses of this session are taken for true.
+    pub(super) fn check_believed(&mut self, host: &HostUid, session: u64) {
+        if self.book.newest.get(host) != Some(&session) {
+            self.broke(format!("a status of {host} is believed of a session that does not count"));
+        }
+    }
+
+    pub(super) fn check_kept(&mut self, link: LinkId, sequence: u64) {
+        self.book.kept.insert((link, sequence));
+    }
+
+    /// The agent hears that its statuses are kept.
+    pub(super) fn kept(&mut self, link: LinkId, sequence: u64) {
+        let doubled = self.links[link].doubled;
+        if !self.book.kept.contains(&(link, sequence)) && !doubled {
+            let node = &self.nodes[self.links[link].node];
+            self.broke(format!("status {sequence} of {} is acknowledged and not kept", node.uid));
+        }
+    }
+
+    /// The server believes that a set is durable there.
+    pub(super) fn check_acknowledged(&mut self, link: LinkId, number: SetNumber) {
+        let node = &self.nodes[self.links[link].node];
+        let held = node.disk.wanted.set().map(|s| s.number);
+        let alone =
+            !self.book.cloned.contains(&node.uid) && node.life == self.links[link].agent_life;
+        if alone && held.is_none_or(|held| held < number) && !node.disk.removed {
+            self.broke(format!("{} has acknowledged a set that it does not hold", node.uid));
+        }
+    }
+
+    /// The agent refused a set.
+    pub(super) fn check_refused(
+        &mut self,
+        link: LinkId,
+        offered: SetNumber,
+        held: Option<SetNumber>,
+        verdict: SetVerdict,
+    ) {
+        let node = &self.nodes[self.links[link].node];
+        let told = match verdict {
+            SetVerdict::NotDurable => return,
+            SetVerdict::Broken if self.links[link].doubled => return,
+            SetVerdict::Changed | SetVerdict::Older if self.book.cloned.contains(&node.uid) => {
+                return;
+            }
+            SetVerdict::Taken | SetVerdict::Same => "though it took it",
+            SetVerdict::Broken => "because it is not whole",
+            SetVerdict::Changed => "because it holds another of that number",
+            SetVerdict::Older => "because it holds a newer one",
+            SetVerdict::Unspecified => "for no reason",
+        };
+        let uid = node.uid.clone();
+        self.broke(format!("{uid} refuses set {offered:?} {told}; it holds {held:?}"));
+    }
+}

@@ -1,0 +1,457 @@
+//! An engine in memory: it is slow, fails, loses answers, tells late, and containers end, vanish or are
+//! started behind the agent's back.
+
+use super::check::Started;
+use super::events::{Event, Life, NodeId};
+use super::script::{Moment, Program};
+use super::specs;
+use super::world::World;
+use berth_agent_core::diff::{Container, Labels, State};
+use berth_agent_core::policy;
+use berth_agent_core::reconcile::{Cause, Done, Effect, Input, Outcome, StepId};
+use berth_proto::convert;
+use berth_proto::ids::{Digest, ReplicaUid};
+use berth_proto::values::AssignmentBody;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// A call that is not answered ends after so long, as the engine's adapter keeps it.
+const CALL_DEADLINE_MS: u64 = 15_000;
+/// Time a stopped program takes at most here.
+const STOP_MS: u64 = 1_500;
+
+/// A container and its program.
+#[derive(Debug, Clone)]
+pub(super) struct Made {
+    pub(super) shown: Container,
+    pub(super) program: Program,
+    host_port: bool,
+    pub(super) memory_bytes: u64,
+    /// Starts so far.
+    starts: u32,
+    running_since: u64,
+    /// When it ended by itself.
+    ended: Option<u64>,
+}
+
+/// An engine.
+#[derive(Debug, Default)]
+pub(super) struct Engine {
+    pub(super) containers: BTreeMap<u32, Made>,
+    made: u32,
+    pub(super) images: BTreeSet<Digest>,
+    pub(super) away_until: u64,
+    pub(super) registry_away_until: u64,
+    pub(super) slow_by_ms: u64,
+    pub(super) slow_until: u64,
+    pub(super) late_until: u64,
+    pub(super) fails: u8,
+    pub(super) loses: u8,
+    /// Who follows its events.
+    pub(super) follower: Option<Life>,
+}
+
+impl Engine {
+    pub(super) fn is_up(&self, now: u64) -> bool {
+        now >= self.away_until
+    }
+
+    pub(super) fn running(&self) -> impl Iterator<Item = &Made> {
+        self.containers.values().filter(|c| c.shown.state == State::Running)
+    }
+
+    fn runs_of(&self, replica: &ReplicaUid) -> usize {
+        self.running().filter(|c| c.shown.replica == *replica).count()
+    }
+}
+
+fn number(id: &str) -> u32 {
+    id.trim_start_matches('c').parse().unwrap_or(u32::MAX)
+}
+
+/// A call that is a step.
+fn step_of(effect: &Effect) -> Option<StepId> {
+    match effect {
+        Effect::Fetch { step, .. }
+        | Effect::Create { step, .. }
+        | Effect::Start { step, .. }
+        | Effect::Stop { step, .. }
+        | Effect::Remove { step, .. } => Some(*step),
+        Effect::Persist { .. }
+        | Effect::Observe(_)
+        | Effect::Follow
+        | Effect::EnsureNetwork
+        | Effect::StopFetch(_)
+        | Effect::Probe { .. }
+        | Effect::Report(_)
+        | Effect::Absent(_)
+        | Effect::EngineIs { .. } => None,
+    }
+}
+
+impl World<'_> {
+    /// A call reaches the engine.
+    pub(super) fn call(&mut self, node: NodeId, life: Life, effect: Effect) {
+        self.steps += 1;
+        let now = self.now;
+        let held = &mut self.nodes[node];
+        // The agent died meanwhile: the call may not have been sent.
+        if (held.life != life && held.rng.bool()) || held.gone {
+            return;
+        }
+        let up = held.engine.is_up(now);
+        let mut answer_ms = held.rng.u64(0..6);
+        if now < held.engine.slow_until {
+            answer_ms += held.rng.u64(0..=held.engine.slow_by_ms);
+        }
+        let step = step_of(&effect).filter(|_| !matches!(effect, Effect::Fetch { .. }));
+        let away = "the engine is away".to_owned();
+        if !up {
+            // Refused at once, or it hangs until its deadline.
+            let hangs = held.rng.u8(0..3) == 0;
+            let at = now + if hangs { CALL_DEADLINE_MS } else { answer_ms };
+            let input = match effect {
+                Effect::Observe(look) => Input::EngineAway { look, why: away },
+                Effect::Follow => Input::FollowEnded,
+                Effect::EnsureNetwork => Input::Network(Err(away)),
+                Effect::Probe { replica, attempt, .. } => {
+                    Input::ProbeResult { replica, attempt, outcome: Outcome::NotAsked }
+                }
+                other => match step_of(&other) {
+                    Some(step) => Input::StepFailed { step, cause: Cause::EngineAway, words: away },
+                    None => return,
+                },
+            };
+            return self.events.push(at, Event::Tell { node, life, input: Box::new(input) });
+        }
+        if let Some(step) = step
+            && held.engine.fails > 0
+        {
+            held.engine.fails -= 1;
+            let words = "the engine says no".to_owned();
+            let input = Box::new(Input::StepFailed { step, cause: Cause::Engine, words });
+            return self.events.push(now + answer_ms, Event::Tell { node, life, input });
+        }
+        let mut answers = Vec::new();
+        let is_step = matches!(effect, Effect::Create { .. } | Effect::Start { .. });
+        match effect {
+            Effect::Observe(look) => {
+                let containers = held.engine.containers.values().map(|c| c.shown.clone()).collect();
+                answers.push((0, Input::Observed { look, containers }));
+            }
+            Effect::Follow => {
+                held.engine.follower = (held.life == life).then_some(life);
+                answers.push((0, Input::Followed));
+            }
+            Effect::EnsureNetwork => answers.push((0, Input::Network(Ok(())))),
+            Effect::Fetch { step, replica } => self.fetches(node, step, &replica, &mut answers),
+            Effect::Create { step, replica, attempt } => {
+                let input = match self.makes(node, &replica, attempt) {
+                    Ok(done) => Input::StepDone { step, done },
+                    Err((cause, words)) => Input::StepFailed { step, cause, words },
+                };
+                answers.push((0, input));
+            }
+            Effect::Start { step, replica, id } => {
+                let input = match self.starts(node, &replica, number(&id)) {
+                    Ok(done) => Input::StepDone { step, done },
+                    Err((cause, words)) => Input::StepFailed { step, cause, words },
+                };
+                answers.push((0, input));
+            }
+            Effect::Stop { step, replica, id, .. } => {
+                let took_ms = self.nodes[node].rng.u64(0..STOP_MS);
+                let done = self.stops(node, &replica, number(&id));
+                answers.push((took_ms, Input::StepDone { step, done }));
+            }
+            Effect::Remove { step, id, .. } => {
+                let engine = &mut self.nodes[node].engine;
+                let id = number(&id);
+                let runs =
+                    engine.containers.get(&id).is_some_and(|c| c.shown.state == State::Running);
+                let input = if runs {
+                    let words = "it runs".to_owned();
+                    Input::StepFailed { step, cause: Cause::Engine, words }
+                } else {
+                    engine.containers.remove(&id);
+                    Input::StepDone { step, done: Done::Removed }
+                };
+                answers.push((0, input));
+            }
+            Effect::Probe { replica, attempt, .. } => {
+                let found = held
+                    .engine
+                    .running()
+                    .find(|c| c.shown.replica == replica && c.shown.attempt == attempt);
+                let outcome = match found {
+                    None => Outcome::NotAsked,
+                    Some(c) => match c.program {
+                        Program::Good => Outcome::Healthy,
+                        Program::Slow if now >= c.running_since + specs::SLOW_MS => {
+                            Outcome::Healthy
+                        }
+                        Program::Slow | Program::Deaf | Program::Crashes | Program::NoImage => {
+                            Outcome::Unhealthy("refused".to_owned())
+                        }
+                    },
+                };
+                answers.push((0, Input::ProbeResult { replica, attempt, outcome }));
+            }
+            Effect::Persist { .. }
+            | Effect::StopFetch(_)
+            | Effect::Report(_)
+            | Effect::Absent(_)
+            | Effect::EngineIs { .. } => {}
+        }
+        if is_step && self.dies_at(node, Moment::AfterStep) {
+            return;
+        }
+        let held = &mut self.nodes[node];
+        if let Some(step) = step
+            && held.engine.loses > 0
+        {
+            held.engine.loses -= 1;
+            let words = "the engine did not answer".to_owned();
+            answers = vec![(
+                CALL_DEADLINE_MS,
+                Input::StepFailed { step, cause: Cause::EngineAway, words },
+            )];
+        }
+        for (later, input) in answers {
+            let at = now + answer_ms + later;
+            self.events.push(at, Event::Tell { node, life, input: Box::new(input) });
+        }
+    }
+
+    /// The body the agent works off.
+    fn body_of(&self, node: NodeId, replica: &ReplicaUid) -> Option<(Arc<AssignmentBody>, Labels)> {
+        let set = self.nodes[node].agent.as_ref()?.board.wanted.set()?;
+        let entry = set.entries.get(replica)?;
+        let labels = Labels {
+            deployment_uid: entry.deployment_uid.clone(),
+            release: entry.release,
+            body_digest: entry.body_digest.clone(),
+        };
+        Some((Arc::clone(&set.body(entry)?.value), labels))
+    }
+
+    /// What the host's own policy says.
+    fn judged(
+        &self,
+        node: NodeId,
+        replica: &ReplicaUid,
+    ) -> Result<(Arc<AssignmentBody>, Labels), (Cause, String)> {
+        let not_wanted = (Cause::Engine, "it is not wanted any more".to_owned());
+        let found = self.body_of(node, replica).ok_or(not_wanted)?;
+        let facts = convert::host_facts_from_api(&self.nodes[node].facts);
+        let platform = (facts.os.as_str(), facts.arch.as_str());
+        policy::judge(&found.0, &facts.policy, &facts.features, platform, |_| None)
+            .map_err(|why| (Cause::Forbidden, why.to_string()))?;
+        Ok(found)
+    }
+
+    fn fetches(
+        &mut self,
+        node: NodeId,
+        step: StepId,
+        replica: &ReplicaUid,
+        answers: &mut Vec<(u64, Input)>,
+    ) {
+        let took_ms = self.nodes[node].rng.u64(1..300);
+        let body = match self.judged(node, replica) {
+            Ok((body, _)) => body,
+            Err((cause, words)) => {
+                return answers.push((0, Input::StepFailed { step, cause, words }));
+            }
+        };
+        let image = body.source.image.digest.clone();
+        let pulls = self.programs.get(&image).is_some_and(|p| *p != Program::NoImage);
+        let engine = &mut self.nodes[node].engine;
+        let replica = replica.clone();
+        if engine.images.contains(&image) {
+            return answers.push((0, Input::StepDone { step, done: Done::Fetched }));
+        }
+        if pulls && self.now >= engine.registry_away_until {
+            engine.images.insert(image);
+            let progress = berth_proto::api::Progress::default();
+            answers.push((0, Input::Progress { replica, progress }));
+            answers.push((took_ms, Input::StepDone { step, done: Done::Fetched }));
+        } else {
+            let words = "the registry does not give it".to_owned();
+            answers.push((0, Input::FetchWaits { replica, words: words.clone() }));
+            let cause = Cause::Bytes("PULL_FAILED");
+            answers.push((took_ms, Input::StepFailed { step, cause, words }));
+        }
+    }
+
+    fn makes(
+        &mut self,
+        node: NodeId,
+        replica: &ReplicaUid,
+        attempt: u32,
+    ) -> Result<Done, (Cause, String)> {
+        let (body, labels) = self.judged(node, replica)?;
+        let image = body.source.image.digest.clone();
+        let program = self.programs.get(&image).copied().unwrap_or(Program::Good);
+        let held = &mut self.nodes[node];
+        if !held.engine.images.contains(&image) {
+            return Err((Cause::BytesGone, "its image is not here".to_owned()));
+        }
+        let same = |c: &Made| c.shown.replica == *replica && c.shown.attempt == attempt;
+        if held.engine.containers.values().any(same) {
+            return Ok(Done::Unseen);
+        }
+        self.check_made(node, replica, attempt);
+        let held = &mut self.nodes[node];
+        let durable = held.disk.memory.get(replica).map_or(0, |m| m.attempt);
+        if durable < attempt && held.agent.is_some() {
+            self.broke(format!("attempt {attempt} of {replica} is made before it is durable"));
+        }
+        let engine = &mut self.nodes[node].engine;
+        engine.made += 1;
+        let id = format!("c{}", engine.made);
+        let shown = Container {
+            id: id.clone(),
+            replica: replica.clone(),
+            attempt,
+            state: State::Created,
+            started: None,
+            grace_ms: body.spec.stop_grace_ms,
+            labels,
+        };
+        let host_port = body.spec.ports.iter().any(|p| p.publish.is_some());
+        let memory_bytes = body.spec.resources.memory_bytes;
+        let made = Made {
+            shown,
+            program,
+            host_port,
+            memory_bytes,
+            starts: 0,
+            running_since: 0,
+            ended: None,
+        };
+        engine.containers.insert(engine.made, made);
+        Ok(Done::Created { id })
+    }
+
+    fn starts(
+        &mut self,
+        node: NodeId,
+        replica: &ReplicaUid,
+        id: u32,
+    ) -> Result<Done, (Cause, String)> {
+        self.judged(node, replica)?;
+        let now = self.now;
+        let held = &mut self.nodes[node];
+        let wall = held.clock.wall(now);
+        let taken = held.engine.running().any(|c| c.host_port && c.shown.replica != *replica);
+        let Some(container) = held.engine.containers.get_mut(&id) else {
+            return Err((Cause::Engine, "no such container".to_owned()));
+        };
+        if container.host_port && taken {
+            return Err((Cause::PortInUse, "its host port is in use".to_owned()));
+        }
+        if container.shown.state == State::Running {
+            return Ok(Done::Seen(container.shown.clone()));
+        }
+        container.shown.state = State::Running;
+        container.shown.started = Some(wall);
+        container.starts += 1;
+        container.running_since = now;
+        let (shown, starts) = (container.shown.clone(), container.starts);
+        if container.program == Program::Crashes {
+            let event = Event::ProgramEnds { node, container: id, start: starts };
+            self.events.push(now + specs::CRASH_MS, event);
+        }
+        self.note(|w| {
+            format!("attempt {} of {replica} runs on {}", shown.attempt, w.nodes[node].uid)
+        });
+        self.container_runs(Started { node, replica: replica.clone(), starts });
+        Ok(Done::Seen(shown))
+    }
+
+    fn stops(&mut self, node: NodeId, replica: &ReplicaUid, id: u32) -> Done {
+        let now = self.now;
+        let held = &mut self.nodes[node];
+        let time = held.clock.wall(now);
+        let Some(container) = held.engine.containers.get_mut(&id) else { return Done::Unseen };
+        if container.shown.state != State::Running {
+            return Done::Seen(container.shown.clone());
+        }
+        container.shown.state = State::Exited { code: 0, out_of_memory: false, time };
+        container.shown.started = None;
+        let (shown, program) = (container.shown.clone(), container.program);
+        let others = held.engine.runs_of(replica);
+        self.note(|w| {
+            format!("attempt {} of {replica} is stopped on {}", shown.attempt, w.nodes[node].uid)
+        });
+        self.check_stopped(node, replica, program, others);
+        self.happened(node, true);
+        Done::Seen(shown)
+    }
+
+    /// The engine's event stream tells of something.
+    pub(super) fn happened(&mut self, node: NodeId, urgent: bool) {
+        let now = self.now;
+        let held = &mut self.nodes[node];
+        let Some(life) = held.engine.follower.filter(|life| *life == held.life) else { return };
+        let late = if now < held.engine.late_until { held.rng.u64(0..30_000) } else { 0 };
+        let at = now + late + held.rng.u64(0..20);
+        let input = Box::new(Input::Happened { urgent });
+        self.events.push(at, Event::Tell { node, life, input });
+    }
+
+    /// A program ends, if it still runs the same start.
+    pub(super) fn program_ends(&mut self, node: NodeId, id: u32, start: u32) {
+        let held = &self.nodes[node];
+        let runs = held.engine.containers.get(&id).is_some_and(|c| c.starts == start);
+        if runs && !held.gone {
+            self.end_program(node, id, 1);
+        }
+    }
+
+    pub(super) fn end_program(&mut self, node: NodeId, id: u32, code: i32) {
+        let held = &mut self.nodes[node];
+        let time = held.clock.wall(self.now);
+        let Some(container) = held.engine.containers.get_mut(&id) else { return };
+        if container.shown.state == State::Running {
+            container.shown.state = State::Exited { code, out_of_memory: code == 137, time };
+            container.shown.started = None;
+            container.ended = Some(self.now);
+            self.happened(node, true);
+        }
+    }
+
+    /// When an attempt ended by itself.
+    pub(super) fn ended(&self, node: NodeId, replica: &ReplicaUid, attempt: u32) -> Option<u64> {
+        let mut all = self.nodes[node].engine.containers.values();
+        all.find(|c| c.shown.replica == *replica && c.shown.attempt == attempt)?.ended
+    }
+
+    /// The n-th container of a machine, and whether it runs.
+    pub(super) fn nth(&self, node: NodeId, which: u8) -> Option<(u32, bool)> {
+        let all = &self.nodes[node].engine.containers;
+        let (id, made) = all.iter().nth(usize::from(which) % all.len().max(1))?;
+        Some((*id, made.shown.state == State::Running))
+    }
+
+    /// Somebody starts a container that has ended.
+    pub(super) fn start_by_hand(&mut self, node: NodeId, which: u8) {
+        let now = self.now;
+        let Some((id, false)) = self.nth(node, which) else { return };
+        let held = &mut self.nodes[node];
+        let wall = held.clock.wall(now);
+        let Some(container) = held.engine.containers.get_mut(&id) else { return };
+        container.shown.state = State::Running;
+        container.shown.started = Some(wall);
+        container.starts += 1;
+        container.running_since = now;
+        let replica = container.shown.replica.clone();
+        if container.program == Program::Crashes {
+            let event = Event::ProgramEnds { node, container: id, start: container.starts };
+            self.events.push(now + specs::CRASH_MS, event);
+        }
+        self.book.by_hand.insert(replica);
+        self.happened(node, false);
+    }
+}

@@ -1,0 +1,202 @@
+//! What happens next: everything that is under way, in order of time.
+
+use super::ledger::Waiter;
+use super::server::Over;
+use berth_agent_core::diff::Memory;
+use berth_agent_core::ledger::HeldSet;
+use berth_agent_core::reconcile::{Effect, Input, Token};
+use berth_agent_core::session::Ended;
+use berth_proto::agent::{SessionRequest, SessionResponse};
+use berth_proto::ids::ReplicaUid;
+use berth_server_core::batching::{Batch, Proposal};
+use berth_server_core::round::Sent;
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BinaryHeap};
+
+/// A life of a process: what was asked by an earlier one is not answered to a later one.
+pub(super) type Life = u32;
+/// A connection.
+pub(super) type LinkId = usize;
+/// A machine, by its place in the world.
+pub(super) type NodeId = usize;
+
+/// What an agent writes.
+#[derive(Debug)]
+pub(super) enum Write {
+    Set(Box<HeldSet>),
+    Memory(Token, BTreeMap<ReplicaUid, Memory>),
+}
+
+/// Something under way.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// An entry of the script.
+    Script(usize),
+
+    AgentStarts {
+        node: NodeId,
+    },
+    Dial {
+        node: NodeId,
+        life: Life,
+    },
+    /// A dial comes to nothing.
+    NotReached {
+        node: NodeId,
+        life: Life,
+    },
+    /// A dial has reached the server.
+    Accept {
+        link: LinkId,
+    },
+    Up {
+        link: LinkId,
+        message: Box<SessionRequest>,
+    },
+    Down {
+        link: LinkId,
+        message: Box<SessionResponse>,
+    },
+    /// The server sees that the agent has closed.
+    UpClosed {
+        link: LinkId,
+    },
+    /// The agent sees that the server has closed.
+    DownClosed {
+        link: LinkId,
+        how: Ended,
+    },
+    SessionTick {
+        node: NodeId,
+        life: Life,
+    },
+    ReconcileTick {
+        node: NodeId,
+        life: Life,
+    },
+    /// An agent's write reaches the disk.
+    Written {
+        node: NodeId,
+        life: Life,
+        write: Write,
+    },
+    /// An agent hears of its write.
+    SetPersisted {
+        node: NodeId,
+        life: Life,
+        result: Result<Box<HeldSet>, String>,
+    },
+    /// An engine gets a call.
+    Call {
+        node: NodeId,
+        life: Life,
+        effect: Box<Effect>,
+    },
+    /// The agent hears something of engine, disk or programs.
+    Tell {
+        node: NodeId,
+        life: Life,
+        input: Box<Input>,
+    },
+    /// A program ends by itself.
+    ProgramEnds {
+        node: NodeId,
+        container: u32,
+        start: u32,
+    },
+
+    ServerStarts,
+    /// A group reaches the server's disk.
+    Commit {
+        life: Life,
+        token: u64,
+        batches: Vec<Batch>,
+    },
+    /// The ledger hears that it has.
+    Committed {
+        life: Life,
+        token: u64,
+    },
+    /// The ledger hears that it has not.
+    CommitFull {
+        life: Life,
+        token: u64,
+    },
+    ServerTick {
+        life: Life,
+        link: LinkId,
+    },
+    Plan {
+        life: Life,
+    },
+    /// Plans that were made a moment ago are proposed.
+    PlansSent {
+        life: Life,
+        sent: Vec<Sent>,
+    },
+    /// The same of what somebody asked for, and of what a session has to keep.
+    Sent {
+        life: Life,
+        waiter: Waiter,
+        proposal: Box<Proposal>,
+    },
+    /// A session hears that it is over.
+    Order {
+        life: Life,
+        link: LinkId,
+        why: Over,
+    },
+    /// An operator tries again.
+    Again {
+        operation: usize,
+    },
+}
+
+struct Item {
+    at: u64,
+    order: u64,
+    event: Event,
+}
+
+impl PartialEq for Item {
+    fn eq(&self, other: &Self) -> bool {
+        (self.at, self.order) == (other.at, other.order)
+    }
+}
+
+impl Eq for Item {}
+
+impl PartialOrd for Item {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Item {
+    fn cmp(&self, other: &Self) -> Ordering {
+        // The heap gives the greatest first.
+        (other.at, other.order).cmp(&(self.at, self.order))
+    }
+}
+
+/// Everything under way.
+#[derive(Default)]
+pub(super) struct Events {
+    heap: BinaryHeap<Item>,
+    order: u64,
+}
+
+impl Events {
+    pub(super) fn push(&mut self, at: u64, event: Event) {
+        self.order += 1;
+        self.heap.push(Item { at, order: self.order, event });
+    }
+
+    /// The next, if it comes by then.
+    pub(super) fn pop(&mut self, until: u64) -> Option<(u64, Event)> {
+        if self.heap.peek()?.at > until {
+            return None;
+        }
+        self.heap.pop().map(|item| (item.at, item.event))
+    }
+}

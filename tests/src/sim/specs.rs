@@ -1,0 +1,142 @@
+//! A script's deployments and machines in the words of the API.
+
+use super::script::{Machine, Program, Spec};
+use berth_proto::api;
+use berth_proto::convert::duration;
+use berth_proto::ids::Digest;
+use berth_proto::values::{PlatformImage, ResolvedArtifact, ResolvedImage, ResolvedSource};
+use berth_server_core::decide::Wanted;
+use std::collections::BTreeMap;
+
+const PROGRAMS: [(Program, &str); 5] = [
+    (Program::Good, "good"),
+    (Program::Slow, "slow"),
+    (Program::Deaf, "deaf"),
+    (Program::Crashes, "crashes"),
+    (Program::NoImage, "no-image"),
+];
+
+/// Time a slow program needs until it serves.
+pub(super) const SLOW_MS: u64 = 3_000;
+/// Time after which a program that crashes does.
+pub(super) const CRASH_MS: u64 = 300;
+/// Largest number of versions of a program.
+pub(super) const VERSIONS: u8 = 4;
+
+fn image(program: Program, version: u8) -> Digest {
+    let name = PROGRAMS.iter().find(|(of, _)| *of == program).map_or("", |(_, name)| name);
+    Digest::of(format!("{name}/{version}").as_bytes())
+}
+
+/// Every image there is, and how its program behaves.
+pub(super) fn programs() -> BTreeMap<Digest, Program> {
+    let all = PROGRAMS.iter().flat_map(|(program, _)| (0..VERSIONS).map(move |v| (*program, v)));
+    all.map(|(program, version)| (image(program, version), program)).collect()
+}
+
+/// A deployment as the API gets it, everything pinned.
+pub(super) fn wanted(deployment: u8, spec: &Spec) -> Wanted {
+    let digest = image(spec.program, spec.version);
+    let check = api::HealthCheck {
+        check: Some(api::health_check::Check::Tcp(api::TcpCheck { port: "http".into() })),
+        interval: Some(duration(5_000)),
+        timeout: Some(duration(1_000)),
+        failures: 2,
+        startup: Some(duration(10_000)),
+        restart_after: (spec.version == 3).then(|| duration(20_000)),
+    };
+    let host_port = if spec.host_port { 8000 } else { 0 };
+    let port = api::Port { name: "http".into(), container: 80, host_port, ..Default::default() };
+    let written = api::DeploymentSpec {
+        source: Some(api::deployment_spec::Source::Image(format!("image-{}", digest.short()))),
+        replicas: spec.replicas,
+        every_host: spec.replicas.is_none(),
+        placement: Some(api::Placement {
+            require: spec.zone.map(|zone| format!("zone=z{zone}")).into_iter().collect(),
+            spread: String::new(),
+        }),
+        resources: Some(api::Resources {
+            memory_bytes: spec.memory_mib << 20,
+            cpu_millis: 100,
+            gpu_memory_bytes: 0,
+        }),
+        ports: vec![port],
+        health: spec.checked.then_some(check),
+        restart: Some(api::RestartPolicy {
+            condition: api::RestartCondition::Always as i32,
+            min_backoff: Some(duration(1_000)),
+            max_backoff: Some(duration(20_000)),
+        }),
+        rollout: Some(api::RolloutPolicy {
+            max_surge: Some(spec.surge),
+            max_unavailable: Some(spec.unavailable),
+            ready_for: Some(duration(spec.ready_for_ms)),
+            progress_deadline: Some(duration(spec.deadline_ms)),
+            on_failure: if spec.pause {
+                api::RolloutFailureAction::Pause as i32
+            } else {
+                api::RolloutFailureAction::Rollback as i32
+            },
+        }),
+        on_host_loss: Some(api::HostLossPolicy {
+            after: Some(duration(spec.lost_after_ms)),
+            action: if spec.keep_lost {
+                api::HostLossAction::Keep as i32
+            } else {
+                api::HostLossAction::Replace as i32
+            },
+        }),
+        stop_grace: Some(duration(2_000)),
+        ..Default::default()
+    };
+    let artifact = spec.artifact.then(|| ResolvedArtifact {
+        repository: "models/m".into(),
+        digest: Digest::of(&[spec.version]),
+        size_bytes: 1,
+        model: "m".into(),
+        version: spec.version.to_string(),
+        format: "onnx".into(),
+    });
+    Wanted {
+        #[expect(clippy::expect_used, reason = "a letter and a number are a name")]
+        name: format!("d{deployment}").parse().expect("a name"),
+        namespace: Default::default(),
+        labels: BTreeMap::new(),
+        spec: written,
+        resolved_words: digest.to_string(),
+        resolved: ResolvedSource {
+            image: ResolvedImage {
+                registry: String::new(),
+                repository: "r".into(),
+                digest: digest.clone(),
+                platforms: vec![PlatformImage {
+                    arch: "amd64".into(),
+                    os: "linux".into(),
+                    manifest_digest: digest.clone(),
+                    config_digest: digest,
+                    size_bytes: 1,
+                }],
+            },
+            artifact,
+        },
+    }
+}
+
+/// What a machine's agent reports of it.
+pub(super) fn facts(machine: &Machine) -> api::HostFacts {
+    let features = if machine.old { Vec::new() } else { vec!["artifact".to_owned()] };
+    api::HostFacts {
+        arch: "amd64".into(),
+        os: "linux".into(),
+        engine_available: true,
+        container_network_reachable: true,
+        features,
+        capacity: Some(api::Resources {
+            cpu_millis: 4_000,
+            memory_bytes: machine.memory_mib << 20,
+            gpu_memory_bytes: 0,
+        }),
+        policy: Some(api::HostPolicy::default()),
+        ..Default::default()
+    }
+}

@@ -1,0 +1,57 @@
+//! What end-to-end tests deploy: a program that serves, fails or ends as its environment says.
+//!
+//! Static and without any crate, so that its image is one small file FROM scratch. `DO` is
+//!
+//! - `serve` (the default): answers on port 8080, 200 on `/healthy` and 503 elsewhere, and writes a
+//!   line when it starts and one a second;
+//! - `exit:CODE`: writes a line and ends at once;
+//! - `flood:LINES`: writes so many lines of 1,000 bytes, then serves.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::process::ExitCode;
+use std::time::Duration;
+
+fn answer(mut stream: TcpStream) {
+    let mut request = [0_u8; 1024];
+    let read = stream.read(&mut request).unwrap_or(0);
+    let healthy = request[..read].starts_with(b"GET /healthy ");
+    let status = if healthy { "200 OK" } else { "503 Service Unavailable" };
+    let head = format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    // A caller that is gone needs no answer.
+    let _ = stream.write_all(head.as_bytes());
+}
+
+fn main() -> ExitCode {
+    let what = std::env::var("DO").unwrap_or_else(|_| "serve".to_owned());
+    if let Some(code) = what.strip_prefix("exit:") {
+        println!("stand-in leaves with {code}");
+        return ExitCode::from(code.parse::<u8>().unwrap_or(1));
+    }
+    if let Some(lines) = what.strip_prefix("flood:") {
+        let mut out = std::io::stdout().lock();
+        for line in 0..lines.parse::<u32>().unwrap_or(1) {
+            // A reader that is gone is the engine; there is nobody to tell.
+            let _ = writeln!(out, "stand-in floods {line:0983}");
+        }
+    }
+    let listener = match TcpListener::bind(("0.0.0.0", 8080)) {
+        Ok(listener) => listener,
+        Err(error) => {
+            eprintln!("stand-in cannot listen: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    println!("stand-in is up");
+    std::thread::spawn(|| {
+        let (_tx, rx) = std::sync::mpsc::channel::<()>();
+        for second in 1_u64.. {
+            let _ = rx.recv_timeout(Duration::from_secs(1));
+            println!("stand-in second {second}");
+        }
+    });
+    for stream in listener.incoming().flatten() {
+        answer(stream);
+    }
+    ExitCode::SUCCESS
+}
