@@ -270,6 +270,7 @@ pub fn to_file(
                 replacement_done: m.replacement_done,
                 finished: m.finished,
                 replacement_begun: m.replacement_begun,
+                replaces: m.replaces.as_ref().map(ToString::to_string).unwrap_or_default(),
                 // Time left, as the machine gives it: a stored deadline means nothing to another boot.
                 replacement_left_ms: m.replace_until.map(|left| left.0),
                 backoff_left_ms: m.not_before.map(|left| left.0),
@@ -316,6 +317,7 @@ pub fn from_file(
                 replacement_done: m.replacement_done,
                 finished: m.finished,
                 replacement_begun: m.replacement_begun,
+                replaces: m.replaces.parse().ok(),
                 replace_until: m.replacement_left_ms.map(Mono),
                 not_before: m.backoff_left_ms.map(Mono),
                 ..Memory::default()
@@ -376,6 +378,7 @@ mod tests {
             failures: 3,
             exit_taken: 6,
             replacement_begun: true,
+            replaces: Some("before".parse().unwrap()),
             rolled_back: true,
             replacement_done: true,
             finished: true,

@@ -80,6 +80,9 @@ pub struct Memory {
     pub replacement_done: bool,
     /// Durable: it ended and is not started again.
     pub finished: bool,
+    /// Durable: whose place it takes, past the set that said so: until it is gone, the two cannot
+    /// stand side by side.
+    pub replaces: Option<ReplicaUid>,
     /// Durable: not before then is the next attempt made.
     pub not_before: Option<Mono>,
     /// Durable: a replacement that is not ready by then has failed.
@@ -194,6 +197,51 @@ pub fn predecessor(entry: &SetEntry) -> Option<ReplicaUid> {
     entry.replaces.as_ref()?.replica_uid.parse().ok()
 }
 
+/// Replicas of which at most one may run: each takes the place of another one, by the set or by what
+/// is remembered of it.
+#[derive(Debug, Default)]
+pub struct Places {
+    first: BTreeMap<ReplicaUid, ReplicaUid>,
+    members: BTreeMap<ReplicaUid, Vec<ReplicaUid>>,
+}
+
+impl Places {
+    /// Of all that is wanted or remembered.
+    #[must_use]
+    pub fn of(wanted: &Wanted, memory: &BTreeMap<ReplicaUid, Memory>) -> Self {
+        let remembered = memory.iter().filter_map(|(uid, m)| Some((uid, m.replaces.clone()?)));
+        let said = wanted.set().into_iter().flat_map(|set| &set.entries);
+        let said = said.filter_map(|(uid, entry)| Some((uid, predecessor(entry)?)));
+        // What the set says counts.
+        let before: BTreeMap<&ReplicaUid, ReplicaUid> = remembered.chain(said).collect();
+        let mut all = Self::default();
+        for (uid, old) in &before {
+            let mut first = old;
+            // No more links than there are replicas: a ring ends, too.
+            for _ in 0..before.len() {
+                let Some(earlier) = before.get(first) else { break };
+                first = earlier;
+            }
+            all.join(uid, first);
+            all.join(old, first);
+        }
+        all
+    }
+
+    fn join(&mut self, uid: &ReplicaUid, first: &ReplicaUid) {
+        if self.first.insert(uid.clone(), first.clone()).is_none() {
+            self.members.entry(first.clone()).or_default().push(uid.clone());
+        }
+    }
+
+    /// Those that cannot stand beside it.
+    pub fn others<'a>(&'a self, uid: &'a ReplicaUid) -> impl Iterator<Item = &'a ReplicaUid> {
+        let first = self.first.get(uid);
+        let members = first.and_then(|first| self.members.get(first));
+        members.into_iter().flatten().filter(move |other| *other != uid)
+    }
+}
+
 /// Works out the steps.
 #[must_use]
 pub fn diff(
@@ -212,6 +260,7 @@ pub fn diff(
     // Whose place is taken, and by whom.
     let successors: BTreeMap<ReplicaUid, &ReplicaUid> =
         set.entries.iter().filter_map(|(uid, entry)| Some((predecessor(entry)?, uid))).collect();
+    let places = Places::of(wanted, memory);
 
     for (uid, entry) in &set.entries {
         let successor = successors.get(uid).copied();
@@ -220,10 +269,9 @@ pub fn diff(
             continue;
         }
         let Some(body) = set.body(entry) else { continue };
-        let old = predecessor(entry);
-        let beside = old.iter().chain(successor).any(|other| here(other).iter().any(is_running))
+        let beside = places.others(uid).any(|other| here(other).iter().any(is_running))
             && !bug!(BothSideBySide);
-        let gives_way = old.is_some_and(|old| set.entries.contains_key(&old));
+        let gives_way = predecessor(entry).is_some_and(|old| set.entries.contains_key(&old));
         let (here, memory) = (here(uid), remembered(uid));
         One { uid, entry, body, here, memory, beside, gives_way }.keep(now, &mut out);
     }
@@ -289,7 +337,7 @@ struct One<'a> {
     body: &'a Body,
     here: &'a [Container],
     memory: &'a Memory,
-    /// Its predecessor or successor runs.
+    /// One that it cannot stand beside runs.
     beside: bool,
     /// Its predecessor is wanted, too.
     gives_way: bool,

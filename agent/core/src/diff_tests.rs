@@ -309,6 +309,25 @@ fn a_replacement_that_was_ready_in_time_is_done_for_good() {
 }
 
 #[test]
+fn one_that_comes_back_waits_for_its_withdrawn_replacement_to_be_gone() {
+    // `new` took the place of `old` and is not wanted any more: only its memory tells of the pair.
+    let there = [container("old", 1, exited(0)), container("new", 1, State::Running)];
+    let new = Memory { replaces: Some(uid("old")), replacement_done: true, ..here() };
+    let old = Memory { exit_taken: 1, ..here() };
+    let memory = [("old", old.clone()), ("new", new.clone())];
+    let stop = Step::Stop { replica: uid("new"), id: "new-1".into() };
+    let alone = set(&[("old", None)], false);
+    assert_eq!(steps(&alone, &there, &memory, 0), std::slice::from_ref(&stop));
+    // Nor does another one that takes the same place start beside it.
+    let next = set(&[("old", None), ("next", Some("old"))], false);
+    let begun = [("old", old), ("new", new), ("next", replacing())];
+    assert_eq!(steps(&next, &there, &begun, 0), std::slice::from_ref(&stop));
+    let gone = [container("old", 1, exited(0))];
+    let create = Step::Create { replica: uid("next"), attempt: 1 };
+    assert!(steps(&next, &gone, &begun, 0).contains(&create));
+}
+
+#[test]
 fn one_that_somebody_started_again_after_its_end_was_taken_in_is_stopped() {
     let a = set(&[("a", None)], false);
     let again = [container("a", 1, State::Running)];

@@ -22,7 +22,7 @@ mod works;
 
 pub use words::{Cause, Done, Effect, Input, Look, Outcome, StepId, Token};
 
-use crate::diff::{self, Container, Memory, Seen, State, Step, diff};
+use crate::diff::{self, Container, Memory, Places, Seen, State, Step, diff};
 use crate::ledger::{HeldSet, Wanted};
 use crate::lifecycle::{Life, Reason};
 use crate::probe::Probing;
@@ -88,8 +88,7 @@ pub struct Reconcile {
     memory: BTreeMap<ReplicaUid, Memory>,
     seen: Seen,
     desks: BTreeMap<ReplicaUid, Desk>,
-    /// Of two that cannot stand side by side: each one's other.
-    partners: BTreeMap<ReplicaUid, ReplicaUid>,
+    places: Places,
     engine: engine::Sight,
     works: works::Works,
     disk: Disk,
@@ -110,7 +109,7 @@ impl Reconcile {
             memory,
             seen: Seen::new(),
             desks: BTreeMap::new(),
-            partners: BTreeMap::new(),
+            places: Places::default(),
             engine: engine::Sight::default(),
             works: works::Works::default(),
             disk: Disk::default(),
@@ -172,19 +171,17 @@ impl Reconcile {
     }
 
     fn take(&mut self, set: Arc<HeldSet>) {
-        self.partners.clear();
         for (uid, entry) in &set.entries {
-            if let Some(old) = diff::predecessor(entry) {
-                self.partners.insert(uid.clone(), old.clone());
-                self.partners.insert(old, uid.clone());
-            }
             // Whoever is wanted has a memory, so that its end is noticed.
-            let attempt = self.memory.entry(uid.clone()).or_default().attempt;
+            let memory = self.memory.entry(uid.clone()).or_default();
+            memory.replaces = diff::predecessor(entry).or(memory.replaces.take());
+            let attempt = memory.attempt;
             self.desks
                 .entry(uid.clone())
                 .or_insert_with(|| Desk { life: Life::new(attempt), ..Desk::default() });
         }
         self.wanted = Wanted::Set(set);
+        self.places = Places::of(&self.wanted, &self.memory);
         self.changed.extend(self.desks.keys().cloned());
     }
 
@@ -380,7 +377,7 @@ impl Reconcile {
         self.seen.get(uid)?.iter().find(|c| c.id == id)
     }
 
-    /// Neither it nor the one it cannot stand beside has anything under way or to be found out.
+    /// Neither it nor one that it cannot stand beside has anything under way or to be found out.
     fn may_act(&self, uid: &ReplicaUid) -> bool {
         let calm = |uid: &ReplicaUid| {
             self.desks.get(uid).is_none_or(|desk| {
@@ -389,7 +386,7 @@ impl Reconcile {
                     && desk.hold.is_none_or(|token| self.durable(token))
             })
         };
-        calm(uid) && self.partners.get(uid).is_none_or(calm)
+        calm(uid) && self.places.others(uid).all(calm)
     }
 
     fn take_exit(

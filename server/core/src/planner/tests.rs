@@ -640,3 +640,23 @@ fn a_rollout_on_every_host_is_not_complete_while_one_that_takes_no_part_has_some
     w.settle();
     assert_eq!((w.deployment().rollout(), w.releases_running()), (RolloutState::Complete, vec![2]));
 }
+
+#[test]
+fn a_host_that_takes_part_again_gets_its_next_one_only_when_the_one_before_is_gone() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    (spec.replicas, spec.every_host) = (None, true);
+    spec.rollout.as_mut().unwrap().max_surge = Some(1);
+    w.apply(spec);
+    w.settle();
+    let drain = |yes| api::HostSpec { cordoned: yes, draining: yes };
+    edit_host(&mut w, 0, |r| r.spec = Some(drain(true)));
+    let stops = |plan: &Plan| plan.steps.iter().map(|s| s.kind).collect::<Vec<_>>();
+    assert_eq!(stops(&w.plan()), [PlannedStepKind::Stop]);
+    edit_host(&mut w, 0, |r| r.spec = Some(drain(false)));
+    assert_eq!(stops(&w.plan()), [], "the one before still runs there");
+    w.agents();
+    assert_eq!(stops(&w.plan()), [PlannedStepKind::Place]);
+    w.settle();
+    assert_eq!(w.releases_running(), [1, 1]);
+}
