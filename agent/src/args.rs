@@ -135,7 +135,8 @@ async fn carry_out(args: Args) -> anyhow::Result<()> {
         Command::Run => crate::run::run(&args.data_dir, &args.engine, config).await,
         Command::Join { server, token, name } => {
             let store = Store::open(&args.data_dir)?;
-            let facts = crate::facts::gather(&config, &args.data_dir, &engine, true, None).await;
+            let facts =
+                crate::facts::gather(&config, &args.data_dir, &engine, true, None, &[]).await;
             let name = name.unwrap_or_else(machine_name);
             let held = crate::join::join(&store, &server, &token, &name, facts).await?;
             println!("joined cluster {} as host \"{}\"", held.cluster, held.name);

@@ -91,19 +91,26 @@ pub fn arch() -> &'static str {
 
 /// Gathers the facts. An engine that does not answer is said so. `reached`: whether container
 /// addresses are ([`crate::reach`]). `cluster`: whose containers are ours; `None` before the host has joined.
+/// `used_before`: ports found in use last, which stand while the engine does not say which are ours.
 pub async fn gather(
     config: &Config,
     folder: &Path,
     engine: &dyn Engine,
     reached: bool,
     cluster: Option<&ClusterUid>,
+    used_before: &[u32],
 ) -> api::HostFacts {
     let info = engine.info().await;
     let available = info.is_ok();
     let info = info.unwrap_or_default();
     let ours = match cluster {
-        Some(cluster) => engine.observe(cluster).await.unwrap_or_default(),
-        None => Vec::new(),
+        Some(cluster) if available => engine.observe(cluster).await.ok(),
+        Some(_) => None,
+        None => Some(Vec::new()),
+    };
+    let used_ports = match ours {
+        Some(ours) => of_others(&listening_ports(), &ours).into_iter().take(MAX_PORTS).collect(),
+        None => used_before.iter().filter_map(|p| u16::try_from(*p).ok()).collect(),
     };
     let reserve = config.reserved().unwrap_or_default();
     let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u64;
@@ -126,7 +133,7 @@ pub async fn gather(
         disk_free_bytes: least_free(folder, &info.data_root),
         kernel: release,
         container_network_reachable: reached,
-        used_ports: of_others(&listening_ports(), &ours).into_iter().take(MAX_PORTS).collect(),
+        used_ports,
     })
 }
 
@@ -155,13 +162,16 @@ mod tests {
         let (ours, other) = (ours.local_addr().unwrap(), other.local_addr().unwrap());
         run(&engine, &cluster, ours).await;
         let config = Config::default();
-        let told = |cluster| gather(&config, here.path(), &engine, true, cluster);
+        let told = |cluster| gather(&config, here.path(), &engine, true, cluster, &[7]);
         let ports = told(Some(&cluster)).await.used_ports;
         assert!(ports.contains(&u32::from(other.port())), "{ports:?}");
         assert!(!ports.contains(&u32::from(ours.port())), "{ports:?}");
         // Of another cluster it is another's.
         let elsewhere: ClusterUid = "d".parse().unwrap();
         assert!(told(Some(&elsewhere)).await.used_ports.contains(&u32::from(ours.port())));
+        // While the engine does not say which are ours, nothing new is found out.
+        engine.go_away();
+        assert_eq!(told(Some(&cluster)).await.used_ports, [7]);
     }
 
     #[test]

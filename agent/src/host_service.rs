@@ -164,7 +164,14 @@ impl HostService for Served {
                     Broken::Off(error) => {
                         broken += 1;
                         if !query.follow || broken > TRIES {
-                            let _ = tx.send(Err(Refusal::EngineAway(error).into())).await;
+                            let refusal = if matches!(error, EngineError::NotFound(_)) {
+                                Refusal::NoAttempt
+                            } else if error.is_engine_away() {
+                                Refusal::EngineAway(error)
+                            } else {
+                                Refusal::LogsFailed(error)
+                            };
+                            let _ = tx.send(Err(refusal.into())).await;
                             return;
                         }
                         tokio::select! {

@@ -41,6 +41,7 @@ fn said(status: &Status) -> (tonic::Code, &'static str) {
         "REPLICA_NOT_RUNNING",
         "EXEC_FORBIDDEN",
         "EXEC_FAILED",
+        "LOGS_FAILED",
         "INVALID",
         "PORT_NOT_FOUND",
         "PORT_REFUSED",
@@ -91,6 +92,24 @@ async fn only_replicas_of_this_host_can_be_read() {
         let request = LogsRequest { replica_uid: name.into(), ..Default::default() };
         let Err(status) = served.logs(Request::new(request)).await else { panic!("{name}") };
         assert_eq!(said(&status), (tonic::Code::NotFound, "REPLICA_NOT_FOUND"), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn why_no_lines_come_is_told_apart() {
+    use tonic::Code::{FailedPrecondition, NotFound, Unavailable};
+    let engine = FakeEngine::new();
+    let (_folder, served, _) = served(&engine).await;
+    let other = EngineError::Other { status: 501, message: "no such driver".into() };
+    for (error, told) in [
+        (EngineError::NotFound("gone".into()), (NotFound, "ATTEMPT_NOT_FOUND")),
+        (EngineError::Unreachable("reset".into()), (Unavailable, "ENGINE_AWAY")),
+        (other, (FailedPrecondition, "LOGS_FAILED")),
+    ] {
+        engine.fail_next(Call::Logs, error);
+        let request = LogsRequest { replica_uid: "r".into(), ..Default::default() };
+        let mut stream = served.logs(Request::new(request)).await.unwrap().into_inner();
+        assert_eq!(said(&stream.next().await.unwrap().unwrap_err()), told);
     }
 }
 

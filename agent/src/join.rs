@@ -2,7 +2,7 @@
 
 use crate::clock::Clock;
 use crate::fetch::client::Client;
-use crate::session::{self, tls_config};
+use crate::session;
 use crate::state::Shared;
 use crate::store::{Store, StoreError};
 use berth_proto::agent::join_service_client::JoinServiceClient;
@@ -61,9 +61,7 @@ pub async fn join(
         Ok(held) => return Err(JoinError::Joined(held.name)),
         Err(error) => return Err(error.into()),
     }
-    if !is_address(server) {
-        return Err(JoinError::Address(server.to_owned()));
-    }
+    check_address(server)?;
     let pin = token.trim().rsplit('.').next().filter(|p| p.len() == 64).ok_or(JoinError::Token)?;
     let clock = Some(Arc::new(Clock::new(0)) as Arc<_>);
     let config = tls::client_config(Trusted::Pin(pin.to_owned()), None, &[ALPN_H2], clock)
@@ -115,12 +113,15 @@ pub async fn join(
     Ok(identity)
 }
 
-/// Whether a text is a host's name or address with a port.
-#[must_use]
-pub fn is_address(text: &str) -> bool {
-    text.rsplit_once(':').is_some_and(|(host, port)| {
+/// A host's name or address with a port.
+///
+/// # Errors
+/// When it is none.
+pub fn check_address(text: &str) -> Result<(), JoinError> {
+    let right = text.rsplit_once(':').is_some_and(|(host, port)| {
         !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
-    })
+    });
+    if right { Ok(()) } else { Err(JoinError::Address(text.to_owned())) }
 }
 
 /// What is asked for: the same again while no answer has come, else something new. It is durable, as
@@ -149,10 +150,10 @@ type AnyError = Box<dyn std::error::Error + Send + Sync>;
 ///
 /// A session may stand for longer than a certificate lives, and nobody dials meanwhile. Cancel-safe:
 /// a renewal that was dropped is begun anew, the server takes the old key until the new one is used.
-pub async fn renewed(shared: &Arc<Shared>, client: &Client, look: Duration) {
+pub async fn renewed(shared: &Arc<Shared>, client: &Client, endpoint: &str, look: Duration) {
     loop {
         tokio::time::sleep(look).await;
-        match renew_if_due(shared, client).await {
+        match renew_if_due(shared, client, endpoint).await {
             Ok(true) => return,
             Ok(false) => {}
             Err(error) => tracing::warn!(
@@ -164,40 +165,38 @@ pub async fn renewed(shared: &Arc<Shared>, client: &Client, look: Duration) {
 }
 
 /// Renews the certificate at half its life, also when its end is past; `true`: it was renewed, or the
-/// host was removed and that is remembered. All known addresses of the server are tried in turn.
+/// host was removed and that is remembered. `endpoint` is the server's address that is dialled, or that
+/// a session stands with: another one is asked with the next dial.
 ///
 /// # Errors
 /// When it could not be done now; it will be tried again.
-pub async fn renew_if_due(shared: &Arc<Shared>, client: &Client) -> Result<bool, AnyError> {
+pub async fn renew_if_due(
+    shared: &Arc<Shared>,
+    client: &Client,
+    endpoint: &str,
+) -> Result<bool, AnyError> {
     let identity = shared.identity.lock().clone();
     let (from, until) = tls::validity(&identity.certificate_pem)?;
     if shared.clock.now().0 / 1000 < from + (until - from) / 2 {
         return Ok(false);
     }
-    let mut last: AnyError = "no server is known".into();
-    for endpoint in identity.trust.clone().unwrap_or_default().endpoints {
-        match renewal(shared, &identity, &endpoint).await {
-            Ok((_, RenewResponse { removed: Some(Removed { wipe }), .. })) => {
-                tracing::warn!(wipe, "this host was removed from its cluster");
-                let shared = Arc::clone(shared);
-                tokio::task::spawn_blocking(move || shared.removed(wipe)).await??;
-                return Ok(true);
-            }
-            Ok((key_pem, answer)) => {
-                let (shared, client) = (Arc::clone(shared), client.clone());
-                // The disk is waited for off the runtime's only thread.
-                tokio::task::spawn_blocking(move || take(&shared, &client, key_pem, answer))
-                    .await??;
-                tracing::info!(server = endpoint, "the certificate was renewed");
-                return Ok(true);
-            }
-            Err(error) => {
-                tracing::debug!(server = endpoint, error = crate::chain(&*error), "not renewed");
-                last = error;
-            }
-        }
+    let (key_pem, answer) = renewal(shared, &identity, endpoint).await?;
+    if let Some(Removed { wipe }) = answer.removed {
+        tracing::warn!(wipe, "this host was removed from its cluster");
+        let shared = Arc::clone(shared);
+        tokio::task::spawn_blocking(move || shared.removed(wipe)).await??;
+        return Ok(true);
     }
-    Err(last)
+    let changed = session::change(shared, client, move |identity| {
+        identity.certificate_pem = answer.certificate_pem;
+        identity.key_pem = key_pem;
+        if let Some(trust) = answer.trust {
+            session::take_over(identity, trust);
+        }
+    });
+    changed.await?;
+    tracing::info!(server = endpoint, "the certificate was renewed");
+    Ok(true)
 }
 
 /// Asks one address of the server for a certificate with a new key.
@@ -232,25 +231,6 @@ async fn renewal(
     };
     let answer = tokio::time::timeout(CONNECT, service.renew(request)).await??.into_inner();
     Ok((key_pem, answer))
-}
-
-/// Makes a renewed certificate durable, then uses it.
-fn take(
-    shared: &Shared,
-    client: &Client,
-    key_pem: String,
-    answer: RenewResponse,
-) -> Result<(), AnyError> {
-    let next = shared.change_identity(|identity| {
-        identity.certificate_pem = answer.certificate_pem;
-        identity.key_pem = key_pem;
-        if let Some(trust) = answer.trust {
-            session::take_over(identity, trust);
-        }
-    })?;
-    let config = tls_config(&next, Arc::clone(&shared.clock), &[b"http/1.1"])?;
-    client.retarget(next.registry, config);
-    Ok(())
 }
 
 #[cfg(test)]

@@ -18,9 +18,7 @@ use std::path::Path;
 /// When an agent runs, or the disk does not take it.
 pub fn set_server(folder: &Path, server: &str, registry: Option<&str>) -> anyhow::Result<()> {
     for address in [Some(server), registry].into_iter().flatten() {
-        if !crate::join::is_address(address) {
-            anyhow::bail!("\"{address}\" is no HOST:PORT, for example 10.0.0.5:7443");
-        }
+        crate::join::check_address(address)?;
     }
     let store = Store::open(folder).context("stop the agent first")?;
     let mut identity = store.identity()?;

@@ -6,7 +6,6 @@
 
 use crate::engine::EngineError;
 use std::collections::HashMap;
-use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
@@ -28,6 +27,9 @@ pub enum Refusal {
     /// The engine does not run the command.
     #[error("the command was not started: {0}")]
     ExecFailed(EngineError),
+    /// The engine does not give the container's output, by its logging driver perhaps.
+    #[error("the engine does not give its output: {0}")]
+    LogsFailed(EngineError),
     /// A call did not begin with what it is about.
     #[error("the first message must be start")]
     NoStart,
@@ -50,7 +52,9 @@ impl Refusal {
     fn code(&self) -> Code {
         match self {
             Self::NoReplica | Self::NoAttempt | Self::NoPort(_) => Code::NotFound,
-            Self::NotRunning | Self::ExecFailed(_) => Code::FailedPrecondition,
+            Self::NotRunning | Self::ExecFailed(_) | Self::LogsFailed(_) => {
+                Code::FailedPrecondition
+            }
             Self::ExecForbidden => Code::PermissionDenied,
             Self::NoStart => Code::InvalidArgument,
             Self::PortRefused(_) | Self::Broken(_) | Self::EngineAway(_) => Code::Unavailable,
@@ -65,6 +69,7 @@ impl Refusal {
             Self::NotRunning => "REPLICA_NOT_RUNNING",
             Self::ExecForbidden => "EXEC_FORBIDDEN",
             Self::ExecFailed(_) => "EXEC_FAILED",
+            Self::LogsFailed(_) => "LOGS_FAILED",
             Self::NoStart => "INVALID",
             Self::NoPort(_) => "PORT_NOT_FOUND",
             Self::PortRefused(_) => "PORT_REFUSED",
@@ -76,17 +81,7 @@ impl Refusal {
 
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
-        let (code, words) = (refusal.code(), refusal.to_string());
-        let mut details = ErrorDetails::with_error_info(refusal.reason(), "berth", HashMap::new());
-        if code == Code::FailedPrecondition {
-            details.add_precondition_failure_violation(refusal.reason(), "", &words);
-        }
-        if code == Code::InvalidArgument {
-            details.add_bad_request_violation("item", &words);
-        }
-        if code == Code::Unavailable {
-            details.set_retry_info(Some(Duration::from_secs(1)));
-        }
-        Self::with_error_details(code, words, details)
+        let details = ErrorDetails::with_error_info(refusal.reason(), "berth", HashMap::new());
+        Self::with_error_details(refusal.code(), refusal.to_string(), details)
     }
 }

@@ -15,7 +15,16 @@ use std::time::Duration;
 /// Looks again so often whether something is left: a pace, seen by nobody.
 const LOOK: Duration = Duration::from_millis(500);
 /// What the agent has in its folder; in the order in which it goes.
-const HELD: [&str; 5] = ["models", "pull", "set.partial", "set", "identity"];
+const HELD: [&str; 8] = [
+    "models",
+    "pull",
+    "set.partial",
+    "set",
+    "joining.partial",
+    "joining",
+    "identity.partial",
+    "identity",
+];
 
 /// Ends once nothing of the cluster is left; never unless the host is told so.
 pub async fn emptied(shared: &Shared, engine: &dyn Engine, fetcher: &Fetcher) {

@@ -45,7 +45,7 @@ pub async fn run(folder: &Path, socket: &Path, config: Config) -> anyhow::Result
     let fetcher = Arc::new(fetcher);
     let reached = look(&shared, &*engine, true).await;
     shared.inner.lock().board.facts =
-        facts::gather(&config, folder, &*engine, reached, Some(&shared.cluster)).await;
+        facts::gather(&config, folder, &*engine, reached, Some(&shared.cluster), &[]).await;
 
     let reconciler =
         Arc::new(Reconciler::new(Arc::clone(&shared), Arc::clone(&engine), fetcher.clone()));
@@ -93,17 +93,13 @@ async fn watch_facts(shared: Arc<Shared>, engine: Arc<dyn Engine>, config: Confi
     tick.tick().await;
     loop {
         tick.tick().await;
-        let before = shared.inner.lock().board.facts.container_network_reachable;
-        let reached = look(&shared, &*engine, before).await;
-        let cluster = Some(&shared.cluster);
-        let facts = facts::gather(&config, shared.store.folder(), &*engine, reached, cluster).await;
-        let changed = {
-            let mut inner = shared.inner.lock();
-            let changed = facts::is_news(&inner.board.facts, &facts);
-            inner.board.facts = facts.clone();
-            changed
-        };
-        if changed {
+        let before = shared.inner.lock().board.facts.clone();
+        let reached = look(&shared, &*engine, before.container_network_reachable).await;
+        let (folder, cluster) = (shared.store.folder(), Some(&shared.cluster));
+        let used = &before.used_ports;
+        let facts = facts::gather(&config, folder, &*engine, reached, cluster, used).await;
+        let facts = shared.inner.lock().board.gathered(facts).clone();
+        if facts::is_news(&before, &facts) {
             let _ = shared.news.send(News::Facts(Box::new(facts)));
         }
     }

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
 use tokio::sync::{broadcast, mpsc};
+use tokio::task::spawn_blocking;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
@@ -74,21 +75,21 @@ pub async fn run(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client) {
             tracing::warn!("this host was removed from its cluster; nothing is dialled any more");
             return;
         }
-        if let Err(error) = crate::join::renew_if_due(&shared, &client).await {
+        let endpoints = shared.identity.lock().trust.clone().unwrap_or_default().endpoints;
+        let Some(endpoint) = dialling.endpoint(&endpoints).cloned() else {
+            tracing::error!("no server is known; `berth-agent set-server HOST:PORT` names one");
+            return;
+        };
+        if let Err(error) = crate::join::renew_if_due(&shared, &client, &endpoint).await {
             tracing::warn!(
                 error = crate::chain(&*error),
                 "the certificate could not be renewed yet"
             );
         }
         if shared.identity.lock().removed {
-            // Learnt just now: whoever's certificate has ended gets no session that tells it.
+            // Learnt just now: a host whose certificate has ended gets no session that tells it.
             continue;
         }
-        let endpoints = shared.identity.lock().trust.clone().unwrap_or_default().endpoints;
-        let Some(endpoint) = dialling.endpoint(&endpoints).cloned() else {
-            tracing::error!("no server is known; `berth-agent set-server HOST:PORT` names one");
-            return;
-        };
         let ended =
             attempt(&shared, &engine, &client, &endpoint, &nonce, &mut sequence, &mut dialling)
                 .await;
@@ -187,7 +188,7 @@ async fn attempt(
         Err(_) => return Ended::Lost("the server did not answer in time".to_owned()),
     };
     let mut queue = std::collections::VecDeque::new();
-    let mut renewed = std::pin::pin!(crate::join::renewed(shared, client, RENEWAL_LOOK));
+    let mut renewed = std::pin::pin!(crate::join::renewed(shared, client, endpoint, RENEWAL_LOOK));
     loop {
         let due = machine.deadline().since_ms(shared.now().mono);
         let input = tokio::select! {
@@ -239,10 +240,10 @@ async fn attempt(
                     Effect::Persist(set) => {
                         let (shared, wanted) = (Arc::clone(shared), Wanted::Set(Arc::new(*set)));
                         // The session waits, as what the server says next may build on this set.
-                        let result =
-                            blocking(move || shared.persist(&wanted).map_err(|e| crate::chain(&e)))
-                                .await
-                                .unwrap_or_else(|error| Err(error.to_string()));
+                        let write = move || shared.persist(&wanted).map_err(|e| crate::chain(&e));
+                        let result = spawn_blocking(write)
+                            .await
+                            .unwrap_or_else(|error| Err(error.to_string()));
                         if let Err(why) = &result {
                             tracing::error!(why, "a set could not be made durable");
                         }
@@ -272,7 +273,7 @@ async fn attempt(
                     Effect::Removed { wipe } => {
                         tracing::warn!(wipe, "this host was removed from its cluster");
                         let shared = Arc::clone(shared);
-                        if let Ok(Err(error)) = blocking(move || shared.removed(wipe)).await {
+                        if let Ok(Err(error)) = spawn_blocking(move || shared.removed(wipe)).await {
                             tracing::error!(error = crate::chain(&error), "cannot be remembered");
                         }
                     }
@@ -283,13 +284,6 @@ async fn attempt(
         }
         *sequence = machine.sequence();
     }
-}
-
-/// Work that waits for the disk, off the runtime's only thread.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, tokio::task::JoinError> {
-    tokio::task::spawn_blocking(work).await
 }
 
 /// Takes newer roots and addresses over; the server's that were held before stay behind the new ones.
@@ -312,22 +306,30 @@ async fn take_trust(shared: &Arc<Shared>, client: &Client, trust: Trust) -> Opti
         return None;
     }
     let version = trust.version;
-    let changing = Arc::clone(shared);
-    let changed =
-        blocking(move || changing.change_identity(|identity| take_over(identity, trust))).await;
-    let error = match changed {
-        Ok(Ok(identity)) => {
-            match tls_config(&identity, Arc::clone(&shared.clock), &[b"http/1.1"]) {
-                Ok(config) => client.retarget(identity.registry, config),
-                Err(error) => tracing::error!(error = crate::chain(&error), "roots are not right"),
-            }
-            return Some(version);
+    match change(shared, client, move |identity| take_over(identity, trust)).await {
+        Ok(()) => Some(version),
+        Err(error) => {
+            tracing::error!(
+                error = crate::chain(&*error),
+                "roots and addresses are not taken over"
+            );
+            None
         }
-        Ok(Err(error)) => crate::chain(&error),
-        Err(error) => error.to_string(),
-    };
-    tracing::error!(error, "roots could not be made durable");
-    None
+    }
+}
+
+/// Makes a changed identity durable, off the runtime's only thread, and uses it towards the registry
+/// from then on.
+pub(crate) async fn change(
+    shared: &Arc<Shared>,
+    client: &Client,
+    edit: impl FnOnce(&mut AgentIdentityFile) + Send + 'static,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let changing = Arc::clone(shared);
+    let next = spawn_blocking(move || changing.change_identity(edit)).await??;
+    let config = tls_config(&next, Arc::clone(&shared.clock), &[b"http/1.1"])?;
+    client.retarget(next.registry, config);
+    Ok(())
 }
 
 /// Dials a second connection and serves on it until it is idle.

@@ -6,10 +6,10 @@ use berth_agent_core::board::{Board, nothing};
 use berth_agent_core::diff::Memory;
 use berth_agent_core::ledger::Wanted;
 use berth_proto::agent::ReplicaReport;
+use berth_proto::api;
 use berth_proto::ids::{ClusterUid, Mono, Now, ReplicaUid, Wall};
 use berth_proto::record::{AgentIdentityFile, AgentSetFile};
 use berth_proto::values::{AssignmentBody, HostPolicy};
-use berth_proto::{api, convert};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -253,10 +253,4 @@ impl Shared {
         let set = inner.board.wanted.set()?;
         Some(Arc::clone(&set.body(set.entries.get(uid)?)?.value))
     }
-}
-
-/// A moment as told on the wire.
-#[must_use]
-pub fn moment(wall: Wall) -> Option<prost_types::Timestamp> {
-    Some(convert::timestamp(wall))
 }

@@ -175,7 +175,7 @@ impl Store {
     ///
     /// # Errors
     /// When the file is damaged.
-    pub fn set(&self) -> Result<AgentSetFile, StoreError> {
+    fn set(&self) -> Result<AgentSetFile, StoreError> {
         Ok(read_whole(&self.folder.join("set"))?.unwrap_or_default())
     }
 
@@ -220,6 +220,7 @@ impl Store {
     /// When the disk does not take it.
     pub fn forget_cluster(&self) -> Result<(), StoreError> {
         self.forget_set()?;
+        self.forget_joining()?;
         self.forget("identity")
     }
 
@@ -350,7 +351,9 @@ mod tests {
         store.put_set(&old).unwrap();
         assert_eq!(store.set_of("other").unwrap(), old);
         store.put_identity(&AgentIdentityFile::default()).unwrap();
+        store.put_joining(&AgentJoinFile::default()).unwrap();
         store.forget_cluster().unwrap();
+        assert!(store.joining().unwrap().is_none(), "it holds a key");
         assert_eq!(store.set().unwrap(), AgentSetFile::default());
         assert!(matches!(store.identity(), Err(StoreError::NotJoined)));
     }

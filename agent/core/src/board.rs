@@ -90,12 +90,6 @@ impl Board {
         self.wiping = true;
     }
 
-    /// Nothing is to stay.
-    #[must_use]
-    pub fn is_wiping(&self) -> bool {
-        self.wiping
-    }
-
     /// A replica's newest report.
     pub fn report(&mut self, report: ReplicaReport) -> Option<News> {
         let uid = report.replica_uid.parse::<ReplicaUid>().ok()?;
@@ -121,6 +115,14 @@ impl Board {
         }
         self.facts.engine_available = available;
         Some(News::Facts(Box::new(self.facts.clone())))
+    }
+
+    /// The host's facts were gathered, which takes a while: whether the engine answers was told
+    /// meanwhile by whoever looks at it all the time.
+    pub fn gathered(&mut self, facts: api::HostFacts) -> &api::HostFacts {
+        let engine_available = self.facts.engine_available;
+        self.facts = api::HostFacts { engine_available, ..facts };
+        &self.facts
     }
 
     /// The engine has answered a look, and what it showed was reported.
@@ -176,6 +178,12 @@ mod tests {
         board.looked();
         let hello = board.hello(&Who::default(), Wall(0));
         assert!(hello.observed.is_empty() && hello.engine_observed);
+        // Gathered before the engine was found away, told after it.
+        let gathered =
+            api::HostFacts { arch: "riscv64".into(), engine_available: true, ..Default::default() };
+        board.engine_is(false);
+        let told = board.gathered(gathered);
+        assert_eq!((told.arch.as_str(), told.engine_available), ("riscv64", false));
     }
 
     #[test]

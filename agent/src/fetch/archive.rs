@@ -141,14 +141,14 @@ fn one(
     let Some(path) = named.to_str().and_then(inside) else {
         // The folder itself is no way out.
         if named.components().all(|c| c == Component::CurDir) && kind.is_dir() {
-            return Ok(skip(archive, size.next_multiple_of(BLOCK))?);
+            return Ok(skip_padded(archive, size)?);
         }
         return Err(leaves());
     };
     let to = folder.join(path);
     if kind.is_dir() {
         std::fs::create_dir_all(&to)?;
-        return Ok(skip(archive, size.next_multiple_of(BLOCK))?);
+        return Ok(skip_padded(archive, size)?);
     }
     if !kind.is_file() {
         return Err(leaves());
@@ -172,6 +172,12 @@ fn one(
 /// Bytes up to the next block.
 fn padding(size: u64) -> u64 {
     (BLOCK - size % BLOCK) % BLOCK
+}
+
+/// Skips an entry's content and what fills its last block.
+fn skip_padded(archive: &mut impl Read, size: u64) -> io::Result<()> {
+    skip(archive, size)?;
+    skip(archive, padding(size))
 }
 
 fn skip(archive: &mut impl Read, bytes: u64) -> io::Result<()> {
@@ -261,6 +267,13 @@ mod tests {
         assert_eq!(std::fs::read(dir.path().join("sub/file")).unwrap(), b"hi");
         assert!(unpack(&good[..], ANY, dir.path(), &mut 0).is_err(), "it is there");
         assert!(unpack(&good[..700], ANY, dir.path(), &mut 0).is_err());
+        // A size that no number of blocks holds.
+        let mut folder = Header::new_gnu();
+        folder.set_path("folder").unwrap();
+        folder.set_entry_type(EntryType::Directory);
+        folder.set_size(u64::MAX);
+        folder.set_cksum();
+        assert!(unpack(&folder.as_bytes()[..], ANY, dir.path(), &mut 0).is_err());
         assert!(unpack(&[b'x'; 1024][..], ANY, dir.path(), &mut 0).is_err());
     }
 

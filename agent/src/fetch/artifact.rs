@@ -160,14 +160,16 @@ impl Artifacts {
     }
 }
 
-/// Lays a model's files out as a folder; nothing is left of what does not get whole.
+/// Lays a model's files out as a folder; nothing is left of what does not get whole. Each try has a
+/// folder of its own: one that was given up may still be unpacking when the next one begins, and
+/// whichever is whole first counts.
 fn lay_out(
     layers: &[Layer],
     blobs: &Spool,
     tree: &Path,
     keep_free_bytes: u64,
 ) -> Result<(), FetchError> {
-    let making = tree.with_extension(MAKING);
+    let making = tree.with_extension(format!("{}.{MAKING}", uuid::Uuid::new_v4().simple()));
     let made = make(layers, blobs, tree, &making, keep_free_bytes);
     if made.is_err()
         && let Err(error) = std::fs::remove_dir_all(&making)
@@ -175,7 +177,7 @@ fn lay_out(
     {
         tracing::warn!(%error, "what is left of a model that did not get whole stays");
     }
-    made
+    if tree.exists() { Ok(()) } else { made }
 }
 
 /// Removes what a crash has left of models that were being made or thrown away.
@@ -199,9 +201,6 @@ fn make(
     making: &Path,
     keep_free_bytes: u64,
 ) -> Result<(), FetchError> {
-    if making.exists() {
-        std::fs::remove_dir_all(making)?;
-    }
     std::fs::create_dir_all(making)?;
     let mut files = 0;
     for layer in layers {
@@ -313,6 +312,10 @@ mod tests {
         assert_eq!(std::fs::read(spool.whole(&both[0].digest)).unwrap(), b"one");
         lay_out(&both[..1], &spool, &tree, 0).unwrap();
         assert_eq!(std::fs::read(tree.join("same")).unwrap(), b"one");
+        // A second try that was under way meanwhile changes nothing and leaves nothing.
+        lay_out(&both[..1], &spool, &tree, 0).unwrap();
+        let beside = std::fs::read_dir(tree.parent().unwrap()).unwrap().count();
+        assert_eq!((beside, std::fs::read(tree.join("same")).unwrap()), (1, b"one".to_vec()));
         // What a crash has left goes at the next start, what is whole stays.
         for left in [MAKING, GOING] {
             std::fs::create_dir_all(tree.with_extension(left).join("sub")).unwrap();

@@ -285,11 +285,10 @@ impl Keeper {
                 Err(error) => tracing::debug!(name, %error, "an image could not be removed"),
             }
         }
-        for spool in &self.spools {
-            let items = self.blobs(spool, &coming).unwrap_or_default();
-            for path in gc::evict(&items, &rules) {
-                let _ = std::fs::remove_file(&path);
-            }
+        let (spools, held) = (self.spools.clone(), Arc::clone(&self.held));
+        let work = move || drop_blobs(&spools, &held, &coming, &rules);
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(work).await {
+            tracing::warn!(%error, "blobs that nobody needs could not be removed");
         }
         self.write().await;
     }
@@ -331,29 +330,6 @@ impl Keeper {
         }
     }
 
-    /// Blobs of a spool that no tree has, whole or not; `in_use`: held, or on their way.
-    fn blobs(&self, spool: &Spool, coming: &BTreeSet<String>) -> io::Result<Vec<Item<PathBuf>>> {
-        let held = self.held.lock().clone();
-        let mut items = Vec::new();
-        for one in std::fs::read_dir(spool.folder())? {
-            let one = one?;
-            let meta = one.metadata()?;
-            let name = one.file_name().to_string_lossy().into_owned();
-            let hex = name.split('.').next().unwrap_or_default();
-            if meta.nlink() > 1 || !meta.is_file() {
-                continue;
-            }
-            items.push(Item {
-                id: one.path(),
-                deployment: None,
-                bytes: meta.len(),
-                last_used: Wall(meta.mtime().saturating_mul(1_000)),
-                in_use: coming.contains(hex) || held.keys().any(|digest| digest.hex() == hex),
-            });
-        }
-        Ok(items)
-    }
-
     /// Removes a tree and the blobs that only it had.
     async fn drop_tree(&self, hex: &str, coming: &BTreeSet<String>) -> io::Result<()> {
         let tree = self.root.join("trees").join(hex);
@@ -384,6 +360,39 @@ fn write(root: &Path, record: &Record) -> io::Result<()> {
     file.sync_all()?;
     std::fs::rename(&partial, &path)?;
     std::fs::File::open(root)?.sync_all()
+}
+
+/// Removes blobs that may go and are in no tree.
+fn drop_blobs(
+    spools: &[Spool],
+    held: &Mutex<BTreeMap<Digest, u32>>,
+    coming: &BTreeSet<String>,
+    rules: &Rules,
+) -> io::Result<()> {
+    for spool in spools {
+        let held = held.lock().clone();
+        let mut items = Vec::new();
+        for one in std::fs::read_dir(spool.folder())? {
+            let one = one?;
+            let meta = one.metadata()?;
+            let name = one.file_name().to_string_lossy().into_owned();
+            let hex = name.split('.').next().unwrap_or_default();
+            if meta.nlink() > 1 || !meta.is_file() {
+                continue;
+            }
+            items.push(Item {
+                id: one.path(),
+                deployment: None,
+                bytes: meta.len(),
+                last_used: Wall(meta.mtime().saturating_mul(1_000)),
+                in_use: coming.contains(hex) || held.keys().any(|digest| digest.hex() == hex),
+            });
+        }
+        for path in gc::evict(&items, rules) {
+            std::fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes a folder and the blobs that only it had and nobody is about to use.

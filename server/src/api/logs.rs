@@ -310,6 +310,9 @@ impl Pour {
                     }
                 }
                 Ok(None) => return End::Done,
+                Err(status) if status.code() == Code::NotFound => {
+                    return End::Nothing(status.message().to_owned());
+                }
                 Err(status) => return End::Unreachable(status.message().to_owned()),
             }
         }

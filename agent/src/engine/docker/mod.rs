@@ -370,11 +370,9 @@ impl Engine for DockerEngine {
             if wanted.follow {
                 // The library does not say when the engine has begun to answer, and a program may say
                 // nothing for long: an engine that hangs is found out by asking for something else.
-                let look = client.inspect_container(&id, None);
-                let answer = within(Call::Logs, Call::Logs.deadline(), look).await;
-                if let Err(error) =
-                    answer.and_then(|found| found.map_err(|e| translate(Call::Logs, &id, e)))
-                {
+                let name = id.clone();
+                let look = |d: Docker| async move { d.inspect_container(&name, None).await };
+                if let Err(error) = socket.call(Call::Logs, &id, look).await {
                     return stream::once(async { Err(error) }).boxed();
                 }
             }
