@@ -237,8 +237,9 @@ impl Cluster {
 
     /// Works out the sets of these hosts anew and hands them to their sessions.
     pub fn refresh_sets<'a>(&self, hosts: impl IntoIterator<Item = &'a HostUid>) {
-        let view = self.ledger.view();
         let sets = self.sets.lock();
+        // Under the lock: whoever comes later has a view that is not older.
+        let view = self.ledger.view();
         for host in hosts {
             if let Some(line) = sets.get(host) {
                 let newest = host_set(&view, host).map(|set| set.map(Arc::new));
@@ -335,10 +336,10 @@ impl Desk for ClusterDesk {
             sessions.orders.insert(id, orders_tx);
             id
         };
-        let view = c.ledger.view();
-        let newest = host_set(&view, host).map(|set| set.map(Arc::new));
         let sets = {
             let mut all = c.sets.lock();
+            // Under the lock: whoever comes later has a view that is not older.
+            let newest = host_set(&c.ledger.view(), host).map(|set| set.map(Arc::new));
             let line = all.entry(host.clone()).or_insert_with(|| watch::channel(None).0);
             line.send_replace(newest);
             line.subscribe()
@@ -475,9 +476,9 @@ impl Desk for ClusterDesk {
         self.0.keep_made(make).await;
     }
 
-    fn clock(&self, host: &HostUid, _session: u64, offset_ms: i64) {
+    fn clock(&self, host: &HostUid, session: u64, offset_ms: i64) {
         self.0.edit_live(|live| {
-            self.0.sessions.lock().desk.clock(live, host, offset_ms, wall_now());
+            self.0.sessions.lock().desk.clock(live, (host, session), offset_ms, wall_now());
         });
     }
 

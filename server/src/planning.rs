@@ -97,6 +97,9 @@ fn take_in(
         return;
     }
     for change in &heard {
+        if let Change::DeleteDeployment(uid) = change {
+            cluster.reports.lock().remove(uid);
+        }
         queue.changed(&view, &live, change);
     }
     for moved in &moved {

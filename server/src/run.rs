@@ -285,8 +285,10 @@ async fn first_records(
         if fell_back {
             tracing::error!(
                 epoch = record.epoch,
-                "acknowledged writes may be missing; hosts are only observed until an operator decides"
+                "acknowledged writes may be missing; hosts are only observed until an operator decides, \
+                 and join tokens are void"
             );
+            changes.extend(restore::void_tokens(&view));
         }
         changes.push(Change::PutCluster(record));
     }
@@ -310,8 +312,10 @@ async fn first_records(
             revoked: false,
         })));
     }
-    if !changes.is_empty() {
-        ledger.propose(Proposal { preconditions: Vec::new(), changes }).await?;
+    // The epoch comes last, so that a start that ends in between does all of it again.
+    for changes in changes.chunks(restore::CHUNK) {
+        let (preconditions, changes) = (Vec::new(), changes.to_vec());
+        ledger.propose(Proposal { preconditions, changes }).await?;
     }
     Ok(())
 }

@@ -81,11 +81,6 @@ impl Capacity {
         self.used.get(host)
     }
 
-    /// Everything that is used, by host.
-    pub fn all_used(&self) -> impl Iterator<Item = (&HostUid, &Arc<HostUse>)> {
-        self.used.iter()
-    }
-
     /// Hosts that were not removed with how full they are, the emptiest first.
     pub fn by_room(&self) -> impl Iterator<Item = (u64, &Arc<Host>)> {
         self.order.iter().map(|((full, _), host)| (*full, host))
@@ -94,6 +89,13 @@ impl Capacity {
     /// Values of a label among hosts that were not removed.
     pub fn values_of<'a>(&'a self, key: &str) -> impl Iterator<Item = &'a String> + use<'a> {
         self.labels.get(key).into_iter().flat_map(|values| values.keys())
+    }
+
+    /// Whether every host that was not removed has this label.
+    #[must_use]
+    pub fn all_have(&self, key: &str) -> bool {
+        let values = self.labels.get(key).into_iter().flat_map(|values| values.values());
+        values.map(Set::size).sum::<usize>() == self.at.size()
     }
 
     /// Hosts that a requirement leaves, when the index can tell; `None`: it cannot.

@@ -225,9 +225,12 @@ pub fn apply(
     }
     record.resolved.clone_from(&wanted.resolved_words);
     let next = Deployment::new(record.clone())?;
-    let newest = view.release(&existing.uid, newest(view, &existing.uid));
+    let number = newest(view, &existing.uid);
+    let newest = view.release(&existing.uid, number);
     let resolved_changed = newest.is_none_or(|r| r.source != wanted.resolved);
-    let stuck = matches!(existing.rollout(), RolloutState::RolledBack | RolloutState::Paused);
+    // Its newest release has failed, and it is on its way back or back: this is another try.
+    let stuck = matches!(existing.rollout(), RolloutState::RolledBack | RolloutState::Paused)
+        || existing.release() != number;
     let kind_changed =
         (existing.spec.scale == Scale::EveryHost) != (next.spec.scale == Scale::EveryHost);
     if resolved_changed
@@ -375,7 +378,9 @@ fn repeat(
         return Err(Refused::NoRelease { deployment: deployment.name.clone(), release: number });
     };
     let mut record = deployment.record.clone();
-    if number != deployment.release() {
+    // After a rollback the deployment still says what the failed release was to be.
+    let rolled_back = deployment.release() != newest(view, &deployment.uid);
+    if number != deployment.release() || rolled_back {
         // Back to that spec, but the number of replicas stays as it is now.
         let mut spec = release.record.spec.clone().unwrap_or_default();
         spec.replicas = record.spec.as_ref().and_then(|s| s.replicas);

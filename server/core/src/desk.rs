@@ -95,13 +95,14 @@ impl Desk {
         if held.record.quarantined {
             return Admission::Quarantined;
         }
+        let list = self.sessions.entry(host.clone()).or_default();
+        // Before anything is remembered of it: a hello that comes late is of a boot that may be over.
+        if list.iter().any(|line| line.registered && line.id > session) {
+            return Admission::Superseded;
+        }
         let boots = self.boots.entry(host.clone()).or_default();
         if boots.judge(boot_nonce, now) == Takeover::TwoBoots && !bug!(TwoBootsWelcome) {
             return Admission::TwoBoots;
-        }
-        let list = self.sessions.entry(host.clone()).or_default();
-        if list.iter().any(|line| line.registered && line.id > session) {
-            return Admission::Superseded;
         }
         for line in list.iter_mut() {
             line.registered |= line.id == session;
@@ -200,8 +201,17 @@ impl Desk {
         live.edit_host(host, |h| h.refusal = words);
     }
 
-    /// The host's clock is so far ahead.
-    pub fn clock(&self, live: &mut Live, host: &HostUid, offset_ms: i64, now: Wall) {
+    /// The host's clock is so far ahead, as its session that counts says.
+    pub fn clock(
+        &self,
+        live: &mut Live,
+        (host, session): (&HostUid, u64),
+        offset_ms: i64,
+        now: Wall,
+    ) {
+        if !self.is_current(host, session) {
+            return;
+        }
         live.edit_host(host, |h| {
             h.clock_offset_ms = offset_ms;
             h.last_seen = Some(now);
@@ -264,7 +274,6 @@ mod tests {
     fn said() -> Registration {
         Registration {
             instance: "i".into(),
-            boot_id: String::new(),
             boot_nonce: "n".into(),
             agent_start: 1,
             agent_version: String::new(),
@@ -295,6 +304,19 @@ mod tests {
     }
 
     #[test]
+    fn a_hello_that_comes_late_makes_no_clone_of_the_boot_that_follows() {
+        let (mut desk, view) = (Desk::default(), view(|_| {}));
+        let (old, new) = (desk.open(&host()), desk.open(&host()));
+        let judge = |desk: &mut Desk, session, nonce: &str| {
+            desk.judge(&view, &host(), session, nonce, Mono(1))
+        };
+        assert!(matches!(judge(&mut desk, new, "second"), Admission::Welcome { .. }));
+        assert_eq!(judge(&mut desk, old, "first"), Admission::Superseded);
+        let again = desk.open(&host());
+        assert!(matches!(judge(&mut desk, again, "second"), Admission::Welcome { .. }));
+    }
+
+    #[test]
     fn a_superseded_sessions_words_change_nothing() {
         let (mut desk, mut live, view) = (Desk::default(), Live::default(), view(|_| {}));
         let old = desk.open(&host());
@@ -304,6 +326,7 @@ mod tests {
         let before = live.host(&host()).cloned();
         let admitted = desk.statuses(&mut live, &view, (&host(), old, 7), (&[], &[]), now(9));
         desk.acknowledged(&mut live, &host(), old, SetNumber::default());
+        desk.clock(&mut live, (&host(), old), 9_000, Wall(9));
         assert_eq!((admitted, live.host(&host()).cloned()), (Admitted::Superseded, before));
         let admitted = desk.statuses(&mut live, &view, (&host(), new, 1), (&[], &[]), now(9));
         assert_eq!(admitted, Admitted::News);

@@ -20,6 +20,9 @@ use berth_proto::record::AuditRecord;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+/// Most characters of an agent's words that are stored with a replica: four of them fit into one write.
+const MAX_REASON_CHARS: usize = 300;
+
 /// What of a host's statuses must be durable. Replicas of other hosts are passed over.
 #[must_use]
 pub fn statuses(
@@ -54,7 +57,7 @@ pub fn statuses(
         }
         if status.reason == "REPLACEMENT_FAILED" && !next.failed {
             next.failed = true;
-            next.reason.clone_from(&status.message);
+            next.reason = status.message.chars().take(MAX_REASON_CHARS).collect();
         }
         if next != **replica {
             changes.push(Change::PutReplica(Arc::new(next)));

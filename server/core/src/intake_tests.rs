@@ -63,7 +63,6 @@ fn mark(w: &mut World, intent: ReplicaIntent) -> Arc<Replica> {
 fn hello(observed: Vec<ReplicaReport>, engine_observed: bool) -> Registration {
     Registration {
         instance: "i".to_owned(),
-        boot_id: "b".to_owned(),
         boot_nonce: "n".to_owned(),
         agent_start: 1,
         agent_version: "0".to_owned(),

@@ -12,8 +12,8 @@
 use crate::capacity::HostUse;
 use crate::change::Change;
 use crate::decide::{self, Asked};
-use crate::objects::{Deployment, Host, Replica};
-use crate::placement::has_room;
+use crate::objects::{Deployment, Replica};
+use crate::placement::has_room_after;
 use crate::view::View;
 use berth_proto::agent::ReplicaReport;
 use berth_proto::api::ReplicaIntent;
@@ -48,6 +48,10 @@ impl View {
     }
 }
 
+/// Releases of one deployment at the most, a thousand a second for a month: a greater number is not one
+/// that a server has given, and would spoil the numbers that follow ([`decide::apply`]).
+const MAX_RELEASE: u64 = u32::MAX as u64;
+
 /// What a host runs and the ledger does not know.
 #[must_use]
 pub fn found(view: &View, host: &HostUid, observed: &[ReplicaReport], now: Wall) -> Vec<Change> {
@@ -60,7 +64,7 @@ pub fn found(view: &View, host: &HostUid, observed: &[ReplicaReport], now: Wall)
         else {
             continue;
         };
-        if view.replica(&uid).is_some() {
+        if view.replica(&uid).is_some() || report.release > MAX_RELEASE {
             continue;
         }
         changes.push(Change::PutReplica(Arc::new(Replica {
@@ -224,10 +228,7 @@ fn finds_room(view: &View, orphan: &Replica, beside: &mut BTreeMap<HostUid, Host
     let used = beside
         .entry(orphan.host.clone())
         .or_insert_with(|| HostUse::clone(&view.host_use(&orphan.host)));
-    // The ports that the host itself sees in use are the orphan's own.
-    let mut host = Host::clone(host);
-    host.facts.used_ports.clear();
-    let room = has_room(&host, used, &release.spec).is_ok();
+    let room = has_room_after(host, used, &release.spec, Some(&release.spec)).is_ok();
     if room {
         used.add(&release.spec);
     }

@@ -13,7 +13,7 @@ use crate::live::{Live, Presence};
 use crate::objects::{Deployment, Host, Release};
 use crate::view::View;
 use berth_proto::ids::HostUid;
-use berth_proto::values::{DeploymentSpec, HostPolicy, Probe, Requirement};
+use berth_proto::values::{DeploymentSpec, HostPolicy, Probe, Publish, Requirement};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::fmt;
@@ -244,6 +244,20 @@ pub fn fits_at_all(
 /// # Errors
 /// The first thing that is short.
 pub fn has_room(host: &Host, used: &HostUse, spec: &DeploymentSpec) -> Result<(), Rejection> {
+    has_room_after(host, used, spec, None)
+}
+
+/// Whether there is room beside what is used, once what runs there by the spec `gone` is gone: the
+/// ports that the host itself sees in use may still be that one's.
+///
+/// # Errors
+/// The first thing that is short.
+pub fn has_room_after(
+    host: &Host,
+    used: &HostUse,
+    spec: &DeploymentSpec,
+    gone: Option<&DeploymentSpec>,
+) -> Result<(), Rejection> {
     if bug!(RoomUnasked) {
         return Ok(());
     }
@@ -259,8 +273,13 @@ pub fn has_room(host: &Host, used: &HostUse, spec: &DeploymentSpec) -> Result<()
     if short(want.gpu_memory_bytes, used.used.gpu_memory_bytes, have.gpu_memory_bytes) {
         return Err(Rejection::GpuMemory);
     }
-    for publish in spec.ports.iter().filter_map(|port| port.publish.as_ref()) {
-        if used.ports.contains(&publish.port) || host.facts.used_ports.contains(&publish.port) {
+    fn published(spec: &DeploymentSpec) -> impl Iterator<Item = &Publish> {
+        spec.ports.iter().filter_map(|port| port.publish.as_ref())
+    }
+    for publish in published(spec) {
+        let seen = host.facts.used_ports.contains(&publish.port)
+            && !gone.into_iter().flat_map(published).any(|own| own.port == publish.port);
+        if used.ports.contains(&publish.port) || seen {
             return Err(Rejection::Port(publish.port));
         }
     }
@@ -382,11 +401,10 @@ impl<'a> Pool<'a> {
             }
         };
         let mut groups: BTreeMap<String, Group> = BTreeMap::new();
-        groups.insert(String::new(), Group::default());
-        if let Some(key) = need.spread {
-            for value in view.capacity().values_of(key) {
-                groups.insert(value.clone(), Group::default());
-            }
+        let spread = need.spread.into_iter().flat_map(|key| view.capacity().values_of(key));
+        groups.extend(spread.map(|value| (value.clone(), Group::default())));
+        if need.spread.is_none_or(|key| !view.capacity().all_have(key)) {
+            groups.insert(String::new(), Group::default());
         }
         let mut pool = Self {
             view,
@@ -455,16 +473,23 @@ impl<'a> Pool<'a> {
         loop {
             let open = |group: &Group| !(self.exhausted && group.heap.is_empty());
             let fewest = self.groups.values().filter(|g| open(g)).map(|g| g.count).min()?;
-            let mut these = self.groups.iter().filter(|(_, g)| open(g) && g.count == fewest);
-            if these.clone().all(|(_, group)| self.is_settled(group)) {
-                return these
-                    .by_ref()
+            let these = || self.groups.iter().filter(|(_, g)| open(g) && g.count == fewest);
+            let unsettled: Vec<String> = these()
+                .filter(|(_, group)| !self.is_settled(group))
+                .map(|(value, _)| value.clone())
+                .collect();
+            if unsettled.is_empty() {
+                return these()
                     .min_by_key(|(value, group)| {
-                        (group.heap.peek().map(|best| (best.0.0, best.0.1)), (*value).clone())
+                        (group.heap.peek().map(|best| (best.0.0, best.0.1)), *value)
                     })
                     .map(|(value, _)| value.clone());
             }
-            self.look_further();
+            for value in unsettled {
+                while self.groups.get(&value).is_some_and(|group| !self.is_settled(group)) {
+                    self.look_further();
+                }
+            }
         }
     }
 

@@ -15,9 +15,11 @@
 
 use crate::change::Change;
 use crate::live::{Live, Moved};
+use crate::objects::Replica;
 use crate::placement::{Need, WaitsFor};
 use crate::planner::Report;
 use crate::view::View;
+use berth_proto::api::ReplicaIntent;
 use berth_proto::ids::{DeploymentUid, HostUid, Mono, ReplicaUid};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -62,8 +64,8 @@ pub struct Queue {
     every_host: BTreeSet<DeploymentUid>,
     /// Of those the ones that are planned as a whole, whichever host has changed.
     unsettled: BTreeSet<DeploymentUid>,
-    /// Where each replica is, since a deletion names only the replica.
-    placed: BTreeMap<ReplicaUid, (DeploymentUid, HostUid)>,
+    /// Where each replica is, since a deletion names only the replica; and whether it is an orphan.
+    placed: BTreeMap<ReplicaUid, (DeploymentUid, HostUid, bool)>,
 }
 
 impl Queue {
@@ -72,8 +74,7 @@ impl Queue {
     pub fn new(view: &View) -> Self {
         let mut queue = Self::default();
         for replica in view.replicas() {
-            let at = (replica.deployment.clone(), replica.host.clone());
-            queue.placed.insert(replica.uid.clone(), at);
+            queue.placed.insert(replica.uid.clone(), placed(replica));
         }
         for deployment in view.deployments() {
             if deployment.wanted().is_none() {
@@ -144,8 +145,8 @@ impl Queue {
     }
 
     /// Whether a deployment, or a host of it, is in the queue or due by then.
-    #[must_use]
-    pub fn holds(&self, uid: &DeploymentUid, now: Mono) -> bool {
+    #[cfg(test)]
+    pub(crate) fn holds(&self, uid: &DeploymentUid, now: Mono) -> bool {
         self.why.keys().any(|key| key.deployment() == uid)
             || self.timer_of.get(uid).is_some_and(|at| *at <= now)
     }
@@ -229,24 +230,23 @@ impl Queue {
             Change::DeleteDeployment(uid) => self.forget(uid),
             Change::PutRelease(release) => self.wake(Key::Whole(release.deployment.clone())),
             Change::PutReplica(replica) => {
-                let at = (replica.deployment.clone(), replica.host.clone());
-                let before = self.placed.insert(replica.uid.clone(), at);
+                let before = self.placed.insert(replica.uid.clone(), placed(replica));
                 self.wake_replica(view, &replica.deployment, &replica.host);
-                if let Some((deployment, host)) = before
+                // An orphan that was decided about may let its host be used again.
+                let decided = before.as_ref().is_some_and(|(_, _, orphan)| *orphan);
+                if let Some((deployment, host, _)) = before
                     && (deployment != replica.deployment || host != replica.host)
                 {
                     self.wake_replica(view, &deployment, &host);
                     self.host_may_take(view, live, &host, &[WaitsFor::Room]);
                 }
-                // Since a restore an orphan that was decided about may let its host be used again.
-                let decided = view.cluster.observing;
                 if replica.replaces.is_some() || replica.failed || !replica.runs() || decided {
                     // What it takes of its host may be less than before.
                     self.host_may_take(view, live, &replica.host, &[WaitsFor::Room]);
                 }
             }
             Change::DeleteReplica(uid) => {
-                if let Some((deployment, host)) = self.placed.remove(uid) {
+                if let Some((deployment, host, _)) = self.placed.remove(uid) {
                     self.wake_replica(view, &deployment, &host);
                     if !bug!(RoomWakeLost) {
                         self.host_may_take(view, live, &host, &[WaitsFor::Room]);
@@ -281,9 +281,8 @@ impl Queue {
             Moved::Host(_) => {}
             Moved::Replica(uid) => {
                 let known = self.placed.get(uid).cloned();
-                let known = known
-                    .or_else(|| view.replica(uid).map(|r| (r.deployment.clone(), r.host.clone())));
-                if let Some((deployment, host)) = known {
+                let known = known.or_else(|| view.replica(uid).map(|r| placed(r)));
+                if let Some((deployment, host, _)) = known {
                     self.wake_replica(view, &deployment, &host);
                 }
             }
@@ -342,6 +341,11 @@ impl Queue {
             }
         }
     }
+}
+
+fn placed(replica: &Replica) -> (DeploymentUid, HostUid, bool) {
+    let orphan = replica.intent == ReplicaIntent::Orphan;
+    (replica.deployment.clone(), replica.host.clone(), orphan)
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use berth_proto::ids::{ClusterUid, Wall};
 use berth_proto::record::{AuditRecord, ClusterRecord, JoinTokenRecord};
 use std::sync::Arc;
 
-/// Join tokens voided in one write of the ledger.
-const CHUNK: usize = 80;
+/// Changes in one write of the ledger.
+pub const CHUNK: usize = 80;
 
 /// What a restore writes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +59,16 @@ pub fn begun(
     })
 }
 
+/// Ends every join token: which of them were used up or revoked in writes that are lost is not known.
+#[must_use]
+pub fn void_tokens(view: &View) -> Vec<Change> {
+    view.join_tokens()
+        .filter(|kept| !kept.record.revoked)
+        .map(|kept| JoinTokenRecord { revoked: true, ..JoinTokenRecord::clone(&kept.record) })
+        .map(|record| Change::PutJoinToken(Arc::new(record)))
+        .collect()
+}
+
 /// What a restore changes in the ledger that was read from a backup of `made`.
 #[must_use]
 pub fn turned_back(view: &View, made: Wall, now: Wall) -> Turned {
@@ -93,12 +103,7 @@ pub fn turned_back(view: &View, made: Wall, now: Wall) -> Turned {
     };
     let first =
         [Change::PutCluster(cluster), Change::AppendEvent(event), Change::AppendAudit(audit)];
-    let tokens: Vec<Change> = view
-        .join_tokens()
-        .filter(|kept| !kept.record.revoked)
-        .map(|kept| JoinTokenRecord { revoked: true, ..JoinTokenRecord::clone(&kept.record) })
-        .map(|record| Change::PutJoinToken(Arc::new(record)))
-        .collect();
+    let tokens = void_tokens(view);
     let mut batches = Vec::new();
     for changes in std::iter::once(&first[..]).chain(tokens.chunks(CHUNK)) {
         batches.push(Batch { revision, ops: changes.iter().map(Change::encode).collect() });

@@ -14,7 +14,7 @@ use crate::planner::{self, Plan};
 use crate::queue::{Key, Queue, Why};
 use crate::view::View;
 use berth_proto::ids::{DeploymentUid, HostUid, Mono, Now, ReplicaUid};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Changes of one round: some hundred commits, well below what may wait at the ledger.
 const ROUND_CHANGES: usize = 8_000;
@@ -57,7 +57,7 @@ pub struct Round {
     plans: usize,
     /// A deployment is planned once a round: its next plan needs the revisions this one is written at.
     whole: BTreeSet<DeploymentUid>,
-    hosts: BTreeSet<(DeploymentUid, HostUid)>,
+    hosts: BTreeMap<DeploymentUid, BTreeSet<HostUid>>,
     later: Vec<Key>,
     short: Vec<DeploymentUid>,
 }
@@ -73,7 +73,7 @@ impl Round {
             changes: 0,
             plans: 0,
             whole: BTreeSet::new(),
-            hosts: BTreeSet::new(),
+            hosts: BTreeMap::new(),
             later: Vec::new(),
             short: Vec::new(),
         }
@@ -83,8 +83,8 @@ impl Round {
         let uid = key.deployment();
         self.whole.contains(uid)
             || match key {
-                Key::Whole(_) => self.hosts.iter().any(|(of, _)| of == uid),
-                Key::OnHost(_, host) => self.hosts.contains(&(uid.clone(), host.clone())),
+                Key::Whole(_) => self.hosts.contains_key(uid),
+                Key::OnHost(_, host) => self.hosts.get(uid).is_some_and(|all| all.contains(host)),
             }
     }
 
@@ -135,7 +135,7 @@ impl Round {
                 self.whole.insert(uid.clone());
             }
             Key::OnHost(uid, host) => {
-                self.hosts.insert((uid.clone(), host.clone()));
+                self.hosts.entry(uid.clone()).or_default().insert(host.clone());
             }
         }
         let changes = std::mem::take(&mut plan.changes);
@@ -161,9 +161,9 @@ impl Round {
         refused: impl IntoIterator<Item = (DeploymentUid, Refusal)>,
         now: Mono,
     ) -> bool {
-        let mut taken = true;
+        let mut again = BTreeSet::new();
         for (uid, refusal) in refused {
-            taken = false;
+            again.insert(uid.clone());
             match refusal {
                 // Somebody was faster.
                 Refusal::Conflict { .. } | Refusal::Epoch { .. } => queue.wake(Key::Whole(uid)),
@@ -174,9 +174,10 @@ impl Round {
                 | Refusal::Failed => queue.retry(&uid, now.plus_ms(AGAIN_MS)),
             }
         }
-        if !taken {
-            // They may have found no room only because of a plan that was not taken.
-            for uid in self.short {
+        if !again.is_empty() {
+            // They may have found no room only because of a plan that was not taken. Those that were
+            // refused themselves come again at their own time.
+            for uid in self.short.into_iter().filter(|uid| !again.contains(uid)) {
                 queue.wake(Key::Whole(uid));
             }
         }

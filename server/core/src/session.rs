@@ -9,7 +9,7 @@
 //! 1. Nothing is taken from an agent before its hello and every page of its observed set are here.
 //! 2. One set at a time is on its way; while it is, only the newest of those that follow is kept.
 //! 3. A body the agent holds is not sent again.
-//! 4. A status is acknowledged only after [`Input::Taken`] has said that it is kept.
+//! 4. A status is acknowledged only after [`Input::Taken`] has said that it and all before it are kept.
 //! 5. Silence for longer than the idle timeout ends the session, and nothing else.
 //! 6. Whoever has just been heard is not asked whether it is there: an idle session costs one ping of
 //!    the agent and its answer in each interval.
@@ -18,6 +18,7 @@ use berth_proto::agent::{
     self, Hello, ReplicaReport, SetAck, SetBegin, SetEnd, SetEntry, SetId, SetPage, SetVerdict,
     session_request, session_response,
 };
+use berth_proto::convert::{timestamp, wall};
 use berth_proto::ids::{Digest, Epoch, Generation, HostUid, Mono, Now, SetNumber};
 use prost::Message as _;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -34,6 +35,11 @@ pub const MAX_OBSERVED_PAGES: u32 = 100;
 pub const MAX_HELLO_BYTES: usize = 32 * 1024 * 1024;
 /// Reports in one message, as the contract says.
 pub const MAX_REPORTS: usize = 500;
+/// Characters of a join's instance and of a boot's nonce: both are random numbers of at most 36, and are
+/// remembered.
+pub const MAX_ID_BYTES: usize = 64;
+/// Replicas remembered as what an agent may have something of: as many as a hello may tell, twice.
+const MAX_KNOWN: usize = 2 * MAX_OBSERVED_PAGES as usize * MAX_REPORTS;
 /// How long a hello with its pages may take: a slow link carries 1 MiB in 30 s at 280 kbit/s.
 pub const HELLO_DEADLINE_MS: u64 = 30_000;
 /// Wait before a set that the agent could not make durable is sent again.
@@ -133,7 +139,7 @@ pub enum Input {
     Message(Box<agent::SessionRequest>),
     /// The newest set of this host; `None`: it gets no sets for this reason.
     Newest(Result<Arc<HostSet>, Hold>),
-    /// The statuses up to this sequence are kept.
+    /// The statuses of this sequence are kept; in whatever order they are.
     Taken(u64),
     /// The host was removed.
     Removed {
@@ -197,8 +203,6 @@ pub enum Effect {
 pub struct Registration {
     /// The join's instance.
     pub instance: String,
-    /// The boot, for telling a cloned disk.
-    pub boot_id: String,
     /// Random number of this boot of this copy.
     pub boot_nonce: String,
     /// Start of the agent.
@@ -278,7 +282,8 @@ pub struct Session {
     flight: Option<Flight>,
     not_before: Mono,
     refused: Option<SetNumber>,
-    untaken: VecDeque<u64>,
+    /// Statuses in the order in which they came, and whether they are kept.
+    untaken: VecDeque<(u64, bool)>,
 }
 
 impl Session {
@@ -346,10 +351,19 @@ impl Session {
                 self.newest = Some(newest);
             }
             Input::Taken(sequence) => {
-                while self.untaken.front().is_some_and(|s| *s <= sequence) {
+                for (of, taken) in &mut self.untaken {
+                    *taken |= *of == sequence;
+                }
+                // An acknowledgement speaks for all before it: none of them may still be waited for.
+                let mut last = None;
+                while let Some((sequence, true)) = self.untaken.front() {
+                    last = Some(*sequence);
                     self.untaken.pop_front();
                 }
-                send(&mut out, session_response::Item::StatusAck(agent::StatusAck { sequence }));
+                if let Some(sequence) = last {
+                    let ack = agent::StatusAck { sequence };
+                    send(&mut out, session_response::Item::StatusAck(ack));
+                }
             }
             Input::Removed { wipe } => {
                 send(&mut out, session_response::Item::Removed(agent::Removed { wipe }));
@@ -409,7 +423,7 @@ impl Session {
                 if now.mono >= self.ping_due() {
                     self.pinged = now.mono;
                     self.ping_id += 1;
-                    let ping = agent::Ping { id: self.ping_id, time: Some(timestamp(now)) };
+                    let ping = agent::Ping { id: self.ping_id, time: Some(timestamp(now.wall)) };
                     send(out, session_response::Item::Ping(ping));
                 }
             }
@@ -459,6 +473,10 @@ impl Session {
         if hello.host_uid != self.host.as_str() {
             return self.close(Closed::WrongHost, out);
         }
+        if hello.instance.len() > MAX_ID_BYTES || hello.boot_nonce.len() > MAX_ID_BYTES {
+            return self
+                .close(Closed::Protocol("the instance or the boot's nonce is too long"), out);
+        }
         if hello.observed_pages > MAX_OBSERVED_PAGES || hello.observed.len() > MAX_REPORTS {
             return self.close(Closed::Protocol("the observed set is too large"), out);
         }
@@ -477,12 +495,8 @@ impl Session {
         self.held_bodies = hello.bodies.into_iter().collect();
         let observed = || hello.observed.iter().map(|r| r.replica_uid.clone()).collect();
         self.known = hello.engine_observed.then(observed);
-        if let Some(time) = &hello.time {
-            self.clock(millis(time).saturating_sub(now.wall.0), out);
-        }
         out.push(Effect::Register(Box::new(Registration {
             instance: hello.instance,
-            boot_id: hello.boot_id,
             boot_nonce: hello.boot_nonce,
             agent_start: hello.agent_start,
             agent_version: hello.agent_version,
@@ -492,6 +506,9 @@ impl Session {
             engine_observed: hello.engine_observed,
             trust_version: hello.trust_version,
         })));
+        if let Some(time) = hello.time {
+            self.clock(wall(&time).0.saturating_sub(now.wall.0), out);
+        }
         let hold = match &self.newest {
             Some(Err(hold)) => Some(*hold),
             Some(Ok(_)) | None => None,
@@ -504,7 +521,7 @@ impl Session {
                 idle_timeout_ms: self.terms.idle_timeout_ms,
                 status_interval_ms: self.terms.status_interval_ms,
                 reconnect_window_ms: self.terms.reconnect_window_ms,
-                time: Some(timestamp(now)),
+                time: Some(timestamp(now.wall)),
                 cluster: self.terms.cluster.clone(),
                 observe_only: hold.is_some(),
                 reason: hold.map(|h| h.words().to_owned()).unwrap_or_default(),
@@ -530,13 +547,15 @@ impl Session {
                 if self.untaken.len() >= MAX_UNTAKEN {
                     return self.close(Closed::Overrun, out);
                 }
-                self.untaken.push_back(statuses.sequence);
+                self.untaken.push_back((statuses.sequence, false));
                 if let Some(known) = &mut self.known {
                     known.extend(statuses.reports.iter().map(|r| r.replica_uid.clone()));
                     for gone in &statuses.absent {
                         known.remove(gone);
                     }
                 }
+                // Nobody has so many: whatever is named, memory stays bounded.
+                self.known = self.known.take().filter(|known| known.len() <= MAX_KNOWN);
                 if bug!(StatusAcknowledgedUnkept) {
                     let sequence = statuses.sequence;
                     let ack = agent::StatusAck { sequence };
@@ -551,19 +570,19 @@ impl Session {
             Item::Facts(facts) => out.push(Effect::Facts(Box::new(facts))),
             Item::Ping(ping) => {
                 // Late by the way here, which is within the resolution that matters to a person.
-                if let Some(time) = &ping.time {
-                    self.clock(millis(time).saturating_sub(now.wall.0), out);
+                if let Some(time) = ping.time {
+                    self.clock(wall(&time).0.saturating_sub(now.wall.0), out);
                 }
-                let pong = agent::Pong { id: ping.id, time: Some(timestamp(now)) };
+                let pong = agent::Pong { id: ping.id, time: Some(timestamp(now.wall)) };
                 send(out, session_response::Item::Pong(pong));
             }
             Item::Pong(pong) => {
                 // Half the round trip is within the resolution that matters to a person.
-                if let Some(time) = &pong.time
+                if let Some(time) = pong.time
                     && pong.id == self.ping_id
                 {
                     let half = i64::try_from(now.mono.since_ms(self.pinged) / 2).unwrap_or(0);
-                    let offset = millis(time).saturating_add(half).saturating_sub(now.wall.0);
+                    let offset = wall(&time).0.saturating_add(half).saturating_sub(now.wall.0);
                     self.clock(offset, out);
                 }
             }
@@ -703,17 +722,6 @@ fn number(id: &SetId) -> SetNumber {
 
 fn set_id(number: SetNumber) -> SetId {
     SetId { epoch: number.epoch.0, generation: number.generation.0 }
-}
-
-fn timestamp(now: Now) -> prost_types::Timestamp {
-    prost_types::Timestamp {
-        seconds: now.wall.0.div_euclid(1000),
-        nanos: i32::try_from(now.wall.0.rem_euclid(1000) * 1_000_000).unwrap_or(0),
-    }
-}
-
-fn millis(time: &prost_types::Timestamp) -> i64 {
-    time.seconds.saturating_mul(1000).saturating_add(i64::from(time.nanos) / 1_000_000)
 }
 
 #[cfg(test)]

@@ -117,7 +117,6 @@ impl View {
                     self.deployment_names.remove_mut(&(old.namespace.clone(), old.name.clone()));
                     self.deployments.remove_mut(uid);
                 }
-                self.by_deployment.remove_mut(uid);
             }
             Change::PutRelease(release) => {
                 let mut release = Release::clone(release);

@@ -395,7 +395,7 @@ impl World<'_> {
                 self.keep(host, What::Trusts(version), at.wall, Then::Resume(link));
             }
             Effect::ClockOffset(ms) => {
-                self.edit_live(|live, desk, _| desk.clock(live, &host, ms, at.wall));
+                self.edit_live(|live, desk, _| desk.clock(live, (&host, id), ms, at.wall));
             }
             Effect::Close(why) => {
                 if let Closed::Protocol(what) = &why

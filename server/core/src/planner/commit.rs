@@ -3,14 +3,16 @@
 //! Starts are counted against the surge as if nothing stopped, stops against the floor as if nothing
 //! started, so any part of a plan is safe alone, and its changes may be spread over several commits,
 //! of which some may be refused; what they make of the deployment itself stays together, in the last
-//! one. Each commit names what it was planned on: had the deployment or one of the replicas been
-//! written since, it is refused and the plan is made anew, so that a plan never undoes what it has not
+//! one. Each commit names what it was planned on: had the deployment, one of the replicas or the host of
+//! a new one been written since, it is refused and the plan is made anew, so that a plan never undoes what it has not
 //! seen.
 
 use super::Plan;
 use crate::batching::{Precondition, Proposal};
+use crate::change::Change;
 use crate::objects::Deployment;
 use crate::view::{ObjectKey, View};
+use berth_proto::ids::Revision;
 
 /// Steps in one commit. Each may raise the generation of a host of its own, which is an operation as
 /// well: 40 and 40, and at most 4 of a verdict, are below what one commit holds
@@ -33,6 +35,15 @@ impl Plan {
                 let key = ObjectKey::Replica(uid.clone());
                 let at = view.revision_of(&key);
                 last.preconditions.push(Precondition::At(key, at));
+                // What is placed goes by what its host was: one that was cordoned meanwhile, or has
+                // less to give, must not get it.
+                if let Change::PutReplica(replica) = &change
+                    && at == Revision(0)
+                {
+                    let host = ObjectKey::Host(replica.host.clone());
+                    let at = view.revision_of(&host);
+                    last.preconditions.push(Precondition::At(host, at));
+                }
             }
             last.changes.push(change);
         }

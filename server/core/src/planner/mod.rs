@@ -30,11 +30,12 @@ pub use commit::STEPS_PER_COMMIT;
 
 use crate::capacity::HostUse;
 use crate::change::Change;
+use crate::decide::{self, Asked};
 use crate::live::{Live, Presence, RolloutClock};
 use crate::objects::{Deployment, Release, Replica};
-use crate::placement::{Unplaceable, WaitsFor};
+use crate::placement::{Rejection, Unplaceable, WaitsFor};
 use crate::view::View;
-use berth_proto::api::{Event, EventSeverity, PlannedStepKind, ReplicaIntent};
+use berth_proto::api::{EventSeverity, PlannedStepKind, ReplicaIntent};
 use berth_proto::ids::{DeploymentUid, HostUid, Mono, Now, ReleaseNumber, ReplicaUid};
 use berth_proto::values::HostLossAction;
 use std::collections::{BTreeMap, BTreeSet};
@@ -149,6 +150,8 @@ struct Planning<'a> {
     placed: BTreeMap<HostUid, HostUse>,
     /// Hosts not heard of since the server's start that may be slots.
     unheard: u32,
+    /// A slot found no host, and some were not heard of since the server's start.
+    unheard_of: bool,
 }
 
 /// Works out what to do for one deployment.
@@ -160,10 +163,7 @@ pub fn plan(
     mint: &mut dyn FnMut() -> ReplicaUid,
 ) -> Plan {
     let Some(deployment) = view.deployment(uid) else { return Plan::default() };
-    let clock = live.clock(uid).map(|c| RolloutClock::clone(c));
-    let plan = Plan { clock, ..Plan::default() };
-    let mut p =
-        Planning { view, live, deployment, now, mint, plan, placed: BTreeMap::new(), unheard: 0 };
+    let mut p = Planning::new(view, live, deployment, now, mint);
     let mine: Vec<Arc<Replica>> = view.replicas_of(uid).cloned().collect();
     if deployment.is_deleted() {
         p.delete(&mine);
@@ -190,15 +190,25 @@ pub fn plan_host(
     mint: &mut dyn FnMut() -> ReplicaUid,
 ) -> Plan {
     let Some(deployment) = view.deployment(uid) else { return Plan::default() };
-    let clock = live.clock(uid).map(|c| RolloutClock::clone(c));
-    let plan = Plan { clock, ..Plan::default() };
-    let mut p =
-        Planning { view, live, deployment, now, mint, plan, placed: BTreeMap::new(), unheard: 0 };
+    let mut p = Planning::new(view, live, deployment, now, mint);
     p.one_host(host);
     p.plan
 }
 
 impl<'a> Planning<'a> {
+    fn new(
+        view: &'a View,
+        live: &'a Live,
+        deployment: &'a Arc<Deployment>,
+        now: Now,
+        mint: &'a mut dyn FnMut() -> ReplicaUid,
+    ) -> Self {
+        let clock = live.clock(&deployment.uid).map(|c| RolloutClock::clone(c));
+        let plan = Plan { clock, ..Plan::default() };
+        let (placed, unheard, unheard_of) = (BTreeMap::new(), 0, false);
+        Self { view, live, deployment, now, mint, plan, placed, unheard, unheard_of }
+    }
+
     fn room(&mut self) -> bool {
         let room = self.plan.changes.len() < MAX_STEPS;
         if !room {
@@ -213,6 +223,9 @@ impl<'a> Planning<'a> {
     }
 
     fn pending(&mut self, why: &Unplaceable, slots: u32) {
+        if why.0.contains_key(&Rejection::Unknown) {
+            self.unheard_of = true;
+        }
         *self.plan.report.pending.entry(why.to_string()).or_default() += slots;
         self.plan.report.waits_for.extend(why.0.keys().map(|r| r.waits_for()));
         if why.0.is_empty() {
@@ -231,20 +244,9 @@ impl<'a> Planning<'a> {
     }
 
     fn event(&mut self, severity: EventSeverity, reason: &str, message: String) {
-        self.plan.verdict.push(Change::AppendEvent(Event {
-            sequence: 0,
-            time: Some(berth_proto::convert::timestamp(self.now.wall)),
-            severity: severity as i32,
-            kind: "deployment".to_owned(),
-            name: self.deployment.name.to_string(),
-            namespace: self.deployment.namespace.to_string(),
-            uid: self.deployment.uid.to_string(),
-            reason: reason.to_owned(),
-            message,
-            actor: "server".to_owned(),
-            host: String::new(),
-            deployment: self.deployment.name.to_string(),
-        }));
+        let asked = Asked { actor: "server", now: self.now.wall };
+        let event = decide::event(self.deployment, &asked, severity, reason, message);
+        self.plan.verdict.push(event);
     }
 
     fn place(
@@ -287,6 +289,7 @@ impl<'a> Planning<'a> {
 
     /// Stops everything; ends when every host has confirmed that nothing is left.
     fn delete(&mut self, mine: &[Arc<Replica>]) {
+        self.plan.clock = None;
         for replica in mine {
             if !self.room() {
                 return;

@@ -7,7 +7,7 @@
 use super::{Health, Planning};
 use crate::live::Presence;
 use crate::objects::{Release, Replica};
-use crate::placement::{Need, Pool, Unplaceable, has_room};
+use crate::placement::{Need, Pool, Unplaceable, has_room_after};
 use berth_proto::api::{ReplicaIntent, RolloutState};
 use berth_proto::ids::{HostUid, ReplicaUid};
 use std::collections::{BTreeMap, BTreeSet};
@@ -197,6 +197,9 @@ impl<'a> Planning<'a> {
         // Once no host fits, none will for the rest of this plan.
         let mut full: Option<Unplaceable> = None;
         let mut unplaced: Vec<(Unplaceable, u32)> = Vec::new();
+        // Nearly always none.
+        let surplus: Vec<&(&Arc<Replica>, Health)> =
+            work.iter().flat_map(|item| item.surplus(release)).collect();
         // Empty slots first: what is missing goes before what is only to be renewed.
         let (empty, filled): (Vec<_>, Vec<_>) =
             work.iter().partition(|item| item.old.is_empty() && item.new.is_empty());
@@ -239,6 +242,12 @@ impl<'a> Planning<'a> {
                     Some(Err(why)) => Err(Unplaceable(BTreeMap::from([(why, 1)]))),
                     None => Err(Unplaceable::default()),
                 },
+                (None, Some(_)) if item.old.is_empty() && surplus.is_empty() => {
+                    if let Some((_, slots)) = unplaced.last_mut() {
+                        *slots += 1;
+                    }
+                    continue;
+                }
                 (None, Some(why)) => Err(why.clone()),
                 (None, None) => {
                     pool.get_or_insert_with(|| Pool::new(view, live, &need, &held)).take()
@@ -254,10 +263,10 @@ impl<'a> Planning<'a> {
                 Err(why) => {
                     // In place of the old one, on its host. An empty slot has none: there one may give
                     // way that another slot has too many, which else would keep the room for ever.
-                    let surplus = work
+                    let surplus = surplus
                         .iter()
+                        .copied()
                         .filter(|_| first_fill && item.host.is_none())
-                        .flat_map(|other| other.surplus(release))
                         .filter(|(r, _)| !displaced.contains(&r.uid));
                     let candidate = item.old.iter().chain(surplus).find(|(r, h)| {
                         *h != Health::Deferred
@@ -410,12 +419,9 @@ impl<'a> Planning<'a> {
         if let Some(placed) = self.placed.get(&old.host) {
             beside.add_all(placed);
         }
-        // The ports the host itself sees in use are the old one's own.
-        let mut host = crate::objects::Host::clone(host);
-        host.facts.used_ports.clear();
         // Either of the two may run, so there must be room for either.
         let before = self.view.release(&old.deployment, old.release);
-        has_room(&host, &beside, &need.release.spec).is_ok()
-            && before.is_none_or(|before| has_room(&host, &beside, &before.spec).is_ok())
+        has_room_after(host, &beside, &need.release.spec, before.map(|b| &b.spec)).is_ok()
+            && before.is_none_or(|b| has_room_after(host, &beside, &b.spec, Some(&b.spec)).is_ok())
     }
 }
