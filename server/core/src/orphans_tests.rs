@@ -105,6 +105,16 @@ fn no_set_lacks_an_orphan_and_nothing_new_is_placed_beside_it() {
 }
 
 #[test]
+fn a_release_number_that_no_server_has_given_is_not_believed() {
+    let mut w = restored();
+    let body = body(&w);
+    observe(&mut w, &[report("lie", "d", u64::MAX, 1, &body)]);
+    assert!(orphans(&w).is_empty());
+    w.apply(World::spec("two"));
+    assert_eq!(w.deployment().release().0, 2);
+}
+
+#[test]
 fn what_was_scaled_up_after_the_backup_is_adopted_and_not_stopped_by_the_next_plan() {
     let mut w = restored();
     let body = body(&w);

@@ -184,3 +184,35 @@ impl Round {
         self.plans > 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::miniature::World;
+    use berth_proto::ids::Wall;
+
+    #[test]
+    fn a_plan_that_is_refused_for_want_of_disk_waits_even_when_it_also_lacks_room() {
+        let mut w = World::new(1);
+        let mut spec = World::spec("one");
+        spec.replicas = Some(5);
+        let memory_bytes = 300 << 20;
+        spec.resources = Some(berth_proto::api::Resources { memory_bytes, ..Default::default() });
+        w.apply(spec);
+        let mut queue = Queue::new(&w.view);
+        let now = Now { mono: Mono(5_000), wall: Wall(0) };
+        let mut round = Round::begin(w.view.clone());
+        let mut minted = 0;
+        let mut mint = || {
+            minted += 1;
+            format!("n{minted}").parse().unwrap()
+        };
+        let planned = round.next(&mut queue, &w.live, now, &mut mint).unwrap();
+        assert!(planned.changes_something && !planned.plan.report.waits_for.is_empty());
+        assert!(round.next(&mut queue, &w.live, now, &mut mint).is_none());
+        assert_eq!(round.proposals(&mut queue).len(), 1);
+        assert!(round.ended(&mut queue, [(w.uid(), Refusal::Full)], now.mono));
+        assert!(queue.is_idle(), "or it would be planned again at once, for ever");
+        assert_eq!(queue.due(), Some(now.mono.plus_ms(AGAIN_MS)));
+    }
+}

@@ -241,6 +241,38 @@ fn a_status_is_acknowledged_only_after_it_is_kept() {
 }
 
 #[test]
+fn an_acknowledgement_waits_for_all_statuses_before_it() {
+    let mut s = live();
+    for sequence in 5..8 {
+        let statuses = agent::Statuses { sequence, ..agent::Statuses::default() };
+        s.step(at(1), message(session_request::Item::Statuses(statuses)));
+    }
+    let acknowledged = |out: Vec<Effect>| match out.as_slice() {
+        [] => None,
+        [Effect::Send(sent)] => match sent.item {
+            Some(session_response::Item::StatusAck(ack)) => Some(ack.sequence),
+            _ => panic!("{sent:?}"),
+        },
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(acknowledged(s.step(at(2), Input::Taken(6))), None);
+    assert_eq!(acknowledged(s.step(at(2), Input::Taken(5))), Some(6));
+    assert_eq!(acknowledged(s.step(at(2), Input::Taken(7))), Some(7));
+}
+
+#[test]
+fn an_identity_of_no_sane_length_is_not_remembered() {
+    let long = "x".repeat(MAX_ID_BYTES + 1);
+    let hellos =
+        [Hello { instance: long.clone(), ..hello() }, Hello { boot_nonce: long, ..hello() }];
+    for hello in hellos {
+        let mut s = session();
+        let out = s.step(at(1), message(session_request::Item::Hello(hello)));
+        assert!(matches!(out.as_slice(), [Effect::Close(Closed::Protocol(_))]), "{out:?}");
+    }
+}
+
+#[test]
 fn statuses_that_nobody_keeps_end_the_session_instead_of_filling_memory() {
     let mut s = live();
     for sequence in 0..MAX_UNTAKEN as u64 {

@@ -135,7 +135,9 @@ impl<'a> Planning<'a> {
             Standing::Slot if running.is_empty() && here.is_empty() => {
                 match need.fits(self.view, self.live, host) {
                     Ok(()) => self.place(0, uid.clone(), release, None, None),
-                    Err(why) => self.pending(&Unplaceable(BTreeMap::from([(why, 1)])), 1),
+                    Err(why) => {
+                        self.pending_on(uid, &Unplaceable(BTreeMap::from([(why, 1)])));
+                    }
                 }
             }
             // One that is being stopped must be gone first; anything but one of the release is for

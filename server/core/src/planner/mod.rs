@@ -50,8 +50,10 @@ pub const MAX_STEPS: usize = 1000;
 pub struct Report {
     /// Slots wanted.
     pub wanted: u32,
-    /// Why slots are empty, with how many.
+    /// Why slots are empty, or are not moved, with how many.
     pub pending: BTreeMap<String, u32>,
+    /// Those of them whose slot is a host.
+    pub pending_on: BTreeMap<HostUid, String>,
     /// What would have to change of some host for an empty slot to be filled.
     pub waits_for: BTreeSet<WaitsFor>,
     /// Hosts that are away and hold or would get a replica.
@@ -82,7 +84,16 @@ impl Report {
                 PlannedStepKind::Unspecified | PlannedStepKind::Replace => {}
             }
         }
-        self.pending.extend(of_host.pending.clone());
+        if let Some(words) = self.pending_on.remove(host)
+            && let Some(slots) = self.pending.get_mut(&words)
+        {
+            *slots = slots.saturating_sub(1);
+            self.pending.retain(|_, slots| *slots > 0);
+        }
+        if let Some(words) = of_host.pending_on.get(host) {
+            *self.pending.entry(words.clone()).or_default() += 1;
+            self.pending_on.insert(host.clone(), words.clone());
+        }
         self.waits_for.extend(of_host.waits_for.iter().copied());
     }
 }
@@ -232,6 +243,11 @@ impl<'a> Planning<'a> {
             // No host at all: the first one has everything to offer.
             self.plan.report.waits_for.insert(WaitsFor::Record);
         }
+    }
+
+    fn pending_on(&mut self, host: &HostUid, why: &Unplaceable) {
+        self.pending(why, 1);
+        self.plan.report.pending_on.insert(host.clone(), why.to_string());
     }
 
     fn step(&mut self, kind: PlannedStepKind, replica: &Replica) {

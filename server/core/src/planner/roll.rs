@@ -13,6 +13,10 @@ use berth_proto::ids::{HostUid, ReplicaUid};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+/// What is said of replicas on a draining host that a rollout which stands still does not move.
+const UNMOVED: &str = "on a draining host, and not moved while the rollout is paused: undo it, or apply \
+                       what works";
+
 /// A place the deployment fills.
 pub(super) struct Slot<'a> {
     /// Its number; 0 where the host is the slot.
@@ -285,9 +289,10 @@ impl<'a> Planning<'a> {
                             self.place(item.slot, old.host.clone(), release, Some(old), None);
                         }
                         Some(_) => {}
-                        None => match unplaced.last_mut() {
-                            Some((same, slots)) if *same == why => *slots += 1,
-                            Some(_) | None => unplaced.push((why.clone(), 1)),
+                        None => match (&item.host, unplaced.last_mut()) {
+                            (Some(host), _) => self.pending_on(host, &why),
+                            (None, Some((same, slots))) if *same == why => *slots += 1,
+                            (None, Some(_) | None) => unplaced.push((why.clone(), 1)),
                         },
                     }
                     if item.host.is_none() {
@@ -331,6 +336,7 @@ impl<'a> Planning<'a> {
             .filter(|(r, _)| !r.failed)
             .filter_map(|(r, health)| Some((r.replaces.as_ref()?, *health)))
             .collect();
+        let mut unmoved = 0;
         for item in work {
             let new_is_healthy = item.new.iter().any(|(_, h)| *h == Health::Healthy);
             let new_exists = !item.new.is_empty();
@@ -356,6 +362,7 @@ impl<'a> Planning<'a> {
                 } else if let Some(successor) = replaced_by {
                     *successor == Health::Healthy
                 } else if halted && (old.release != current || self.leaving(old)) {
+                    unmoved += u32::from(self.leaving(old));
                     false
                 } else if *health == Health::Healthy {
                     // Stopping a healthy one must not go below the floor.
@@ -375,6 +382,9 @@ impl<'a> Planning<'a> {
                     self.stop(old);
                 }
             }
+        }
+        if unmoved > 0 {
+            *self.plan.report.pending.entry(UNMOVED.to_owned()).or_default() += unmoved;
         }
     }
 

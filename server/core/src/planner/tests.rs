@@ -75,6 +75,44 @@ fn a_failed_rollout_goes_back_without_touching_the_good_ones() {
 }
 
 #[test]
+fn a_restart_after_a_rollback_repeats_what_runs_and_not_what_has_failed() {
+    let mut w = World::new(3);
+    let mut spec = World::spec("one");
+    spec.env.insert("A".into(), "good".into());
+    w.apply(spec.clone());
+    w.settle();
+    w.broken.insert(2);
+    spec.env.insert("A".into(), "bad".into());
+    w.apply(spec.clone());
+    for _ in 0..200 {
+        w.pass(150);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::RolledBack);
+    let asked = Asked { actor: "user/test", now: w.now.wall };
+    let again = decide::restart(&w.view, w.deployment(), &asked).unwrap();
+    assert_eq!(again.deployment.record.spec.as_ref().unwrap().env["A"], "good");
+    w.change(again.proposal.changes);
+    w.settle();
+    assert_eq!(w.releases_running(), [3, 3]);
+}
+
+#[test]
+fn applying_what_fails_once_more_while_it_goes_back_is_another_try() {
+    let mut w = World::new(3);
+    w.apply(World::spec("one"));
+    w.settle();
+    w.broken.insert(2);
+    w.apply(World::spec("two"));
+    while w.deployment().release().0 != 1 {
+        w.pass(150);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::Rolling, "on its way back");
+    assert_eq!(w.apply(World::spec("two")), api::ApplyAction::Changed);
+    w.settle();
+    assert_eq!(w.releases_running(), [3, 3]);
+}
+
+#[test]
 fn a_first_release_that_fails_waits_for_a_person() {
     let mut w = World::new(2);
     w.broken.insert(1);
@@ -562,6 +600,79 @@ fn a_standing_deadline_counts_no_time_and_goes_on_where_it_stood() {
     w.pass(0);
     assert_eq!(w.live.clock(&w.uid()).unwrap().left_ms, left);
     assert_eq!(w.deployment().rollout(), RolloutState::Rolling);
+}
+
+#[test]
+fn a_slot_that_waits_for_hosts_not_heard_of_fails_no_rollout() {
+    let mut w = World::new(2);
+    (0..2).for_each(|n| w.presence(n, Presence::Unknown));
+    w.apply(World::spec("one"));
+    for _ in 0..3 {
+        w.pass(20_000);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::Rolling);
+    let at = w.now.mono;
+    (0..2).for_each(|n| w.presence(n, Presence::Away(at)));
+    w.presence(0, Presence::Present);
+    w.settle();
+    assert_eq!(w.releases_running(), [1, 1]);
+}
+
+#[test]
+fn a_placement_is_refused_when_its_host_was_written_meanwhile() {
+    let mut w = World::new(1);
+    w.apply(World::spec("one"));
+    let made = plan(&w.view, &w.live, &w.uid(), w.now, &mut || {
+        w.ids += 1;
+        format!("n{}", w.ids).parse().unwrap()
+    });
+    let all = made.proposals(&w.view, &Arc::clone(w.deployment()));
+    edit_host(&mut w, 0, |r| {
+        r.spec = Some(api::HostSpec { cordoned: true, draining: false });
+    });
+    let mut ledger = crate::batching::Batching::new(w.view.clone(), crate::batching::Limits::ANY);
+    for (id, proposal) in (0..).zip(all) {
+        let effects = ledger.propose(id, proposal);
+        assert!(matches!(effects[0], crate::batching::Effect::Reject { .. }));
+    }
+}
+
+#[test]
+fn what_one_host_says_of_itself_changes_its_own_part_of_the_reasons_alone() {
+    let words = |host: &str, why: &str| Plan {
+        report: Report {
+            pending: BTreeMap::from([(why.to_owned(), 1)]),
+            pending_on: BTreeMap::from([(host.parse().unwrap(), why.to_owned())]),
+            ..Report::default()
+        },
+        ..Plan::default()
+    };
+    let uid = |n: &str| n.parse::<HostUid>().unwrap();
+    let mut all = Report::default();
+    for host in ["a", "b", "c"] {
+        all.merge_host(&uid(host), &words(host, "short"));
+    }
+    all.merge_host(&uid("b"), &words("b", "short"));
+    assert_eq!(all.pending, BTreeMap::from([("short".to_owned(), 3)]));
+    all.merge_host(&uid("b"), &words("b", "away"));
+    all.merge_host(&uid("c"), &Plan::default());
+    let left = BTreeMap::from([("away".to_owned(), 1), ("short".to_owned(), 1)]);
+    assert_eq!(all.pending, left);
+}
+
+#[test]
+fn a_paused_rollout_says_that_it_moves_nothing_off_a_draining_host() {
+    let mut w = World::new(2);
+    w.broken.insert(1);
+    w.apply(World::spec("one"));
+    for _ in 0..200 {
+        w.pass(150);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::Paused);
+    let on = w.running.values().next().unwrap().0.as_str()[1..].parse().unwrap();
+    edit_host(&mut w, on, |r| r.spec = Some(api::HostSpec { cordoned: true, draining: true }));
+    let said: Vec<String> = w.plan().report.pending.into_keys().collect();
+    assert!(said.iter().any(|why| why.contains("paused")), "{said:?}");
 }
 
 #[test]
