@@ -17,7 +17,7 @@ pub enum Change {
     PutCluster(record::ClusterRecord),
     /// A deployment is as given.
     PutDeployment(Arc<Deployment>),
-    /// A deployment has ended; its releases end with it.
+    /// A deployment has ended. Its releases are deleted by changes of their own in the same write.
     DeleteDeployment(DeploymentUid),
     /// A release is as given.
     PutRelease(Arc<Release>),

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// How long a replacement gets to be ready before its predecessor is brought back: the start-up grace
-/// of its health check, and as long again as it must stay ready, bounded by these.
+/// of its health check, and as long again as it must stay ready, and never less than this.
 const READY_WITHIN_MIN_MS: u64 = 30_000;
 
 /// The set of a host, or why it gets none; `None`: there is no such host, or it was removed. A removed

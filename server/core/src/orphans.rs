@@ -93,7 +93,9 @@ pub fn found(view: &View, host: &HostUid, observed: &[ReplicaReport], now: Wall)
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unadoptable {
     /// There is no such deployment.
-    #[error("its deployment is not known: apply the manifest again, then release this one")]
+    #[error(
+        "its deployment is not known, and one that is applied anew is another one: apply the manifest, then release this one"
+    )]
     DeploymentUnknown,
     /// The deployment is being deleted.
     #[error("its deployment is being deleted; release it")]

@@ -64,6 +64,8 @@ pub struct Queue {
     every_host: BTreeSet<DeploymentUid>,
     /// Of those the ones that are planned as a whole, whichever host has changed.
     unsettled: BTreeSet<DeploymentUid>,
+    /// Whose time is not counted until all hosts were heard of.
+    unheard: BTreeSet<DeploymentUid>,
     /// Where each replica is, since a deletion names only the replica; and whether it is an orphan.
     placed: BTreeMap<ReplicaUid, (DeploymentUid, HostUid, bool)>,
 }
@@ -163,6 +165,11 @@ impl Queue {
                 } else {
                     self.unsettled.remove(uid);
                 }
+                if report.unheard {
+                    self.unheard.insert(uid.clone());
+                } else {
+                    self.unheard.remove(uid);
+                }
             }
             Key::OnHost(..) => {}
         }
@@ -208,6 +215,7 @@ impl Queue {
         self.set_timer(uid, None);
         self.every_host.remove(uid);
         self.unsettled.remove(uid);
+        self.unheard.remove(uid);
         let gone: Vec<Key> = self.why.keys().filter(|k| k.deployment() == uid).cloned().collect();
         for key in gone {
             self.why.remove(&key);
@@ -305,6 +313,9 @@ impl Queue {
             view.replicas_on(host).map(|r| r.deployment.clone()).collect();
         for uid in here.union(&self.every_host.clone()) {
             self.wake_replica(view, uid, host);
+        }
+        for uid in self.unheard.clone() {
+            self.wake(Key::Whole(uid));
         }
         self.host_may_take(
             view,

@@ -36,7 +36,7 @@ impl<'a> Planning<'a> {
                 || (item.new.is_empty() && item.old.is_empty())
         });
         let nobody = tally.wanted == 0 && !self.plan.report.deferred.is_empty();
-        let unheard = tally.unknown > 0 || self.unheard_of;
+        let unheard = tally.unknown > 0 || self.plan.report.unheard;
         if unheard || (tally.wanted > 0 && !in_reach) || nobody {
             self.stand_still(release, tally.new_healthy);
             return;

@@ -66,6 +66,9 @@ pub struct Report {
     pub whole: bool,
     /// Something old is left: what happens on one host may let another's go.
     pub unsettled: bool,
+    /// A slot found no host, and some were not heard of since the server's start: until they are, no time
+    /// is counted.
+    pub unheard: bool,
 }
 
 impl Report {
@@ -161,8 +164,6 @@ struct Planning<'a> {
     placed: BTreeMap<HostUid, HostUse>,
     /// Hosts not heard of since the server's start that may be slots.
     unheard: u32,
-    /// A slot found no host, and some were not heard of since the server's start.
-    unheard_of: bool,
 }
 
 /// Works out what to do for one deployment.
@@ -216,8 +217,7 @@ impl<'a> Planning<'a> {
     ) -> Self {
         let clock = live.clock(&deployment.uid).map(|c| RolloutClock::clone(c));
         let plan = Plan { clock, ..Plan::default() };
-        let (placed, unheard, unheard_of) = (BTreeMap::new(), 0, false);
-        Self { view, live, deployment, now, mint, plan, placed, unheard, unheard_of }
+        Self { view, live, deployment, now, mint, plan, placed: BTreeMap::new(), unheard: 0 }
     }
 
     fn room(&mut self) -> bool {
@@ -235,7 +235,7 @@ impl<'a> Planning<'a> {
 
     fn pending(&mut self, why: &Unplaceable, slots: u32) {
         if why.0.contains_key(&Rejection::Unknown) {
-            self.unheard_of = true;
+            self.plan.report.unheard = true;
         }
         *self.plan.report.pending.entry(why.to_string()).or_default() += slots;
         self.plan.report.waits_for.extend(why.0.keys().map(|r| r.waits_for()));
