@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::engine::docker::DockerEngine;
-use crate::local;
+use crate::local::{self, Output};
 use crate::store::Store;
 use anyhow::bail;
 use clap::{Parser, Subcommand};
@@ -21,7 +21,8 @@ use std::process::ExitCode;
     after_help = "Examples:
   berth-agent join --server berth.example.org:7443 --token berth-join-v1....
   berth-agent run
-  berth-agent status        # works with the server gone"
+  berth-agent status                     # works with the server gone
+  berth-agent logs iris/0 --tail 20      # so does this"
 )]
 pub struct Args {
     /// Folder of the agent's identity, its desired set and its models.
@@ -72,7 +73,7 @@ enum Command {
     },
     /// Forget the cluster, for a host whose cluster is gone.
     Leave {
-        /// Also remove the cluster's containers.
+        /// Also remove the cluster's containers, and the models and the names of images brought for them.
         #[arg(long)]
         remove_containers: bool,
         /// Do not ask.
@@ -80,12 +81,20 @@ enum Command {
         yes: bool,
     },
     /// Who this host is and what it was told.
-    Status,
+    Status {
+        /// How it is shown.
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
     /// The cluster's containers on this host.
-    Ps,
+    Ps {
+        /// How it is shown.
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
     /// A replica's output, from the engine here.
     Logs {
-        /// The replica's uid, or the beginning of it.
+        /// DEPLOYMENT/SLOT, a deployment of which one replica is here, or the beginning of a uid.
         replica: String,
         /// Only the last so many lines.
         #[arg(long)]
@@ -102,8 +111,13 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    let filter = tracing_subscriber::EnvFilter::try_new(&args.log)
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let filter = match tracing_subscriber::EnvFilter::try_new(&args.log) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!("error: --log {}: {error}; for example: info, berth_agent=debug", args.log);
+            return ExitCode::from(2);
+        }
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
@@ -153,8 +167,12 @@ async fn carry_out(args: Args) -> anyhow::Result<()> {
             }
             local::leave(&args.data_dir, &engine, remove_containers, &mut std::io::stdout()).await
         }
-        Command::Status => local::status(&args.data_dir, &engine, &mut std::io::stdout()).await,
-        Command::Ps => local::ps(&args.data_dir, &engine, &mut std::io::stdout()).await,
+        Command::Status { output } => {
+            local::status(&args.data_dir, &engine, output, &mut std::io::stdout()).await
+        }
+        Command::Ps { output } => {
+            local::ps(&args.data_dir, &engine, output, &mut std::io::stdout()).await
+        }
         Command::Logs { replica, tail } => {
             let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
             local::logs(&args.data_dir, &engine, &replica, tail, (&mut out, &mut err)).await

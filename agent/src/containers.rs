@@ -18,7 +18,8 @@ use std::net::SocketAddr;
 pub const LABEL_REPLICA: &str = "io.berth.replica";
 /// The attempt's label.
 pub const LABEL_ATTEMPT: &str = "io.berth.attempt";
-const LABEL_NAMESPACE: &str = "io.berth.namespace";
+/// The namespace's label.
+pub const LABEL_NAMESPACE: &str = "io.berth.namespace";
 const LABEL_DEPLOYMENT: &str = "io.berth.deployment";
 const LABEL_RELEASE: &str = "io.berth.release";
 const LABEL_SPEC: &str = "io.berth.spec";

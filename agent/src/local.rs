@@ -2,11 +2,13 @@
 //!
 //! Reading works beside a running agent; what changes the agent's disk needs it for itself.
 
-use crate::containers::{LABEL_ATTEMPT, LABEL_REPLICA, bridge};
+use crate::containers::{LABEL_ATTEMPT, LABEL_NAMESPACE, LABEL_REPLICA, bridge};
 use crate::engine::{ContainerState, Engine, LogQuery, Source};
+use crate::fetch::bring::MODELS;
 use crate::reach;
 use crate::store::Store;
 use anyhow::{Context as _, bail};
+use berth_proto::ids::ReplicaUid;
 use futures_util::StreamExt as _;
 use std::io::Write;
 use std::path::Path;
@@ -32,7 +34,8 @@ pub fn set_server(folder: &Path, server: &str, registry: Option<&str>) -> anyhow
     Ok(())
 }
 
-/// Forgets the cluster; its containers go on, or are removed.
+/// Forgets the cluster; its containers and the models they read go on, or are removed with the names
+/// of its images.
 ///
 /// # Errors
 /// When an agent runs, or a container cannot be removed: then nothing is forgotten.
@@ -52,10 +55,52 @@ pub async fn leave(
         if let Err(error) = engine.remove_network(&bridge(&cluster)).await {
             tracing::warn!(%error, "the bridge could not be removed");
         }
+        crate::fetch::keep::forget_images(engine, &folder.join(MODELS)).await;
+        crate::retire::remove_held(folder);
     }
     store.forget_cluster()?;
     writeln!(out, "left cluster {cluster}")?;
     Ok(())
+}
+
+/// How what is found out is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs: one JSON value, names and values stable.
+    Json,
+}
+
+/// What `status` tells.
+#[derive(Debug, serde::Serialize)]
+struct Status {
+    host: String,
+    uid: String,
+    cluster: String,
+    servers: Vec<String>,
+    registry: String,
+    /// `removed`, or `removing` while what it ran is being removed; absent: it is a host of its cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    removed: Option<&'static str>,
+    /// Absent: none was ever received.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    set: Option<HeldSet>,
+    /// Absent: it does not answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    engine: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    engine_error: Option<String>,
+    /// Absent: that cannot be told now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    container_addresses_reached: Option<bool>,
+}
+
+#[derive(Debug, serde::Serialize)]
+struct HeldSet {
+    epoch: u64,
+    generation: u64,
+    replicas: usize,
 }
 
 /// Says who this host is and what it was told.
@@ -65,34 +110,60 @@ pub async fn leave(
 pub async fn status(
     folder: &Path,
     engine: &dyn Engine,
+    output: Output,
     out: &mut (dyn Write + Send),
 ) -> anyhow::Result<()> {
     let store = Store::peek(folder);
     let identity = store.identity()?;
     let set = store.set_of(&identity.cluster)?;
-    writeln!(out, "host:     {} ({})", identity.name, identity.host_uid)?;
-    writeln!(out, "cluster:  {}", identity.cluster)?;
-    let trust = identity.trust.unwrap_or_default();
-    writeln!(out, "servers:  {}", trust.endpoints.join(", "))?;
-    writeln!(out, "registry: {}", identity.registry)?;
-    if identity.removed {
+    let cluster = identity.cluster.parse()?;
+    let info = engine.info().await;
+    let removed = if identity.wipe { "removing" } else { "removed" };
+    let status = Status {
+        host: identity.name,
+        uid: identity.host_uid,
+        servers: identity.trust.unwrap_or_default().endpoints,
+        registry: identity.registry,
+        removed: identity.removed.then_some(removed),
+        set: set.id.map(|id| HeldSet {
+            epoch: id.epoch,
+            generation: id.generation,
+            replicas: set.entries.len(),
+        }),
+        engine: info.as_ref().ok().map(|info| format!("{} {}", info.name, info.version)),
+        engine_error: info.err().map(|error| error.to_string()),
+        container_addresses_reached: reach::look(engine, &cluster, &bridge(&cluster)).await,
+        cluster: identity.cluster,
+    };
+    if output == Output::Json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&status)?)?;
+        return Ok(());
+    }
+    writeln!(out, "host:     {} ({})", status.host, status.uid)?;
+    writeln!(out, "cluster:  {}", status.cluster)?;
+    writeln!(out, "servers:  {}", status.servers.join(", "))?;
+    writeln!(out, "registry: {}", status.registry)?;
+    if status.removed.is_some() {
         let left =
             if identity.wipe { "what it ran is being removed" } else { "what it ran goes on" };
         writeln!(out, "removed:  from its cluster; {left}; `berth-agent leave` frees this host")?;
     }
-    match set.id {
-        Some(id) => {
-            let count = set.entries.len();
-            writeln!(out, "set:      {}.{}, {count} replicas", id.epoch, id.generation)?;
+    match status.set {
+        Some(HeldSet { epoch, generation, replicas: 1 }) => {
+            writeln!(out, "set:      {epoch}.{generation}, 1 replica")?;
+        }
+        Some(HeldSet { epoch, generation, replicas }) => {
+            writeln!(out, "set:      {epoch}.{generation}, {replicas} replicas")?;
         }
         None => writeln!(out, "set:      none was ever received")?,
     }
-    match engine.info().await {
-        Ok(info) => writeln!(out, "engine:   {} {}", info.name, info.version)?,
-        Err(error) => writeln!(out, "engine:   does not answer: {error}")?,
+    match (status.engine, status.engine_error) {
+        (Some(engine), _) => writeln!(out, "engine:   {engine}")?,
+        (None, error) => {
+            writeln!(out, "engine:   does not answer: {}", error.unwrap_or_default())?;
+        }
     }
-    let cluster = identity.cluster.parse()?;
-    let network = match reach::look(engine, &cluster, &bridge(&cluster)).await {
+    let network = match status.container_addresses_reached {
         Some(true) => "container addresses are reached",
         Some(false) => {
             "container addresses are not reached: health checks by network and the gateway fail here"
@@ -103,27 +174,101 @@ pub async fn status(
     Ok(())
 }
 
+/// One container of the cluster on this host.
+#[derive(Debug, serde::Serialize)]
+struct Listed {
+    namespace: String,
+    /// By name; empty: this host's set does not name it any more.
+    deployment: String,
+    /// Absent: this host's set does not name it any more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    slot: Option<u32>,
+    replica: String,
+    attempt: u32,
+    state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit_code: Option<i32>,
+    container: String,
+    #[serde(skip)]
+    id: String,
+}
+
+impl Listed {
+    /// As a server's lists name it; its uid where that is not known.
+    fn name(&self) -> String {
+        match self.slot {
+            Some(slot) => format!("{}/{slot}", self.deployment),
+            None => self.replica.clone(),
+        }
+    }
+
+    /// Whether a person who says `asked` means it: a deployment's name, one with a slot, or the beginning
+    /// of a uid.
+    fn is(&self, asked: &str) -> bool {
+        let named = self.slot.is_some() && (self.deployment == asked || self.name() == asked);
+        named || (!asked.is_empty() && self.replica.starts_with(asked))
+    }
+}
+
+/// The cluster's containers, by name, the newest attempt of each replica last.
+async fn listed(folder: &Path, engine: &dyn Engine) -> anyhow::Result<Vec<Listed>> {
+    let store = Store::peek(folder);
+    let identity = store.identity()?;
+    let (wanted, _) = crate::store::from_file(&store.set_of(&identity.cluster)?)?;
+    let set = wanted.set().cloned().unwrap_or_default();
+    let mut all = Vec::new();
+    for c in engine.observe(&identity.cluster.parse()?).await? {
+        let label = |key: &str| c.labels.get(key).cloned().unwrap_or_default();
+        let (state, exit_code) = match &c.state {
+            ContainerState::Created => ("created", None),
+            ContainerState::Running { .. } => ("running", None),
+            ContainerState::Exited { code, .. } => ("exited", Some(*code)),
+            ContainerState::Removing => ("removing", None),
+        };
+        let replica = label(LABEL_REPLICA);
+        let entry = replica.parse().ok().and_then(|uid: ReplicaUid| set.entries.get(&uid));
+        let body = entry.and_then(|entry| set.body(entry));
+        all.push(Listed {
+            namespace: label(LABEL_NAMESPACE),
+            deployment: body.map(|b| b.value.deployment.to_string()).unwrap_or_default(),
+            slot: body.and(entry).map(|entry| entry.slot),
+            replica,
+            attempt: label(LABEL_ATTEMPT).parse().unwrap_or_default(),
+            state,
+            exit_code,
+            container: c.name,
+            id: c.id,
+        });
+    }
+    let key = |c: &Listed| (c.namespace.clone(), c.deployment.clone(), c.slot, c.replica.clone());
+    all.sort_by_key(|c| (key(c), c.attempt));
+    Ok(all)
+}
+
 /// Lists the cluster's containers.
 ///
 /// # Errors
-/// When the host has not joined or the engine does not answer.
+/// When the host has not joined, its disk is damaged or the engine does not answer.
 pub async fn ps(
     folder: &Path,
     engine: &dyn Engine,
+    output: Output,
     out: &mut (dyn Write + Send),
 ) -> anyhow::Result<()> {
-    let identity = Store::peek(folder).identity()?;
-    writeln!(out, "{:<38} {:>7}  {:<12} CONTAINER", "REPLICA", "ATTEMPT", "STATE")?;
-    for c in engine.observe(&identity.cluster.parse()?).await? {
-        let label = |key: &str| c.labels.get(key).map_or("", String::as_str);
-        let state = match &c.state {
-            ContainerState::Created => "created".to_owned(),
-            ContainerState::Running { .. } => "running".to_owned(),
-            ContainerState::Exited { code, .. } => format!("exited ({code})"),
-            ContainerState::Removing => "removing".to_owned(),
+    let all = listed(folder, engine).await?;
+    if output == Output::Json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?;
+        return Ok(());
+    }
+    let names: Vec<String> = all.iter().map(Listed::name).collect();
+    let wide = names.iter().map(String::len).chain([7]).max().unwrap_or(7);
+    writeln!(out, "{:<wide$}  {:>7}  {:<12}  CONTAINER", "REPLICA", "ATTEMPT", "STATE")?;
+    for (c, name) in all.iter().zip(names) {
+        let state = match c.exit_code {
+            Some(code) => format!("{} ({code})", c.state),
+            None => c.state.to_owned(),
         };
-        let (replica, attempt) = (label(LABEL_REPLICA), label(LABEL_ATTEMPT));
-        writeln!(out, "{replica:<38} {attempt:>7}  {state:<12} {}", c.name)?;
+        writeln!(out, "{name:<wide$}  {:>7}  {state:<12}  {}", c.attempt, c.container)?;
     }
     Ok(())
 }
@@ -131,7 +276,7 @@ pub async fn ps(
 /// Shows a replica's output, of its newest attempt.
 ///
 /// # Errors
-/// When there is none, or the engine does not answer.
+/// When there is none, several are meant, or the engine does not answer.
 pub async fn logs(
     folder: &Path,
     engine: &dyn Engine,
@@ -139,13 +284,15 @@ pub async fn logs(
     tail: Option<u32>,
     (out, err): (&mut (dyn Write + Send), &mut (dyn Write + Send)),
 ) -> anyhow::Result<()> {
-    let identity = Store::peek(folder).identity()?;
-    let mut all = engine.observe(&identity.cluster.parse()?).await?;
-    all.retain(|c| c.labels.get(LABEL_REPLICA).is_some_and(|r| r.starts_with(replica)));
-    all.sort_by_key(|c| c.labels.get(LABEL_ATTEMPT).and_then(|a| a.parse::<u32>().ok()));
+    let mut all = listed(folder, engine).await?;
+    all.retain(|c| c.is(replica));
     let Some(newest) = all.last() else {
         bail!("no container of a replica \"{replica}\" is here; see berth-agent ps");
     };
+    if let Some(other) = all.iter().find(|c| c.replica != newest.replica) {
+        let (one, other) = (other.name(), newest.name());
+        bail!("\"{replica}\" is more than one replica here: name one, such as {one} or {other}");
+    }
     let mut lines = engine.logs(&newest.id, LogQuery { tail, ..LogQuery::default() });
     while let Some(chunk) = lines.next().await {
         let chunk = chunk?;
@@ -162,6 +309,7 @@ mod tests {
     use super::*;
     use crate::engine::ContainerSpec;
     use crate::engine::fake::FakeEngine;
+    use berth_proto::api;
     use berth_proto::record::AgentIdentityFile;
 
     async fn host() -> (tempfile::TempDir, FakeEngine) {
@@ -193,8 +341,8 @@ mod tests {
         let (folder, engine) = host().await;
         let _agent = Store::open(folder.path()).unwrap();
         let (mut out, mut err) = (Vec::new(), Vec::new());
-        status(folder.path(), &engine, &mut out).await.unwrap();
-        ps(folder.path(), &engine, &mut out).await.unwrap();
+        status(folder.path(), &engine, Output::Table, &mut out).await.unwrap();
+        ps(folder.path(), &engine, Output::Table, &mut out).await.unwrap();
         logs(folder.path(), &engine, "r", None, (&mut out, &mut err)).await.unwrap();
         let text = String::from_utf8(out).unwrap();
         for words in [
@@ -215,8 +363,68 @@ mod tests {
         assert_eq!(engine.containers().len(), 3);
         engine.go_away();
         let mut out = Vec::new();
-        status(folder.path(), &engine, &mut out).await.unwrap();
+        status(folder.path(), &engine, Output::Table, &mut out).await.unwrap();
         assert!(String::from_utf8(out).unwrap().contains("does not answer"));
+    }
+
+    #[tokio::test]
+    async fn replicas_are_named_as_the_servers_lists_name_them() {
+        let (folder, engine) = host().await;
+        let digest = berth_proto::ids::Digest::of(b"image").to_string();
+        let body = berth_proto::agent::AssignmentBody {
+            deployment_uid: "d".into(),
+            deployment: "iris".into(),
+            namespace: "default".into(),
+            release: 1,
+            source: Some(api::ResolvedSource {
+                image: Some(api::ResolvedImage { digest, ..Default::default() }),
+                artifact: None,
+            }),
+            spec: Some(api::DeploymentSpec {
+                source: Some(api::deployment_spec::Source::Image("i".into())),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let body = prost::Message::encode_to_vec(&body);
+        let entry = berth_proto::agent::SetEntry {
+            replica_uid: "r-1".into(),
+            body_digest: berth_proto::ids::Digest::of(&body).to_string(),
+            slot: 3,
+            ..Default::default()
+        };
+        let set = berth_proto::record::AgentSetFile {
+            id: Some(berth_proto::agent::SetId { epoch: 1, generation: 2 }),
+            cluster: "ours".into(),
+            entries: vec![entry],
+            bodies: vec![body],
+            ..Default::default()
+        };
+        Store::open(folder.path()).unwrap().put_set(&set).unwrap();
+        for asked in ["iris", "iris/3", "r-"] {
+            let (mut out, mut err) = (Vec::new(), Vec::new());
+            logs(folder.path(), &engine, asked, None, (&mut out, &mut err)).await.unwrap();
+            assert_eq!(out, b"out of ours-2\n", "{asked}");
+        }
+        let mut out = Vec::new();
+        ps(folder.path(), &engine, Output::Table, &mut out).await.unwrap();
+        assert!(String::from_utf8(out).unwrap().contains("iris/3 "));
+        let mut out = Vec::new();
+        ps(folder.path(), &engine, Output::Json, &mut out).await.unwrap();
+        let all: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!((&all[1]["slot"], &all[1]["exit_code"]), (&3.into(), &7.into()));
+        let mut out = Vec::new();
+        status(folder.path(), &engine, Output::Json, &mut out).await.unwrap();
+        let told: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!((&told["host"], &told["set"]["replicas"]), (&"edge-1".into(), &1.into()));
+        // Another replica of the same deployment: then its slot has to be said.
+        let mut spec = ContainerSpec::new(&"ours".parse().unwrap(), "second", "sha256:i");
+        spec.labels.insert(LABEL_REPLICA.into(), "r-2".into());
+        spec.labels.insert(LABEL_ATTEMPT.into(), "1".into());
+        engine.create(&spec).await.unwrap();
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let two = logs(folder.path(), &engine, "r-", None, (&mut out, &mut err)).await;
+        assert!(two.unwrap_err().to_string().contains("more than one"));
     }
 
     #[tokio::test]
@@ -237,11 +445,18 @@ mod tests {
     #[tokio::test]
     async fn leaving_forgets_the_cluster_and_removes_its_containers_only_when_asked() {
         let (folder, engine) = host().await;
+        let models = |folder: &tempfile::TempDir| {
+            std::fs::create_dir(folder.path().join("models")).unwrap();
+            std::fs::write(folder.path().join("models/file"), "x").unwrap();
+        };
+        models(&folder);
         leave(folder.path(), &engine, false, &mut Vec::new()).await.unwrap();
         assert_eq!(engine.containers().len(), 3);
         assert!(Store::peek(folder.path()).identity().is_err());
+        assert!(folder.path().join("models/file").exists(), "what runs reads it");
 
         let (folder, engine) = host().await;
+        models(&folder);
         engine.go_away();
         assert!(leave(folder.path(), &engine, true, &mut Vec::new()).await.is_err());
         assert!(Store::peek(folder.path()).identity().is_ok(), "nothing is forgotten");
@@ -249,5 +464,6 @@ mod tests {
         leave(folder.path(), &engine, true, &mut Vec::new()).await.unwrap();
         let left: Vec<_> = engine.containers().into_iter().map(|c| c.name).collect();
         assert_eq!(left, ["theirs-1"]);
+        assert!(!folder.path().join("models").exists());
     }
 }

@@ -7,7 +7,7 @@
 
 use crate::containers::bridge;
 use crate::engine::Engine;
-use crate::fetch::bring::Fetcher;
+use crate::fetch::bring::{Fetcher, MODELS};
 use crate::state::Shared;
 use std::path::Path;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use std::time::Duration;
 const LOOK: Duration = Duration::from_millis(500);
 /// What the agent has in its folder; in the order in which it goes.
 const HELD: [&str; 8] = [
-    "models",
+    MODELS,
     "pull",
     "set.partial",
     "set",
@@ -40,8 +40,13 @@ pub async fn emptied(shared: &Shared, engine: &dyn Engine, fetcher: &Fetcher) {
         tracing::warn!(%error, "the bridge could not be removed");
     }
     fetcher.forget_images().await;
+    remove_held(shared.store.folder());
+}
+
+/// Removes what an agent has in its folder, the identity last.
+pub fn remove_held(folder: &Path) {
     for name in HELD {
-        remove(&shared.store.folder().join(name));
+        remove(&folder.join(name));
     }
 }
 

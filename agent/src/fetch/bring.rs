@@ -102,6 +102,9 @@ fn told(what: &str, progress: &Progress) -> Told {
     })
 }
 
+/// Where models are, in the agent's folder.
+pub const MODELS: &str = "models";
+
 impl Fetcher {
     /// Brings through `client`, into `models/` and `pull/` of the agent's folder, and opens the
     /// engine's door.
@@ -114,7 +117,7 @@ impl Fetcher {
         client: Client,
         limits: Limits,
     ) -> std::io::Result<Self> {
-        let root = shared.store.folder().join("models");
+        let root = shared.store.folder().join(MODELS);
         let trees = root.join("trees");
         std::fs::create_dir_all(&trees)?;
         let left = trees.clone();

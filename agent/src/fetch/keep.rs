@@ -103,13 +103,7 @@ impl Keeper {
         spools: Vec<Spool>,
         (keep_free_bytes, keep_unused_ms): (u64, u64),
     ) -> Self {
-        let record = match std::fs::read(root.join("kept.json")) {
-            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
-                tracing::warn!(%error, "the record of what is kept is damaged and is begun anew");
-                Record::default()
-            }),
-            Err(_) => Record::default(),
-        };
+        let record = read(&root);
         Self {
             shared,
             engine,
@@ -306,12 +300,8 @@ impl Keeper {
     /// theirs.
     pub async fn forget_images(&self) {
         let _turn = self.turn.lock().await;
-        let names: Vec<String> = self.record.lock().images.keys().cloned().collect();
-        for name in names {
-            if let Err(error) = self.engine.remove_image(&name).await {
-                tracing::warn!(name, %error, "an image could not be removed");
-            }
-        }
+        let names = self.record.lock().images.keys().cloned().collect();
+        forget(&*self.engine, names).await;
     }
 
     /// Trees that the record does not know: of nobody, used just now.
@@ -349,6 +339,30 @@ impl Keeper {
 fn manifests(body: &AssignmentBody) -> impl Iterator<Item = &str> {
     let images = body.source.image.platforms.iter().map(|p| &p.manifest_digest);
     images.chain(body.source.artifact.as_ref().map(|a| &a.digest)).map(Digest::hex)
+}
+
+fn read(root: &Path) -> Record {
+    match std::fs::read(root.join("kept.json")) {
+        Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the record of what is kept is damaged and is begun anew");
+            Record::default()
+        }),
+        Err(_) => Record::default(),
+    }
+}
+
+/// Takes away every image name in the record of a folder that no agent works with, as
+/// [`Keeper::forget_images`] does.
+pub async fn forget_images(engine: &dyn Engine, root: &Path) {
+    forget(engine, read(root).images.into_keys().collect()).await;
+}
+
+async fn forget(engine: &dyn Engine, names: Vec<String>) {
+    for name in names {
+        if let Err(error) = engine.remove_image(&name).await {
+            tracing::warn!(name, %error, "an image could not be removed");
+        }
+    }
 }
 
 /// Writes the record; the old one or the new one is there at any time.
