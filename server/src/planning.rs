@@ -6,6 +6,7 @@
 
 use crate::cluster::Cluster;
 use berth_proto::ids::ReplicaUid;
+use berth_server_core::change::Change;
 use berth_server_core::live::Moved;
 use berth_server_core::planner;
 use berth_server_core::queue::{Key, Queue, Why};

@@ -55,11 +55,15 @@ const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 /// Largest message of an agent, as the contract says.
 const MAX_AGENT_MESSAGE: usize = 1024 * 1024;
 
+/// File handles that a fleet of a thousand hosts and its callers need.
+const FEW_HANDLES: u64 = 4096;
+
 /// Runs the server until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// When it cannot start, or its store fails.
 pub async fn run(settings: Settings) -> anyhow::Result<()> {
+    raise_handles();
     let folder = Arc::new(Folder::open(&settings.data_dir)?);
     let cramped = cramped(&folder, settings.ballast_bytes)?;
     let ca = Ca::open(folder.path())?;
@@ -267,6 +271,23 @@ async fn control_router(cluster: &Arc<Cluster>) -> anyhow::Result<axum::Router> 
         .prepare()
         .into_axum_router()
         .layer(from_fn_with_state(Arc::clone(cluster), auth::check)))
+}
+
+/// Each connection takes a file handle, and the usual limit of 1024 is for programs that use `select`.
+/// Raised as far as may be without more rights, as Go's runtime does.
+fn raise_handles() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let most = Rlimit { current: limit.maximum, ..limit };
+    if let Err(error) = setrlimit(Resource::Nofile, most) {
+        tracing::warn!(%error, "the limit of file handles could not be raised");
+    }
+    if let Some(handles) = limit.maximum.filter(|most| *most < FEW_HANDLES) {
+        tracing::warn!(
+            handles,
+            "the limit of file handles is low: each host and each caller takes one or more"
+        );
+    }
 }
 
 /// The records a new cluster begins with, and the epoch after a fallback.

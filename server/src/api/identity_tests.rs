@@ -70,7 +70,6 @@ fn shows(api: &Api, certificate_pem: &str) -> Result<auth::Caller, String> {
 fn hello(nonce: &str) -> Registration {
     Registration {
         instance: "i".into(),
-        boot_id: "b".into(),
         boot_nonce: nonce.to_owned(),
         agent_start: 1,
         agent_version: "0".into(),
