@@ -5,6 +5,10 @@
 //! acknowledged; messages are numbered without gaps within one start of the agent, so that
 //! (instance, start, sequence) orders them all. A server that does not acknowledge gets no more than
 //! [`MAX_UNKEPT`] messages ahead, while reports go on being coalesced.
+//!
+//! That nothing is left of a replica is never dropped for a newer report: one that was forgotten and is
+//! wanted again begins with its first attempt, which would be taken for older than what was known. So it
+//! is told first, and the report by the next message.
 
 use berth_proto::agent::{ReplicaReport, Statuses};
 use berth_proto::ids::Mono;
@@ -24,6 +28,7 @@ pub struct Reporter {
     interval_ms: u64,
     last: Option<Mono>,
     waiting: BTreeMap<String, ReplicaReport>,
+    /// Nothing is left of these, or nothing was before what waits.
     absent: BTreeSet<String>,
     unkept: VecDeque<Statuses>,
 }
@@ -55,7 +60,9 @@ impl Reporter {
 
     /// A replica's newest report.
     pub fn changed(&mut self, report: ReplicaReport) {
-        self.absent.remove(&report.replica_uid);
+        if bug!(AbsenceDropped) {
+            self.absent.remove(&report.replica_uid);
+        }
         self.waiting.insert(report.replica_uid.clone(), report);
     }
 
@@ -82,12 +89,9 @@ impl Reporter {
         }
         self.last = Some(now);
         self.sequence += 1;
-        let mut reports = Vec::new();
-        while reports.len() < MAX_REPORTS
-            && let Some((_, report)) = self.waiting.pop_first()
-        {
-            reports.push(report);
-        }
+        let ready = self.waiting.keys().filter(|uid| !self.absent.contains(*uid));
+        let ready: Vec<String> = ready.take(MAX_REPORTS).cloned().collect();
+        let reports = ready.iter().filter_map(|uid| self.waiting.remove(uid)).collect();
         let mut absent = Vec::new();
         while absent.len() < MAX_REPORTS
             && let Some(uid) = self.absent.pop_first()
@@ -116,11 +120,7 @@ impl Reporter {
                     self.waiting.entry(report.replica_uid.clone()).or_insert(report);
                 }
             }
-            for uid in message.absent {
-                if !self.waiting.contains_key(&uid) {
-                    self.absent.insert(uid);
-                }
-            }
+            self.absent.extend(message.absent);
         }
         self.last = None;
     }
@@ -132,6 +132,27 @@ mod tests {
 
     fn report(uid: &str, slot: u32) -> ReplicaReport {
         ReplicaReport { replica_uid: uid.into(), slot, ..Default::default() }
+    }
+
+    fn slots(message: &Statuses) -> Vec<(&str, u32)> {
+        message.reports.iter().map(|r| (r.replica_uid.as_str(), r.slot)).collect()
+    }
+
+    #[test]
+    fn that_nothing_was_left_of_a_replica_is_told_before_it_is_reported_anew() {
+        let mut r = Reporter::after(0, 100);
+        r.changed(report("a", 1));
+        r.absent("a".into());
+        r.changed(report("a", 2));
+        r.changed(report("b", 1));
+        let first = r.next(Mono(0)).unwrap();
+        assert_eq!((slots(&first), &first.absent[..]), (vec![("b", 1)], &["a".to_owned()][..]));
+        let second = r.next(r.due().unwrap()).unwrap();
+        assert_eq!((slots(&second), second.absent.len()), (vec![("a", 2)], 0));
+        r.changed(report("a", 3));
+        r.absent("a".into());
+        let third = r.next(r.due().unwrap()).unwrap();
+        assert_eq!((third.reports.len(), third.absent.len(), r.due()), (0, 1, None));
     }
 
     #[test]
@@ -164,9 +185,11 @@ mod tests {
         r.kept(0);
         r.again();
         let all = r.next(Mono(101)).unwrap();
-        let slots: Vec<_> = all.reports.iter().map(|r| (r.replica_uid.as_str(), r.slot)).collect();
-        assert_eq!((slots, all.absent), (vec![("a", 3), ("b", 2)], vec!["c".to_owned()]));
-        r.kept(all.sequence);
+        let both = ["b".to_owned(), "c".to_owned()];
+        assert_eq!((slots(&all), &all.absent[..]), (vec![("a", 3)], &both[..]));
+        let rest = r.next(Mono(201)).unwrap();
+        assert_eq!((slots(&rest), rest.absent.len()), (vec![("b", 2)], 0));
+        r.kept(rest.sequence);
         r.again();
         assert_eq!(r.due(), None);
     }
