@@ -17,6 +17,7 @@ pub enum Bug {
     SupersededHelloBelieved,
     StatusAcknowledgedUnkept,
     WriteAcknowledgedUndurable,
+    SubmittedTakenForKept,
     FullDiskForgotten,
     PreconditionsUnasked,
     GenerationNotRaised,
@@ -26,6 +27,7 @@ pub enum Bug {
     CordonUnasked,
     LabelsUnasked,
     FloorIgnored,
+    BegunUncounted,
     SurgeIgnored,
     OldHealthCounted,
     RollbackForgotten,
@@ -48,6 +50,7 @@ pub enum Bug {
     RoomWakeLost,
     ReadinessNotStored,
     TwoBootsWelcome,
+    ReturnedBootNewest,
     WantedForgotten,
     SurplusUnasked,
 }
@@ -64,6 +67,10 @@ pub const ALL: &[(Bug, &str)] = &[
     ),
     (Bug::StatusAcknowledgedUnkept, "statuses are acknowledged before the ledger keeps them"),
     (Bug::WriteAcknowledgedUndurable, "a write is acknowledged before it is durable"),
+    (
+        Bug::SubmittedTakenForKept,
+        "what is submitted and not yet durable is taken for kept (mended)",
+    ),
     (Bug::FullDiskForgotten, "what a full disk refused stays in the view that is planned over"),
     (Bug::PreconditionsUnasked, "a proposal is taken whatever has changed since it was made"),
     (Bug::GenerationNotRaised, "a replica that is to stop does not raise its host's generation"),
@@ -76,6 +83,10 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::CordonUnasked, "replicas are placed on cordoned hosts"),
     (Bug::LabelsUnasked, "the labels that a deployment requires are not asked"),
     (Bug::FloorIgnored, "a rollout stops what is old whatever its floor is"),
+    (
+        Bug::BegunUncounted,
+        "the last that serves changes back its place while what is missing is only just started (mended)",
+    ),
     (Bug::SurgeIgnored, "a rollout starts as many as it likes at once"),
     (Bug::OldHealthCounted, "a rollout is complete when the old release is healthy"),
     (Bug::RollbackForgotten, "a rollout that fails is paused where it should roll back"),
@@ -98,6 +109,7 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::RoomWakeLost, "room that is given back wakes nobody"),
     (Bug::ReadinessNotStored, "the first readiness of a replica is not written to disk"),
     (Bug::TwoBootsWelcome, "two boots of one identity take the session from each other for ever"),
+    (Bug::ReturnedBootNewest, "a boot that came back is welcome when it asks once more (mended)"),
     (Bug::WantedForgotten, "a wanted replica is forgotten when its host has nothing of it"),
     (Bug::SurplusUnasked, "of two in one slot one is stopped whatever the floor is (mended)"),
 ];

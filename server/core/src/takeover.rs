@@ -30,17 +30,29 @@ pub struct Boots {
 }
 
 impl Boots {
-    /// Judges a hello and remembers its boot.
+    /// Judges a hello and remembers its boot. One that came back is not the newest by that: it comes
+    /// back each time that it speaks, until an operator has decided.
     pub fn judge(&mut self, nonce: &str, now: Mono) -> Takeover {
         self.heard.retain(|(_, at)| now.since_ms(*at) <= FORGET_MS);
-        let newest = self.heard.back().is_some_and(|(held, _)| held == nonce);
-        let known = self.heard.iter().any(|(held, _)| held == nonce);
-        self.heard.retain(|(held, _)| held != nonce);
-        self.heard.push_back((nonce.to_owned(), now));
-        while self.heard.len() > REMEMBERED {
-            self.heard.pop_front();
+        let newest = self.heard.len().saturating_sub(1);
+        match self.heard.iter().position(|(held, _)| held == nonce) {
+            Some(at) => {
+                self.heard[at].1 = now;
+                if at < newest && !bug!(ReturnedBootNewest) {
+                    return Takeover::TwoBoots;
+                }
+                let boot = self.heard.remove(at);
+                self.heard.extend(boot);
+                if at < newest { Takeover::TwoBoots } else { Takeover::Fine }
+            }
+            None => {
+                self.heard.push_back((nonce.to_owned(), now));
+                while self.heard.len() > REMEMBERED {
+                    self.heard.pop_front();
+                }
+                Takeover::Fine
+            }
         }
-        if known && !newest { Takeover::TwoBoots } else { Takeover::Fine }
     }
 
     /// Forgets all boots: an operator has released the quarantine.
@@ -60,6 +72,19 @@ mod tests {
             assert_eq!(boots.judge(nonce, Mono(i as u64)), Takeover::Fine, "{nonce}");
         }
         assert_eq!(boots.judge("b", Mono(9)), Takeover::TwoBoots);
+    }
+
+    #[test]
+    fn a_boot_that_came_back_is_two_boots_however_often_it_asks() {
+        let mut boots = Boots::default();
+        for nonce in ["a", "b"] {
+            boots.judge(nonce, Mono(0));
+        }
+        // The host may not be quarantined yet: that takes as long as the disk does.
+        for ms in 1..4 {
+            assert_eq!(boots.judge("a", Mono(ms)), Takeover::TwoBoots);
+        }
+        assert_eq!(boots.judge("b", Mono(9)), Takeover::Fine);
     }
 
     #[test]
