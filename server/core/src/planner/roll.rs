@@ -67,6 +67,16 @@ pub(super) struct Tally {
     replacing: u32,
 }
 
+/// What starting what is missing comes to.
+struct Started {
+    /// Replicas that are healthy, less those that give their place away.
+    healthy: u32,
+    /// What may still be started.
+    surge_room: u32,
+    /// Slots that had nothing to be stopped and got one.
+    begun: u32,
+}
+
 fn count<T>(items: impl Iterator<Item = T>) -> u32 {
     u32::try_from(items.count()).unwrap_or(u32::MAX)
 }
@@ -88,8 +98,8 @@ impl<'a> Planning<'a> {
             .filter(|r| r.intent == ReplicaIntent::Stop && self.live.is_present(&r.host))
             .collect();
         tally.existing += count(stopping.iter());
-        let (healthy, surge_room) = self.start(release, mine, &work, &stopping, &tally);
-        self.stop_old(release, &work, healthy, surge_room, &tally);
+        let started = self.start(release, mine, &work, &stopping, &tally);
+        self.stop_old(release, &work, &started, &tally);
         self.plan.report.unsettled = work.iter().any(|item| !item.old.is_empty());
         self.judge(release, &work, &tally);
     }
@@ -164,7 +174,7 @@ impl<'a> Planning<'a> {
         work
     }
 
-    /// Starts what is missing; answers how many are healthy and how much room is left after it.
+    /// Starts what is missing.
     fn start(
         &mut self,
         release: &Arc<Release>,
@@ -172,10 +182,11 @@ impl<'a> Planning<'a> {
         work: &[SlotWork<'_>],
         stopping: &[&Arc<Replica>],
         tally: &Tally,
-    ) -> (u32, u32) {
+    ) -> Started {
         let rollout = self.deployment.spec.rollout;
         let (view, live) = (self.view, self.live);
         let mut healthy = tally.new_healthy + tally.old_healthy;
+        let mut begun = 0;
         let mut surge_room = tally
             .wanted
             .saturating_add(rollout.max_surge)
@@ -260,6 +271,7 @@ impl<'a> Planning<'a> {
             match chosen {
                 Ok(host) => {
                     self.place(item.slot, host, release, None, stand_in_for);
+                    begun += u32::from(item.old.is_empty());
                     if stand_in_for.is_none() {
                         surge_room = surge_room.saturating_sub(1);
                     }
@@ -304,7 +316,7 @@ impl<'a> Planning<'a> {
         for (why, slots) in unplaced {
             self.pending(&why, slots);
         }
-        (healthy, surge_room)
+        Started { healthy, surge_room, begun }
     }
 
     /// Stops what is old, as far as the floor allows.
@@ -312,8 +324,7 @@ impl<'a> Planning<'a> {
         &mut self,
         release: &Release,
         work: &[SlotWork<'_>],
-        healthy: u32,
-        surge_room: u32,
+        &Started { healthy, surge_room, begun }: &Started,
         tally: &Tally,
     ) {
         let current = release.number;
@@ -325,10 +336,13 @@ impl<'a> Planning<'a> {
             .saturating_sub(tally.deferred_slots)
             .saturating_sub(rollout.max_unavailable);
         let mut spare = healthy.saturating_sub(if bug!(FloorIgnored) { 0 } else { floor });
-        // Slots that come back to one that was displaced; as many at once as may change places.
-        let mut recovering = count(work.iter().filter(|item| {
-            item.old.is_empty() && item.new.iter().any(|(_, h)| matches!(h, Health::NotYet(_)))
-        }));
+        // Slots that come back to one that was displaced, or have just been given one; as many at once as
+        // may change places.
+        let begun = if bug!(BegunUncounted) { 0 } else { begun };
+        let mut recovering = begun
+            + count(work.iter().filter(|item| {
+                item.old.is_empty() && item.new.iter().any(|(_, h)| matches!(h, Health::NotYet(_)))
+            }));
         // Mostly of the same slot; one that a slot has too many gives way to one of another.
         let successors: BTreeMap<&ReplicaUid, Health> = work
             .iter()

@@ -771,3 +771,36 @@ fn a_host_that_takes_part_again_gets_its_next_one_only_when_the_one_before_is_go
     w.settle();
     assert_eq!(w.releases_running(), [1, 1]);
 }
+
+#[test]
+fn the_last_that_serves_keeps_its_place_while_what_is_missing_is_only_just_started() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    // One fills a host.
+    spec.resources = Some(api::Resources { memory_bytes: 600 << 20, ..Default::default() });
+    w.apply(spec.clone());
+    w.settle();
+    spec.source = World::spec("two").source;
+    w.apply(spec);
+    let replaced = w.plan().steps;
+    assert_eq!(replaced.iter().map(|s| s.kind).collect::<Vec<_>>(), [PlannedStepKind::Replace]);
+    w.agents();
+    // The host of the other slot goes for good, another one comes, and the rollout goes back.
+    let left = replaced[0].host.clone();
+    let gone = w.view.hosts().find(|h| h.uid != left).unwrap().clone();
+    let removed = gone.edited(|r| r.removed = true).unwrap();
+    w.change(vec![Change::PutHost(Arc::new(removed))]);
+    w.live.remove_host(&gone.uid);
+    w.running.retain(|_, (host, ..)| *host != gone.uid);
+    w.host(2, 1 << 30, "a");
+    let back = w.deployment().edited(|r| {
+        (r.release, r.rollout) = (1, RolloutState::Rolling as i32);
+    });
+    w.change(vec![Change::PutDeployment(Arc::new(back))]);
+    let before = w.view.clone();
+    let kinds: Vec<_> = w.plan().steps.iter().map(|s| s.kind).collect();
+    assert_eq!(kinds, [PlannedStepKind::Place], "what serves waits for it");
+    assert_eq!(audit::floor(&before, &w.view, &w.live, &w.uid(), w.now.mono), None);
+    w.settle();
+    assert_eq!(w.releases_running(), [1, 1]);
+}
