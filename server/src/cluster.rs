@@ -297,7 +297,7 @@ impl Cluster {
             next = match next {
                 Next::Make => {
                     let view = self.ledger.ahead();
-                    keeping.made(&view, &make(&view))
+                    keeping.made(&view, &make(&view), || make(&self.ledger.view()))
                 }
                 Next::Propose(proposal) => {
                     keeping.answered(self.ledger.propose(proposal).await.err().as_ref())
@@ -433,12 +433,12 @@ impl Desk for ClusterDesk {
         })
     }
 
-    async fn facts(&self, host: &HostUid, session: u64, facts: api::HostFacts) {
+    async fn facts(&self, host: &HostUid, session: u64, facts: api::HostFacts) -> bool {
         if !self.0.sessions.lock().desk.is_current(host, session) {
-            return;
+            return true;
         }
         let make = |view: &View| intake::facts(view, host, &facts).into_iter().collect();
-        self.0.keep_made(make).await;
+        self.0.keep_made(make).await
     }
 
     async fn acknowledged(
@@ -447,14 +447,13 @@ impl Desk for ClusterDesk {
         session: u64,
         number: SetNumber,
         known: Option<BTreeSet<String>>,
-    ) {
+    ) -> bool {
         let current = self.0.edit_live(|live| {
             self.0.sessions.lock().desk.acknowledged(live, host, session, number)
         });
-        if let Some(known) = known.filter(|_| current) {
-            let make = |view: &View| intake::never_there(view, host, number, &known);
-            self.0.keep_made(make).await;
-        }
+        let Some(known) = known.filter(|_| current) else { return true };
+        let make = |view: &View| intake::never_there(view, host, number, &known);
+        self.0.keep_made(make).await
     }
 
     fn refused(
@@ -471,9 +470,9 @@ impl Desk for ClusterDesk {
         });
     }
 
-    async fn trusts(&self, host: &HostUid, version: u64) {
+    async fn trusts(&self, host: &HostUid, version: u64) -> bool {
         let make = |view: &View| intake::trusts(view, host, version).into_iter().collect();
-        self.0.keep_made(make).await;
+        self.0.keep_made(make).await
     }
 
     fn clock(&self, host: &HostUid, session: u64, offset_ms: i64) {

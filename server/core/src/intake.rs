@@ -105,7 +105,8 @@ pub fn registration(view: &View, host: &HostUid, said: &Registration, now: Wall)
     }
     // Last: the host counts as observed when all of its orphans are kept.
     let seen = first_look.then_some(view.cluster.epoch);
-    changes.extend(host_change(view, host, said.facts.as_ref(), seen));
+    // What it holds of roots was told when it took them, and that may not have been kept.
+    changes.extend(host_change(view, host, said.facts.as_ref(), seen, said.trust_version));
     changes
 }
 
@@ -171,21 +172,23 @@ fn uids(reports: &[ReplicaReport]) -> BTreeSet<&str> {
 /// Facts as stored, when they differ in more than what changes all the time.
 #[must_use]
 pub fn facts(view: &View, host: &HostUid, facts: &api::HostFacts) -> Option<Change> {
-    host_change(view, host, Some(facts), None)
+    host_change(view, host, Some(facts), None, 0)
 }
 
-/// The host with newer facts, and observed in this epoch, where that changes something.
+/// The host with newer facts and roots, and observed in this epoch, where that changes something.
 fn host_change(
     view: &View,
     host: &HostUid,
     facts: Option<&api::HostFacts>,
     observed_epoch: Option<u64>,
+    trust_version: u64,
 ) -> Option<Change> {
     let held = view.host(host)?;
     let calm = |f: &api::HostFacts| api::HostFacts { disk_free_bytes: 0, ..f.clone() };
     let known = held.record.facts.as_ref().map(calm);
     let newer = facts.filter(|facts| known != Some(calm(facts)));
-    if newer.is_none() && observed_epoch.is_none() {
+    let roots = held.record.trust_version < trust_version;
+    if newer.is_none() && observed_epoch.is_none() && !roots {
         return None;
     }
     let next = held.edited(|record| {
@@ -193,6 +196,7 @@ fn host_change(
             record.facts = Some(facts.clone());
         }
         record.observed_epoch = observed_epoch.unwrap_or(record.observed_epoch);
+        record.trust_version = record.trust_version.max(trust_version);
     });
     Some(Change::PutHost(Arc::new(next.ok()?)))
 }

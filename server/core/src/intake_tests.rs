@@ -183,6 +183,16 @@ fn trust_only_grows() {
 }
 
 #[test]
+fn a_hello_says_what_of_trust_was_told_and_not_kept() {
+    let mut w = running();
+    let holds = |trust_version| Registration { trust_version, ..hello(Vec::new(), false) };
+    let changes = registration(&w.view, &h0(), &holds(3), w.now.wall);
+    assert!(matches!(&changes[..], [Change::PutHost(host)] if host.record.trust_version == 3));
+    w.change(changes);
+    assert!(registration(&w.view, &h0(), &holds(2), w.now.wall).is_empty());
+}
+
+#[test]
 fn what_was_found_from_an_older_view_undoes_no_newer_write() {
     let mut w = running();
     let replica = first(&w);

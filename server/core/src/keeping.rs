@@ -3,6 +3,10 @@
 //! A machine without I/O: it asks for one proposal at a time and is told how it went. Each object must
 //! be as it was seen; where the planner or an operator was faster, what is to be written is made anew
 //! from what is there then, so that none of them undoes another's write.
+//!
+//! It is made from the newest *submitted* view, and what is submitted may still be taken back by a full
+//! disk. So nothing is left to be written only when the durable view lacks nothing of it either; where it
+//! does, another's write has it, and that one is waited for.
 
 use crate::batching::{Proposal, Refusal};
 use crate::change::Change;
@@ -31,13 +35,25 @@ pub enum Next {
 #[derive(Debug, Default)]
 pub struct Keeping {
     made: usize,
+    /// For what others have submitted.
+    waits: bool,
     chunks: VecDeque<Proposal>,
 }
 
 impl Keeping {
-    /// What is to be kept, as made from this view.
-    pub fn made(&mut self, view: &View, changes: &[Change]) -> Next {
+    /// What is to be kept, as made from this view; `lacks` asks the same of the newest durable one.
+    pub fn made(
+        &mut self,
+        view: &View,
+        changes: &[Change],
+        lacks: impl FnOnce() -> Vec<Change>,
+    ) -> Next {
         self.made += 1;
+        self.waits = changes.is_empty() && !lacks().is_empty() && !bug!(SubmittedTakenForKept);
+        if self.waits {
+            // Answered when all that is submitted is durable.
+            return Next::Propose(Proposal::default());
+        }
         self.chunks = changes.chunks(CHUNK).map(|chunk| intake::seen(view, chunk)).collect();
         self.next()
     }
@@ -49,6 +65,9 @@ impl Keeping {
     /// How the last proposal went.
     pub fn answered(&mut self, refusal: Option<&Refusal>) -> Next {
         match refusal {
+            // What it waited for may have been taken back before it was asked.
+            None if self.waits && self.made < TRIES => Next::Make,
+            None if self.waits => Next::Over(false),
             None => self.next(),
             Some(Refusal::Conflict { .. }) if self.made < TRIES => Next::Make,
             Some(
@@ -82,7 +101,7 @@ mod tests {
     #[test]
     fn a_long_list_is_kept_in_parts_one_after_the_other() {
         let mut keeping = Keeping::default();
-        let mut next = keeping.made(&View::default(), &changes(CHUNK + 1));
+        let mut next = keeping.made(&View::default(), &changes(CHUNK + 1), Vec::new);
         let mut sizes = Vec::new();
         while let Next::Propose(proposal) = next {
             assert_eq!(proposal.preconditions.len(), proposal.changes.len());
@@ -96,14 +115,35 @@ mod tests {
     fn whoever_was_slower_makes_it_anew_and_a_full_disk_ends_it() {
         let mut keeping = Keeping::default();
         for _ in 1..TRIES {
-            keeping.made(&View::default(), &changes(1));
+            keeping.made(&View::default(), &changes(1), Vec::new);
             assert_eq!(keeping.answered(Some(&conflict())), Next::Make);
         }
-        keeping.made(&View::default(), &changes(1));
+        keeping.made(&View::default(), &changes(1), Vec::new);
         assert_eq!(keeping.answered(Some(&conflict())), Next::Over(false));
         let mut keeping = Keeping::default();
-        keeping.made(&View::default(), &changes(1));
+        keeping.made(&View::default(), &changes(1), Vec::new);
         assert_eq!(keeping.answered(Some(&Refusal::Full)), Next::Over(false));
-        assert_eq!(Keeping::default().made(&View::default(), &[]), Next::Over(true));
+        assert_eq!(Keeping::default().made(&View::default(), &[], Vec::new), Next::Over(true));
+    }
+
+    #[test]
+    fn what_another_write_has_is_kept_only_once_that_is_durable() {
+        let view = View::default();
+        let mut keeping = Keeping::default();
+        let lacking = || changes(1);
+        assert_eq!(keeping.made(&view, &[], lacking), Next::Propose(Proposal::default()));
+        // It is durable.
+        assert_eq!(keeping.answered(None), Next::Make);
+        assert_eq!(keeping.made(&view, &[], Vec::new), Next::Over(true));
+        // It was taken back before anybody waited for it.
+        keeping.made(&view, &[], lacking);
+        assert_eq!(keeping.answered(None), Next::Make);
+        assert!(
+            matches!(keeping.made(&view, &changes(1), lacking), Next::Propose(p) if p.changes.len() == 1)
+        );
+        assert_eq!(keeping.answered(None), Next::Over(true));
+        // It is taken back while it is waited for.
+        keeping.made(&view, &[], lacking);
+        assert_eq!(keeping.answered(Some(&Refusal::Full)), Next::Over(false));
     }
 }

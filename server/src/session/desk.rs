@@ -30,8 +30,8 @@ pub enum Ended {
     /// Two boots share the identity.
     #[error("two boots share the identity")]
     Quarantined,
-    /// The ledger did not take the registration.
-    #[error("the registration could not be kept")]
+    /// The ledger did not take what the agent said.
+    #[error("what the agent said could not be kept")]
     Unavailable,
     /// The machine ended it.
     #[error(transparent)]
@@ -90,16 +90,16 @@ pub trait Desk: Send + Sync + 'static {
         reports: Vec<ReplicaReport>,
         absent: Vec<String>,
     ) -> Later<bool>;
-    /// The host's facts have changed.
-    async fn facts(&self, host: &HostUid, session: u64, facts: api::HostFacts);
-    /// A set is durable at the agent.
+    /// The host's facts have changed; the answer says whether what must be durable is.
+    async fn facts(&self, host: &HostUid, session: u64, facts: api::HostFacts) -> bool;
+    /// A set is durable at the agent; the answer says whether what must be durable of that is.
     async fn acknowledged(
         &self,
         host: &HostUid,
         session: u64,
         number: SetNumber,
         known: Option<BTreeSet<String>>,
-    );
+    ) -> bool;
     /// A set was refused.
     fn refused(
         &self,
@@ -109,8 +109,8 @@ pub trait Desk: Send + Sync + 'static {
         held: Option<SetNumber>,
         verdict: SetVerdict,
     );
-    /// Roots and endpoints are durable at the agent.
-    async fn trusts(&self, host: &HostUid, version: u64);
+    /// Roots and endpoints are durable at the agent; the answer says whether that is kept.
+    async fn trusts(&self, host: &HostUid, version: u64) -> bool;
     /// The host's clock is so far ahead, in milliseconds.
     fn clock(&self, host: &HostUid, session: u64, offset_ms: i64);
     /// The session is over.

@@ -163,9 +163,13 @@ impl Pump {
                         let _ = taken.send((sequence, kept.await)).await;
                     });
                 }
-                Effect::Facts(facts) => self.desk.facts(&host, self.id, *facts).await,
+                Effect::Facts(facts) => {
+                    let kept = self.desk.facts(&host, self.id, *facts).await;
+                    self.ends_unless(kept);
+                }
                 Effect::Acknowledged { number, known } => {
-                    self.desk.acknowledged(&host, self.id, number, known).await;
+                    let kept = self.desk.acknowledged(&host, self.id, number, known).await;
+                    self.ends_unless(kept);
                 }
                 Effect::Refused { offered, held, verdict, message } => {
                     tracing::error!(
@@ -174,7 +178,10 @@ impl Pump {
                     );
                     self.desk.refused(&host, self.id, offered, held, verdict);
                 }
-                Effect::TrustAcknowledged(version) => self.desk.trusts(&host, version).await,
+                Effect::TrustAcknowledged(version) => {
+                    let kept = self.desk.trusts(&host, version).await;
+                    self.ends_unless(kept);
+                }
                 Effect::ClockOffset(ms) => self.desk.clock(&host, self.id, ms),
                 Effect::Close(why) => {
                     self.over = Some(match why {
@@ -188,6 +195,13 @@ impl Pump {
                     });
                 }
             }
+        }
+    }
+
+    /// What the agent said is not said again in this session: the next one's hello says it all.
+    fn ends_unless(&mut self, kept: bool) {
+        if !kept && self.over.is_none() {
+            self.over = Some(Ended::Unavailable);
         }
     }
 }
@@ -229,6 +243,118 @@ impl Ended {
                 | Closed::Unanswered(_)
                 | Closed::Removed,
             ) => Some(Error::unavailable("SESSION_ENDED", "the session was ended; dial again")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::desk::{Later, Lines, Newest};
+    use super::*;
+    use berth_proto::agent::{self, ReplicaReport, SetVerdict, session_request, session_response};
+    use berth_proto::api;
+    use berth_proto::ids::{Epoch, Generation, Mono, SetNumber, Wall};
+    use berth_server_core::session::{HostSet, Registration};
+    use std::collections::{BTreeMap, BTreeSet};
+    use tokio::sync::watch;
+
+    /// A desk of a full disk: it keeps no more than the hello.
+    struct Full {
+        lines: parking_lot::Mutex<Option<Lines>>,
+    }
+
+    #[async_trait::async_trait]
+    impl Desk for Full {
+        fn now(&self) -> Now {
+            Now { mono: Mono(0), wall: Wall(0) }
+        }
+        fn open(&self, _: &HostUid) -> Lines {
+            self.lines.lock().take().unwrap()
+        }
+        async fn register(&self, _: &HostUid, _: u64, _: Registration) -> Result<(), Ended> {
+            Ok(())
+        }
+        fn take(
+            &self,
+            _: &HostUid,
+            _: u64,
+            _: u64,
+            _: Vec<ReplicaReport>,
+            _: Vec<String>,
+        ) -> Later<bool> {
+            Box::pin(async { false })
+        }
+        async fn facts(&self, _: &HostUid, _: u64, _: api::HostFacts) -> bool {
+            false
+        }
+        async fn acknowledged(
+            &self,
+            _: &HostUid,
+            _: u64,
+            _: SetNumber,
+            _: Option<BTreeSet<String>>,
+        ) -> bool {
+            false
+        }
+        fn refused(&self, _: &HostUid, _: u64, _: SetNumber, _: Option<SetNumber>, _: SetVerdict) {}
+        async fn trusts(&self, _: &HostUid, _: u64) -> bool {
+            false
+        }
+        fn clock(&self, _: &HostUid, _: u64, _: i64) {}
+        async fn close(&self, _: &HostUid, _: u64) {}
+    }
+
+    #[tokio::test]
+    async fn a_session_ends_when_anything_it_was_told_cannot_be_kept() {
+        use session_request::Item;
+        let taken = agent::SetAck {
+            id: Some(agent::SetId { epoch: 1, generation: 1 }),
+            verdict: SetVerdict::Taken as i32,
+            ..agent::SetAck::default()
+        };
+        for said in [
+            Item::Statuses(agent::Statuses { sequence: 1, ..Default::default() }),
+            Item::Facts(api::HostFacts::default()),
+            Item::SetAck(taken),
+            Item::TrustAck(agent::TrustAck { version: 1 }),
+        ] {
+            let set = HostSet::new(
+                SetNumber { epoch: Epoch(1), generation: Generation(1) },
+                Vec::new(),
+                BTreeMap::new(),
+            );
+            let newest: Newest = Some(Ok(Arc::new(set)));
+            let (_sets, sets) = watch::channel(newest);
+            let (_tickets, tickets) = mpsc::channel(1);
+            let (_orders, orders) = mpsc::channel(1);
+            let lines = Lines { id: 1, sets, tickets, orders };
+            let desk = Arc::new(Full { lines: parking_lot::Mutex::new(Some(lines)) });
+            let terms = Terms {
+                epoch: Epoch(1),
+                cluster: String::new(),
+                ping_interval_ms: 10_000,
+                idle_timeout_ms: 30_000,
+                status_interval_ms: 100,
+                reconnect_window_ms: 0,
+                version: String::new(),
+                features: Vec::new(),
+                trust: agent::Trust::default(),
+            };
+            let (says, said_rx) = mpsc::channel(4);
+            let incoming = tokio_stream::wrappers::ReceiverStream::new(said_rx);
+            let mut out = start(desk, "h1".parse().unwrap(), terms, incoming);
+            let hello = agent::Hello { host_uid: "h1".into(), ..agent::Hello::default() };
+            says.send(Ok(SessionRequest { item: Some(Item::Hello(hello)) })).await.unwrap();
+            // The set is on its way from its end on.
+            while let Some(message) = out.recv().await {
+                if matches!(message.unwrap().item, Some(session_response::Item::SetEnd(_))) {
+                    break;
+                }
+            }
+            let words = format!("{said:?}");
+            says.send(Ok(SessionRequest { item: Some(said) })).await.unwrap();
+            let last = out.recv().await.map(|message| message.map_err(|s| s.code()));
+            assert_eq!(last, Some(Err(tonic::Code::Unavailable)), "{words}");
         }
     }
 }

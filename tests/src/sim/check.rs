@@ -330,6 +330,14 @@ impl World<'_> {
         }
     }
 
+    /// Statuses of a host are kept, and the durable view lacks this of them.
+    pub(super) fn check_kept_whole(&mut self, host: &HostUid, lacks: &[Change]) {
+        // What is gone may have become forgettable only since; no other state of a replica goes back.
+        if lacks.iter().any(|change| matches!(change, Change::PutReplica(_))) {
+            self.broke(format!("statuses of {host} are taken for kept and are not durable"));
+        }
+    }
+
     pub(super) fn check_kept(&mut self, link: LinkId, sequence: u64) {
         self.book.kept.insert((link, sequence));
     }

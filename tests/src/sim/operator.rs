@@ -229,13 +229,14 @@ impl World<'_> {
     }
 
     fn rejoin(&mut self, host: u8, before: Option<Arc<Host>>) -> Option<Proposal> {
+        // A story may have been left with fewer machines than its script speaks of.
+        let machine = *self.script.machines.get(usize::from(host))?;
         self.minted += 1;
         let instance = format!("i{}", self.minted);
         let uid = match &before {
             Some(host) => host.uid.clone(),
             None => format!("h{host}-{}", self.minted).parse().ok()?,
         };
-        let machine = self.script.machines[usize::from(host)];
         let record = joined(host, &machine, before.as_deref(), &uid, &instance);
         let key = ObjectKey::HostName(name(format!("h{host}")));
         let at = before.map(|h| h.revision).unwrap_or_default();

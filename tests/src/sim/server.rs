@@ -503,7 +503,11 @@ impl World<'_> {
             Then::Resume(link) => {
                 if let Some(session) = self.server_session(link) {
                     session.busy = false;
-                    self.go_on(link);
+                    if kept {
+                        self.go_on(link);
+                    } else {
+                        self.over(link, Over::Unavailable);
+                    }
                 }
             }
             Then::Quarantined(_) => {
