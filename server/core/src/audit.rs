@@ -257,7 +257,8 @@ pub fn change(before: &View, after: &View, change: &Change) -> Vec<Finding> {
 /// Whether a plan for one deployment, from `before` to `after`, keeps its floor: as many replicas
 /// healthy as are wanted, less those whose hosts are away and those that may be unavailable; or as many
 /// as there were, where that was less already. One that changes places with another counts as healthy
-/// for as long as it may: two of a slot share one place.
+/// for as long as it may: two of a slot share one place. A slot that finds no room keeps no other one
+/// from changing back, as it keeps none from changing places: that may be what makes the room.
 #[must_use]
 pub fn floor(
     before: &View,
@@ -276,17 +277,20 @@ pub fn floor(
             known || now >= since.plus_ms(rollout.ready_for_ms)
         })
     };
+    let stays = |view: &View, r: &Replica| view.host(&r.host).is_some_and(|h| !h.is_removed());
     let counts = |view: &View, uid: &ReplicaUid| {
-        let there = |r: &Replica| {
-            live.is_present(&r.host) && view.host(&r.host).is_some_and(|h| !h.is_removed())
-        };
+        let there = |r: &Replica| live.is_present(&r.host) && stays(view, r);
         view.replica(uid).filter(|r| r.runs() && r.slot < wanted && there(r)).cloned()
     };
     let (mut had, mut have) = (0, 0);
+    // All that is stopped gives its place back.
+    let mut back = true;
     let mut reachable: BTreeSet<u32> = BTreeSet::new();
     let mut filled: BTreeSet<u32> = BTreeSet::new();
     for replica in before.replicas_of(uid).filter(|r| r.runs() && r.slot < wanted) {
-        filled.insert(replica.slot);
+        if stays(before, replica) {
+            filled.insert(replica.slot);
+        }
         let Some(replica) = counts(before, &replica.uid) else { continue };
         reachable.insert(replica.slot);
         if !healthy(&replica) {
@@ -300,13 +304,21 @@ pub fn floor(
                 .replicas_of(uid)
                 .any(|r| r.replaces.as_ref() == Some(&replica.uid) && healthy(r));
         have += usize::from(new.is_some() || done);
+        let old = replica.replaces.as_ref().and_then(|old| counts(after, old));
+        back &= new.is_some() || done || old.is_some_and(|old| old.slot == replica.slot);
     }
+    let empty = if back {
+        let filled = after.replicas_of(uid).filter(|r| r.runs() && r.slot < wanted);
+        wanted as usize - filled.map(|r| r.slot).collect::<BTreeSet<_>>().len()
+    } else {
+        0
+    };
     let deferred = filled.difference(&reachable).count();
     // A place that is changed within one host, and one that is changed back, cost what may change
     // places at once beside the floor.
     let changing = before.replicas_of(uid).any(|r| r.replaces.is_some());
     let spare = rollout.max_unavailable.max(u32::from(changing)) as usize;
-    let floor = (wanted as usize).saturating_sub(deferred + spare);
+    let floor = (wanted as usize).saturating_sub(deferred + empty + spare);
     let broken = have < had && have < floor;
     broken.then(|| Finding::BelowFloor { deployment: uid.clone(), before: had, after: have, floor })
 }

@@ -800,7 +800,35 @@ fn the_last_that_serves_keeps_its_place_while_what_is_missing_is_only_just_start
     let before = w.view.clone();
     let kinds: Vec<_> = w.plan().steps.iter().map(|s| s.kind).collect();
     assert_eq!(kinds, [PlannedStepKind::Place], "what serves waits for it");
-    assert_eq!(audit::floor(&before, &w.view, &w.live, &w.uid(), w.now.mono), None);
+    let floor = |after: &View| audit::floor(&before, after, &w.live, &w.uid(), w.now.mono);
+    assert_eq!(floor(&w.view), None);
+    let mut stopped = w.view.clone();
+    let serves = w.view.replicas().find(|r| r.replaces.is_some()).unwrap();
+    let revision = stopped.revision.next();
+    stopped.apply(&Change::PutReplica(Arc::new(serves.stopped())), revision);
+    assert!(floor(&stopped).is_some(), "else nobody serves");
     w.settle();
     assert_eq!(w.releases_running(), [1, 1]);
+}
+
+#[test]
+fn a_slot_that_finds_no_room_keeps_no_other_from_changing_back() {
+    let (mut w, mut spec) = tight();
+    spec.source = World::spec("two").source;
+    w.apply(spec.clone());
+    w.plan();
+    w.agents();
+    // Two of that size find no room on the one host there is.
+    spec.replicas = Some(2);
+    w.apply(spec);
+    let back = w.deployment().edited(|r| {
+        (r.release, r.rollout) = (1, RolloutState::Rolling as i32);
+    });
+    w.change(vec![Change::PutDeployment(Arc::new(back))]);
+    let before = w.view.clone();
+    let kinds: Vec<_> = w.plan().steps.iter().map(|s| s.kind).collect();
+    assert_eq!(kinds, [PlannedStepKind::Stop]);
+    assert_eq!(audit::floor(&before, &w.view, &w.live, &w.uid(), w.now.mono), None);
+    w.agents();
+    assert_eq!(w.releases_running(), [1]);
 }
