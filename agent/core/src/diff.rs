@@ -431,8 +431,10 @@ impl One<'_> {
             }
             out.wake(since.plus_ms(steady_ms));
         }
-        let Some(until) = memory.replace_until else { return false };
-        if now >= until && !bug!(NeverRolledBack) {
+        let Some(until) = memory.replace_until.filter(|_| !bug!(NeverRolledBack)) else {
+            return false;
+        };
+        if now >= until {
             let back = Memory { rolled_back: true, replace_until: None, ..memory.clone() };
             out.steps.push(self.remember(back));
             return true;

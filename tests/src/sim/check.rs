@@ -1,6 +1,6 @@
 //! What must hold at every step, asked of the world and not of the machines that make it.
 
-use super::events::{LinkId, NodeId};
+use super::events::{Life, LinkId, NodeId};
 use super::script::Program;
 use super::world::World;
 use berth_proto::agent::SetVerdict;
@@ -50,6 +50,8 @@ pub(super) struct Book {
     pub(super) made: BTreeSet<(NodeId, ReplicaUid, u32)>,
     /// Machines that run what nobody has asked their room for: it is of a join before this one.
     pub(super) loose: BTreeSet<NodeId>,
+    /// The first life of each machine's agent since its newest join.
+    pub(super) joined: BTreeMap<NodeId, Life>,
     /// The server has gone back in time: what runs was not all placed by it.
     pub(super) restored: bool,
     /// Somebody removed images.
@@ -128,15 +130,21 @@ impl World<'_> {
         }
     }
 
-    /// A running container was stopped, and so many others of its replica run on here.
+    /// A running container was stopped as an agent had asked, and so many others of its replica run on
+    /// here.
     pub(super) fn check_stopped(
         &mut self,
-        node: NodeId,
+        (node, life): (NodeId, Life),
         replica: &ReplicaUid,
         program: Program,
         others: usize,
     ) {
         let held = &self.nodes[node];
+        // The agent of a join before this one asked for it, and what that one was told is forgotten.
+        let earlier = self.book.joined.get(&node).is_some_and(|first| life < *first);
+        if earlier && self.book.may_stop.contains(replica) {
+            return;
+        }
         let Some(set) = held.disk.wanted.set() else {
             return self.broke(format!("{replica} is stopped and nobody has said what is wanted"));
         };
@@ -148,9 +156,16 @@ impl World<'_> {
             let body = set.body(set.entries.get(uid)?)?;
             Some(body.value.source.image.digest.clone())
         };
+        let unhealthy = matches!(program, Program::Deaf | Program::Slow);
+        // One that fails its own check is started anew in its place, as long as nobody takes that.
+        let begun = |uid: &ReplicaUid| {
+            held.disk.memory.get(uid).is_some_and(|memory| memory.replacement_begun)
+        };
         if set.entries.contains_key(replica)
             && !self.book.pruned
-            && let Some(image) = set.entries.keys().find(by_successor).and_then(image)
+            && let Some(successor) = set.entries.keys().find(by_successor)
+            && (begun(successor) || !unhealthy)
+            && let Some(image) = image(successor)
             && !held.engine.images.contains(&image)
         {
             return self.broke(format!("{replica} is stopped before what replaces it is here"));
@@ -163,7 +178,6 @@ impl World<'_> {
             |uid: &ReplicaUid| set.entries.get(uid).and_then(berth_agent_core::diff::predecessor);
         let in_exchange = replaces(replica).is_some()
             || set.entries.keys().any(|uid| replaces(uid).as_ref() == Some(replica));
-        let unhealthy = matches!(program, Program::Deaf | Program::Slow);
         if !wiped && !in_exchange && !unhealthy && others == 0 {
             self.broke(format!("{replica} is stopped on {} and nobody has said so", held.uid));
         }
@@ -348,6 +362,14 @@ impl World<'_> {
         if !self.book.kept.contains(&(link, sequence)) && !doubled {
             let node = &self.nodes[self.links[link].node];
             self.broke(format!("status {sequence} of {} is acknowledged and not kept", node.uid));
+        }
+    }
+
+    /// The server begins to send a set.
+    pub(super) fn check_offered(&mut self, link: LinkId) {
+        if std::mem::replace(&mut self.links[link].unanswered, true) {
+            let node = &self.nodes[self.links[link].node];
+            self.broke(format!("{} is sent a set before it has answered the last one", node.uid));
         }
     }
 

@@ -161,7 +161,7 @@ impl World<'_> {
             }
             Effect::Stop { step, replica, id, .. } => {
                 let took_ms = self.nodes[node].rng.u64(0..STOP_MS);
-                let done = self.stops(node, &replica, number(&id));
+                let done = self.stops(node, life, &replica, number(&id));
                 answers.push((took_ms, Input::StepDone { step, done }));
             }
             Effect::Remove { step, id, .. } => {
@@ -370,7 +370,7 @@ impl World<'_> {
         Ok(Done::Seen(shown))
     }
 
-    fn stops(&mut self, node: NodeId, replica: &ReplicaUid, id: u32) -> Done {
+    fn stops(&mut self, node: NodeId, life: Life, replica: &ReplicaUid, id: u32) -> Done {
         let now = self.now;
         let held = &mut self.nodes[node];
         let time = held.clock.wall(now);
@@ -385,7 +385,7 @@ impl World<'_> {
         self.note(|w| {
             format!("attempt {} of {replica} is stopped on {}", shown.attempt, w.nodes[node].uid)
         });
-        self.check_stopped(node, replica, program, others);
+        self.check_stopped((node, life), replica, program, others);
         self.happened(node, true);
         Done::Seen(shown)
     }

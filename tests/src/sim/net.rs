@@ -26,6 +26,8 @@ pub(super) struct Link {
     down_last: u64,
     /// A message of it came twice.
     pub(super) doubled: bool,
+    /// A set was begun that the server has not been answered.
+    pub(super) unanswered: bool,
     /// The messages of the newest set that was sent whole, and of the one that is being sent.
     last_set: Vec<SessionResponse>,
     this_set: Vec<SessionResponse>,
@@ -93,6 +95,7 @@ impl World<'_> {
             up_last: at,
             down_last: at,
             doubled: false,
+            unanswered: false,
             last_set: Vec::new(),
             this_set: Vec::new(),
         });

@@ -25,11 +25,11 @@ const TRIES: u32 = 12;
 /// Something that is asked for.
 #[derive(Debug, Clone)]
 pub(super) struct Operation {
-    action: Action,
+    pub(super) action: Action,
     tries: u32,
     /// Where it was sent.
     life: u32,
-    open: bool,
+    pub(super) open: bool,
 }
 
 fn name(text: String) -> Name {
@@ -285,6 +285,7 @@ impl World<'_> {
         let disk = &mut held.disk;
         disk.instance = instance.to_owned();
         (disk.removed, disk.wipe) = (false, false);
+        self.book.joined.insert(node, held.life);
         // A join forgets what an earlier one was told.
         self.book.made.retain(|(of, ..)| *of != node);
         disk.wanted = Wanted::NotYetKnown;

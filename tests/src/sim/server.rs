@@ -5,6 +5,7 @@ use super::events::{Event, Life, LinkId};
 use super::planning::Planner;
 use super::world::World;
 use berth_agent_core::session::Ended;
+use berth_proto::agent::{session_request, session_response};
 use berth_proto::ids::HostUid;
 use berth_proto::record::ClusterRecord;
 use berth_server_core::batching::{Batching, Limits};
@@ -274,6 +275,11 @@ impl World<'_> {
                 },
             };
             self.steps += 1;
+            if let Input::Message(message) = &input
+                && let Some(session_request::Item::SetAck(_)) = &message.item
+            {
+                self.links[link].unanswered = false;
+            }
             session.effects.extend(session.machine.step(at, input));
         }
         self.plan_server_tick(link);
@@ -320,7 +326,12 @@ impl World<'_> {
         let Some(session) = process.sessions.get_mut(&link) else { return };
         let (host, id) = (session.host.clone(), session.id);
         match effect {
-            Effect::Send(message) => self.send_down(link, message),
+            Effect::Send(message) => {
+                if let Some(session_response::Item::SetBegin(_)) = &message.item {
+                    self.check_offered(link);
+                }
+                self.send_down(link, message);
+            }
             Effect::Register(said) => {
                 let view = process.machine.durable();
                 let admission = process.desk.judge(view, &host, id, &said.boot_nonce, at.mono);

@@ -1,14 +1,19 @@
 //! After the faults: everything wanted runs, nothing else does, and the books balance, within a bound.
 
+use super::operator::Operation;
 use super::script::{Action, Program};
 use super::world::World;
 use berth_agent_core::diff::State;
 use berth_proto::api::{ReplicaIntent, RolloutState};
-use berth_proto::ids::ReplicaUid;
+use berth_proto::ids::{DeploymentUid, ReplicaUid};
 use berth_proto::values::OnRolloutFailure;
 use berth_server_core::audit::{self, Finding};
+use berth_server_core::live::Live;
+use berth_server_core::objects::Replica;
 use berth_server_core::planner;
+use berth_server_core::view::View;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// The bound: a quarantined agent dials every five minutes; a set that nobody answers ends its session
 /// after ten; then come a rollout's deadline, and another one back.
@@ -47,7 +52,14 @@ impl World<'_> {
         for host in 0..self.script.machines.len() {
             let host = u8::try_from(host).unwrap_or(u8::MAX);
             let Some(held) = view.host_by_name(&format!("h{host}")).cloned() else { continue };
-            if held.record.quarantined {
+            let has_machine = self.nodes.iter().any(|n| n.uid == held.uid && !n.is_clone);
+            let joins = |o: &Operation| {
+                o.open && matches!(o.action, Action::Rejoin { host: of, .. } if of == host)
+            };
+            if !has_machine && !self.operations.iter().any(joins) {
+                // A restore has undone the join of its machine, which is not known any more.
+                self.ask(&Action::Rejoin { host, disk_kept: true });
+            } else if held.record.quarantined {
                 self.ask(&Action::ReleaseQuarantine { host });
             } else if held.record.waiting_for_approval {
                 self.ask(&Action::Cordon { host, on: false });
@@ -63,20 +75,34 @@ impl World<'_> {
     fn full_audit(&mut self) {
         let Some(process) = &self.server.process else { return };
         let found = audit::everything(process.machine.durable(), &process.live);
-        // A host that came back after its replica was placed elsewhere leaves one too many to a rollout
-        // that is paused or finds no room: that waits, as all of it does, for a person.
+        // A host that came back after its replica was placed elsewhere leaves one too many. It goes when
+        // the floor lets it go.
         let waits = |finding: &&Finding| {
             let (Finding::BeyondSurge { deployment, .. } | Finding::SlotTwice { deployment, .. }) =
                 finding
             else {
                 return false;
             };
-            let held = process.machine.durable().deployment(deployment);
-            held.is_some_and(|d| d.rollout() != RolloutState::Complete)
+            self.floor_holds(process.machine.durable(), &process.live, deployment)
         };
         if let Some(finding) = found.iter().find(|finding| !waits(finding)) {
             self.broke(format!("at the end {finding}"));
         }
+    }
+
+    /// No more of a deployment serve than its floor asks for: nothing that serves may go.
+    fn floor_holds(&self, view: &View, live: &Live, uid: &DeploymentUid) -> bool {
+        let Some(deployment) = view.deployment(uid) else { return false };
+        let Some(wanted) = deployment.wanted() else { return false };
+        let runs = || view.replicas_of(uid).filter(|r| r.runs() && r.slot < wanted);
+        let reached: BTreeSet<u32> =
+            runs().filter(|r| live.is_present(&r.host)).map(|r| r.slot).collect();
+        let deferred = runs().map(|r| r.slot).collect::<BTreeSet<_>>().len() - reached.len();
+        let serves = |r: &&Arc<Replica>| {
+            live.is_present(&r.host) && live.replica(&r.uid).is_some_and(|l| l.status.ready)
+        };
+        let most_gone = deployment.spec.rollout.max_unavailable as usize + deferred;
+        runs().filter(serves).count() <= (wanted as usize).saturating_sub(most_gone)
     }
 
     /// What is not as it should be in the end.
@@ -128,6 +154,17 @@ impl World<'_> {
                     .release(&replica.deployment, replica.release)
                     .and_then(|r| self.programs.get(&r.source.image.digest));
                 let serves = matches!(program, Some(Program::Good | Program::Slow));
+                let under_way =
+                    node.disk.memory.get(&replica.uid).is_some_and(|m| {
+                        m.replacement_begun && !m.replacement_done && !m.rolled_back
+                    });
+                if under_way && !replica.failed {
+                    return Some(format!(
+                        "{} has begun to take another's place on {uid} and has neither taken it nor \
+                         given it back",
+                        replica.uid
+                    ));
+                }
                 let told = live.replica(&replica.uid).is_some_and(|l| l.status.ready);
                 if serves && !exchanged && !replica.failed && (running != 1 || !told) {
                     return Some(format!(
