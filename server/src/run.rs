@@ -75,6 +75,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         store.load(b"")?.into_iter().map(|entry| (entry.key, entry.revision, entry.value));
     let mut view = View::load(entries).context("cannot read the ledger")?;
     view.revision = store.revision();
+    ca.belongs_to(&view.cluster.uid)?;
     let ledger = Ledger::start(Box::new(store), view);
     let registry = Registry::open(
         folder.path().join("registry"),

@@ -268,6 +268,7 @@ pub fn make(data: &Path, path: &Path, new_key: bool) -> Result<Made, BackupError
         Ok(View::load(entries)?)
     };
     let view = load(&store)?;
+    ca.belongs_to(&view.cluster.uid)?;
     let recovery = Recovery::of(&view.cluster, new_key)?;
     let revision = store.revision();
     let blobs = registry::blobs::blobs_of(&folder.path().join("registry"))

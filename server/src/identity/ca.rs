@@ -34,6 +34,24 @@ pub enum CaError {
         #[source]
         source: std::io::Error,
     },
+    /// There is none, and what it has signed is in use.
+    #[error(
+        "{} is missing beside a ledger: put ca.crt and ca.key of this cluster back, or restore a \
+         backup into an empty folder (berthd restore)",
+        .0.display()
+    )]
+    Missing(PathBuf),
+    /// It is another cluster's.
+    #[error(
+        "the CA is of cluster {found}, the ledger of cluster {expected}: put ca.crt and ca.key of that \
+         one back"
+    )]
+    OtherCluster {
+        /// The ledger's.
+        expected: String,
+        /// The CA's.
+        found: ClusterUid,
+    },
     /// A certificate cannot be made.
     #[error("cannot make a certificate")]
     Make(#[from] rcgen::Error),
@@ -69,14 +87,23 @@ fn write_private(path: &Path, text: &str) -> Result<(), CaError> {
     std::fs::File::open(folder).and_then(|f| f.sync_all()).map_err(failed)
 }
 
+/// A file that cannot be looked at is not one that is missing.
+fn is_there(path: &Path) -> Result<bool, CaError> {
+    path.try_exists().map_err(|source| CaError::File { path: path.to_owned(), source })
+}
+
 impl Ca {
-    /// Opens the CA in a folder, or makes a new one there.
+    /// Opens the CA in a folder, or makes a new one there while the folder has no ledger: hosts and
+    /// users of a cluster know its root, and another one in its place would shut all of them out.
     ///
     /// # Errors
-    /// When files cannot be read or written, or hold something else.
+    /// When files cannot be read or written, or hold something else; [`CaError::Missing`].
     pub fn open(folder: &Path) -> Result<Self, CaError> {
         let (certificate, key) = (folder.join("ca.crt"), folder.join("ca.key"));
-        if !certificate.exists() {
+        if !is_there(&certificate)? {
+            if is_there(&folder.join("ledger"))? {
+                return Err(CaError::Missing(certificate));
+            }
             let cluster = uuid::Uuid::now_v7().to_string();
             let (root_pem, key_pem) = new_root(&cluster)?;
             // The key first: a certificate without its key would look like a whole CA.
@@ -88,6 +115,17 @@ impl Ca {
                 .map_err(|source| CaError::File { path: path.to_owned(), source })
         };
         Self::from_pem(read(&certificate)?, read(&key)?)
+    }
+
+    /// Whether it is the CA of the ledger's cluster; an empty uid is a ledger that has none yet.
+    ///
+    /// # Errors
+    /// [`CaError::OtherCluster`].
+    pub fn belongs_to(&self, cluster: &str) -> Result<(), CaError> {
+        if cluster.is_empty() || cluster == self.cluster.as_str() {
+            return Ok(());
+        }
+        Err(CaError::OtherCluster { expected: cluster.to_owned(), found: self.cluster.clone() })
     }
 
     /// From PEM, as kept in a backup.
@@ -244,6 +282,30 @@ mod tests {
         assert_eq!(first.cluster(), again.cluster());
         let mode = std::fs::metadata(dir.path().join("ca.key")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn beside_a_ledger_a_lost_certificate_is_not_made_anew_and_the_key_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        Ca::open(dir.path()).unwrap();
+        let key = std::fs::read_to_string(dir.path().join("ca.key")).unwrap();
+        std::fs::create_dir(dir.path().join("ledger")).unwrap();
+        std::fs::remove_file(dir.path().join("ca.crt")).unwrap();
+        assert!(matches!(Ca::open(dir.path()), Err(CaError::Missing(_))));
+        assert_eq!(std::fs::read_to_string(dir.path().join("ca.key")).unwrap(), key);
+        // One that cannot be looked at (a link to itself, here) is not one that is missing.
+        std::fs::remove_dir(dir.path().join("ledger")).unwrap();
+        std::os::unix::fs::symlink("ca.crt", dir.path().join("ca.crt")).unwrap();
+        assert!(matches!(Ca::open(dir.path()), Err(CaError::File { .. })));
+        assert_eq!(std::fs::read_to_string(dir.path().join("ca.key")).unwrap(), key);
+    }
+
+    #[test]
+    fn a_ca_is_not_used_with_the_ledger_of_another_cluster() {
+        let dir = tempfile::tempdir().unwrap();
+        let ca = Ca::open(dir.path()).unwrap();
+        assert!(ca.belongs_to("").is_ok() && ca.belongs_to(ca.cluster().as_str()).is_ok());
+        assert!(matches!(ca.belongs_to("another"), Err(CaError::OtherCluster { .. })));
     }
 
     #[test]
