@@ -12,6 +12,7 @@ pub mod hosts;
 pub mod lists;
 pub mod logs;
 pub mod models;
+mod passing;
 pub mod standing;
 mod system;
 pub mod users;

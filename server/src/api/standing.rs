@@ -9,8 +9,12 @@
 //!
 //! The gateway and the registry judge their callers themselves; [`keep`] ends what is under way there,
 //! a transfer either way or an answer that is waited for.
+//!
+//! An answer is passed on by a task of its own ([`super::passing`]): while a caller takes nothing its
+//! connection asks its body for nothing either, and a body that is not asked could not end.
 
 use super::auth::{self, Caller};
+use super::passing;
 use crate::cluster::{Cluster, wall_now};
 use crate::error::{Error, trailers};
 use axum::body::{Body, Bytes};
@@ -37,6 +41,10 @@ enum Ends {
     Broken,
 }
 
+/// An answer of the gateway or registry of which its caller takes nothing for so long is given up: it
+/// holds a place, a replica or an open file. As long as a replica may rest in the middle of one.
+const UNTAKEN: Duration = Duration::from_secs(300);
+
 /// A body that ends with its caller's standing.
 pub struct Standing {
     inner: Body,
@@ -53,12 +61,13 @@ pub struct Standing {
 const ANSWER_FRAMES: u8 = 2;
 
 impl Standing {
-    /// Wraps the answer to a call of `caller`.
+    /// Wraps the answer to a call of `caller`. One that stands and takes nothing is left to itself: an
+    /// operator may rest over a log.
     pub fn wrap(cluster: &Arc<Cluster>, caller: Caller, inner: Body) -> Body {
         let stops = stops(cluster.stopping());
         // Hosts are told of their removal in the session, which then ends by itself.
         if !caller.subject.starts_with("user/") {
-            return Self::ending(Ends::Grpc, inner, Box::pin(stops));
+            return Self::ending(Ends::Grpc, inner, Box::pin(stops), None);
         }
         let fallen = fallen(Arc::clone(cluster), caller);
         let ends = async move {
@@ -68,11 +77,31 @@ impl Standing {
                 error = stops => error,
             }
         };
-        Self::ending(Ends::Grpc, inner, Box::pin(ends))
+        Self::ending(Ends::Grpc, inner, Box::pin(ends), None)
     }
 
-    fn ending(ends: Ends, inner: Body, fallen: Fallen) -> Body {
-        Body::new(Self { inner, ends, fallen: Some(fallen), over: None, given: 0 })
+    fn ending(ends: Ends, inner: Body, fallen: Fallen, untaken: Option<Duration>) -> Body {
+        passing::pass(Self { inner, ends, fallen: Some(fallen), over: None, given: 0 }, untaken)
+    }
+
+    /// Waits until its caller no longer stands; for ever when that was noticed before.
+    pub(super) async fn falls(&mut self) {
+        match self.fallen.as_mut().filter(|_| self.over.is_none()) {
+            Some(fallen) => self.over = Some(fallen.await),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// What its caller gets last, with all that feeds it let go.
+    pub(super) fn end(&mut self) -> Option<Result<Frame<Bytes>, axum::Error>> {
+        self.fallen = None;
+        // Dropping the rest ends whatever feeds it.
+        self.inner = Body::empty();
+        let error = self.over.take()?;
+        Some(match self.ends {
+            Ends::Grpc => Ok(Frame::trailers(trailers(error))),
+            Ends::Broken => Err(axum::Error::new(error)),
+        })
     }
 }
 
@@ -89,7 +118,9 @@ pub struct Door {
 /// door's own to judge.
 pub async fn keep(State(door): State<Door>, request: Request, next: Next) -> Response {
     let Some(caller) = auth::shown(&door.cluster, request.headers(), request.extensions()) else {
-        return next.run(request).await;
+        let nobody = Box::pin(std::future::pending());
+        let response = next.run(request).await;
+        return response.map(|body| Standing::ending(Ends::Broken, body, nobody, Some(UNTAKEN)));
     };
     let headers = request.headers().clone();
     let mut fallen: Fallen = Box::pin(fallen(Arc::clone(&door.cluster), caller));
@@ -103,7 +134,7 @@ pub async fn keep(State(door): State<Door>, request: Request, next: Next) -> Res
         .get(http::header::CONTENT_TYPE)
         .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
     let ends = if grpc { Ends::Grpc } else { Ends::Broken };
-    response.map(|body| Standing::ending(ends, body, fallen))
+    response.map(|body| Standing::ending(ends, body, fallen, Some(UNTAKEN)))
 }
 
 /// Ends when the server stops.
@@ -161,14 +192,7 @@ impl http_body::Body for Standing {
                 return frame;
             }
         }
-        this.fallen = None;
-        // Dropping the rest ends whatever feeds it.
-        this.inner = Body::empty();
-        let Some(error) = this.over.take() else { return Poll::Ready(None) };
-        Poll::Ready(Some(match this.ends {
-            Ends::Grpc => Ok(Frame::trailers(trailers(error))),
-            Ends::Broken => Err(axum::Error::new(error)),
-        }))
+        Poll::Ready(this.end())
     }
 
     fn is_end_stream(&self) -> bool {
@@ -327,15 +351,69 @@ mod tests {
         }
     }
 
+    /// Pieces without end, and a word when they are let go.
+    fn fed() -> (Body, tokio::sync::oneshot::Receiver<()>) {
+        let (held, let_go) = tokio::sync::oneshot::channel();
+        let pieces = futures_util::stream::repeat_with(move || {
+            let _ = &held;
+            Ok::<_, std::io::Error>(Bytes::from_static(b"x"))
+        });
+        (Body::from_stream(pieces), let_go)
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_nobody_reads_ends_with_its_callers_standing() {
+        let (_dir, api) = served();
+        let (_stop, stop) = tokio::sync::watch::channel(false);
+        tokio::spawn(crate::tasks::revocations(Arc::clone(&api.0), stop));
+        let (caller, _) = vera(&api).await;
+        let (feed, mut let_go) = fed();
+        let body = Standing::wrap(&api.0, caller, feed);
+        let early = tokio::time::timeout(Duration::from_millis(50), &mut let_go).await;
+        assert!(early.is_err(), "it ended by itself");
+        let revoke = RevokeUserRequest { name: "vera".into(), ..Default::default() };
+        api.revoke_user(call(revoke)).await.unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(10), let_go).await;
+        assert!(ended.expect("what feeds it is held").is_err());
+        // What was on its way, then why.
+        let mut body = body;
+        for _ in 0..ANSWER_FRAMES {
+            assert!(body.frame().await.unwrap().unwrap().is_data());
+        }
+        assert!(end_of(body).await.contains("revoked"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_of_a_door_that_nobody_reads_is_given_up_and_a_call_is_not() {
+        let begun = tokio::time::Instant::now();
+        let nobody = || Box::pin(std::future::pending());
+        let (feed, let_go) = fed();
+        let mut body = Standing::ending(Ends::Broken, feed, nobody(), Some(UNTAKEN));
+        assert!(let_go.await.is_err());
+        assert_eq!(begun.elapsed().as_secs(), UNTAKEN.as_secs());
+        assert!(body.frame().await.unwrap().is_err(), "it ended as if it were whole");
+        assert!(body.frame().await.is_none());
+        let (feed, mut let_go) = fed();
+        let mut body = Standing::ending(Ends::Grpc, feed, nobody(), None);
+        let rested = tokio::time::timeout(10 * UNTAKEN, &mut let_go).await;
+        assert!(rested.is_err(), "a caller that rests is not given up");
+        for _ in 0..100 {
+            assert!(body.frame().await.unwrap().unwrap().is_data());
+        }
+        drop(body);
+        assert!(let_go.await.is_err(), "nobody is left");
+    }
+
     #[tokio::test]
     async fn whoever_revokes_itself_is_told_that_it_is_done_and_nothing_more() {
         let (_dir, api) = served();
         let (caller, _) = vera(&api).await;
         let frames = (0..5).map(|n| Ok::<_, std::io::Error>(Bytes::from(vec![n])));
         let ready = Body::from_stream(tokio_stream::iter(frames));
-        let mut body = Standing::wrap(&api.0, caller, ready);
         let revoke = RevokeUserRequest { name: "vera".into(), ..Default::default() };
         api.revoke_user(call(revoke)).await.unwrap();
+        // As it is: the answer is there after it was done.
+        let mut body = Standing::wrap(&api.0, caller, ready);
         for n in 0..2 {
             let frame = body.frame().await.unwrap().unwrap();
             assert_eq!(frame.into_data().unwrap(), vec![n]);

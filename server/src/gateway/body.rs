@@ -24,6 +24,9 @@ const REPLAY_BYTES: u64 = 1024 * 1024;
 pub const BUDGET_KIB: usize = 64 * 1024;
 /// A caller that sends nothing for so long in the middle of its body is given up.
 const STALL: Duration = Duration::from_secs(60);
+/// What is kept of a body must be here within this, however steadily it trickles: it holds memory. As
+/// long as a request may wait for the head of its answer.
+const READ_DEADLINE: Duration = Duration::from_secs(300);
 
 /// Why a body could not be taken in. The caller's doing, not the replica's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -62,6 +65,16 @@ impl Payload {
         if declared.is_some_and(|length| length > MAX_BODY) {
             return Err(BodyError::TooLarge);
         }
+        tokio::time::timeout(READ_DEADLINE, Self::keep(body, declared, budget))
+            .await
+            .map_err(|_| BodyError::Stalled)?
+    }
+
+    async fn keep(
+        body: Body,
+        declared: Option<u64>,
+        budget: &Arc<Semaphore>,
+    ) -> Result<Self, BodyError> {
         let enough = if declared.is_some_and(|length| length > REPLAY_BYTES) {
             HEAD_BYTES
         } else {
@@ -278,6 +291,18 @@ mod tests {
         let stuck = Body::from_stream(first.chain(futures_util::stream::pending()));
         let read = Payload::read(stuck, None, &budget(BUDGET_KIB)).await;
         assert_eq!(read.err(), Some(BodyError::Stalled));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_that_trickles_is_given_up_too() {
+        let drops = futures_util::stream::repeat(Bytes::from_static(b"a")).then(async |byte| {
+            tokio::time::sleep(STALL / 2).await;
+            Ok::<_, std::io::Error>(byte)
+        });
+        let begun = tokio::time::Instant::now();
+        let read = Payload::read(Body::from_stream(drops), None, &budget(BUDGET_KIB)).await;
+        assert_eq!(read.err(), Some(BodyError::Stalled));
+        assert_eq!(begun.elapsed().as_secs(), READ_DEADLINE.as_secs());
     }
 
     #[tokio::test]

@@ -12,8 +12,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::io::AsyncRead;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::io::ReaderStream;
 
 /// What is read at once for one of few receivers.
@@ -21,7 +21,9 @@ const READ_BYTES: u64 = 512 << 10;
 /// What is read at once when there are many: each holds about two of them in memory.
 const READ_BYTES_MANY: u64 = 64 << 10;
 /// From here on there are many receivers; 32 times 1 MiB is what few may hold.
-const MANY: u64 = 32;
+const MANY: usize = 32;
+/// Blobs sent at once; more wait. Each holds an open file and some 200 KiB.
+pub(super) const SENDING_MAX: usize = 512;
 
 /// All blobs of a registry that nobody has open, with their sizes, in order of digest; none where
 /// there is no registry.
@@ -181,24 +183,36 @@ impl Registry {
         stored
     }
 
-    /// `length` bytes of `file` from `start` on, read ahead by one read.
+    /// A place among the blobs that are sent at once, in turn.
+    ///
+    /// # Errors
+    /// [`RegistryError::TooMany`] when none is free for long.
+    pub(super) async fn place_to_send(&self) -> Result<OwnedSemaphorePermit, RegistryError> {
+        let many = RegistryError::TooMany("too many blobs are being sent, try again");
+        let place = Arc::clone(&self.0.sending).acquire_owned();
+        // Never closed.
+        tokio::time::timeout(super::JOB_WAIT, place).await.ok().and_then(Result::ok).ok_or(many)
+    }
+
+    /// `length` bytes of `file` from `start` on. Whoever passes them on holds one read ahead.
     pub(super) fn read_stream(
         &self,
         file: File,
         start: u64,
         length: u64,
+        place: OwnedSemaphorePermit,
     ) -> impl Stream<Item = Result<Bytes, RegistryError>> + Send + 'static {
-        let sending = Sending::begin(&self.0.sending);
-        let few = sending.others < MANY;
-        let (step, ahead) = if few { (READ_BYTES, 2) } else { (READ_BYTES_MANY, 1) };
+        // This one's own place among them.
+        let sent = SENDING_MAX - self.0.sending.available_permits().min(SENDING_MAX);
+        let step = if sent <= MANY { READ_BYTES } else { READ_BYTES_MANY };
         let file = Arc::new(file);
         let registry = self.clone();
         let starts = (0..length.div_ceil(step)).map(move |n| n * step);
         futures_util::stream::iter(starts)
             .map(move |at| {
                 let (registry, file) = (registry.clone(), Arc::clone(&file));
-                // The count holds until the last read is done.
-                let _ = &sending;
+                // The place is held until the last read is done.
+                let _ = &place;
                 let size = usize::try_from(step.min(length - at)).unwrap_or(0);
                 async move {
                     let bytes = registry
@@ -212,26 +226,7 @@ impl Registry {
                     Ok(bytes)
                 }
             })
-            .buffered(ahead)
-    }
-}
-
-/// Counts a blob being sent, for as long as it lives.
-struct Sending {
-    count: Arc<AtomicU64>,
-    others: u64,
-}
-
-impl Sending {
-    fn begin(count: &Arc<AtomicU64>) -> Self {
-        let others = count.fetch_add(1, Ordering::Relaxed);
-        Self { count: Arc::clone(count), others }
-    }
-}
-
-impl Drop for Sending {
-    fn drop(&mut self) {
-        self.count.fetch_sub(1, Ordering::Relaxed);
+            .buffered(1)
     }
 }
 

@@ -294,6 +294,7 @@ pub(super) async fn blob(door: &Door, repo: &RepoName, digest: &str, request: Re
             Ok(respond(StatusCode::OK, headers, Body::empty()))
         }
         Method::GET => {
+            let place = door.registry.place_to_send().await?;
             let (file, size) = door.registry.open_blob(repo, &digest).await?;
             let held = request.headers.get(IF_NONE_MATCH).and_then(|held| held.to_str().ok());
             if held.is_some_and(|held| held.contains(digest.as_str())) {
@@ -307,7 +308,7 @@ pub(super) async fn blob(door: &Door, repo: &RepoName, digest: &str, request: Re
                 None => (StatusCode::OK, 0, size),
             };
             headers.push((CONTENT_LENGTH, length.to_string()));
-            let body = door.registry.read_stream(file, start, length);
+            let body = door.registry.read_stream(file, start, length, place);
             Ok(respond(status, headers, Body::from_stream(body)))
         }
         Method::DELETE => {

@@ -154,8 +154,8 @@ struct Inner {
     budget: Arc<Semaphore>,
     /// Held by the collection under way.
     collecting: tokio::sync::Mutex<()>,
-    /// Blobs being sent.
-    sending: Arc<AtomicU64>,
+    /// Places for blobs being sent.
+    sending: Arc<Semaphore>,
 }
 
 /// 24 MiB for bytes between network and disk: enough to keep a disk busy, and the rest of the
@@ -182,7 +182,7 @@ impl Registry {
             uploads: parking_lot::Mutex::new(uploads),
             stats: RegistryStats::default(),
             collecting: tokio::sync::Mutex::default(),
-            sending: Arc::default(),
+            sending: Arc::new(Semaphore::new(blobs::SENDING_MAX)),
             disk,
             settings,
         })))
