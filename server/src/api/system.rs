@@ -10,6 +10,7 @@ use berth_proto::api::system_service_server::SystemService;
 use berth_proto::api::*;
 use berth_proto::convert::timestamp;
 use berth_server_core::batching::Proposal;
+use berth_server_core::change::Change;
 use berth_server_core::view::View;
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -114,19 +115,63 @@ impl Api {
         Ok(Taken { contents, recovery, running })
     }
 
-    /// Writes down who took a backup, and the key it is encrypted to when that is new.
-    async fn note_backup(
+    /// Writes down who takes a backup, before a byte of it is written: it holds the CA's key, also
+    /// where its end is never seen.
+    async fn note_backup(&self, caller: &auth::Caller, method: &str) -> Result<(), Error> {
+        let entry = audit(caller, method, "", vec!["backup".to_owned()]);
+        self.keep_of_backup(caller, vec![entry]).await
+    }
+
+    /// Has the key it is encrypted to count when that is new: there is a backup that it opens.
+    async fn keep_key(&self, caller: &auth::Caller, recovery: &Recovery) -> Result<(), Error> {
+        let cluster = self.0.ledger.ahead().cluster.clone();
+        match recovery.recorded(&cluster) {
+            Some(change) => self.keep_of_backup(caller, vec![change]).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn keep_of_backup(
         &self,
         caller: &auth::Caller,
-        method: &str,
-        recovery: &Recovery,
+        changes: Vec<Change>,
     ) -> Result<(), Error> {
-        let cluster = self.0.ledger.ahead().cluster.clone();
-        let mut changes: Vec<_> = recovery.recorded(&cluster).into_iter().collect();
-        changes.push(audit(caller, method, "", vec!["backup".to_owned()]));
         let proposal = Proposal { preconditions: Vec::new(), changes };
         let written = self.0.ledger.propose(proposal).await;
         written.map(|_| ()).map_err(|why| refused(why, Kind::User, &caller.subject))
+    }
+
+    /// Writes a backup into a file of the server's.
+    async fn back_up_to(
+        &self,
+        caller: &auth::Caller,
+        path: PathBuf,
+        new_key: bool,
+    ) -> Result<BackupResponse, Error> {
+        let Taken { contents, recovery, running } = self.take_backup(new_key).await?;
+        self.note_backup(caller, "SystemService/Backup").await?;
+        let revision = contents.header.revision;
+        let recipient = recovery.recipient.clone();
+        let written = tokio::task::spawn_blocking(move || {
+            let mut out = PrivateFile::create(&path)?;
+            let size = backup::write(&contents, &recipient, &mut out).map_err(|source| {
+                BackupError::File { doing: "write", path: path.clone(), source }
+            })?;
+            out.finish()?;
+            Ok(size)
+        });
+        let size_bytes = written
+            .await
+            .map_err(|e| Error::internal("cannot write the backup", e))?
+            .map_err(not_written)?;
+        self.keep_key(caller, &recovery).await?;
+        drop(running);
+        Ok(BackupResponse {
+            size_bytes,
+            revision,
+            recovery_recipient: recovery.recipient.to_string(),
+            recovery_key: recovery.shown.unwrap_or_default(),
+        })
     }
 
     /// What an operator still has to look at since a restore.
@@ -207,30 +252,13 @@ impl SystemService for Api {
                 "must be an absolute path on the server; `berth backup` sends the file here";
             return Err(Error::field("path", words).into());
         }
-        let taken = self.take_backup(r.new_recovery_key).await?;
-        let Taken { contents, recovery, running } = taken;
-        let revision = contents.header.revision;
-        let recipient = recovery.recipient.clone();
-        let written = tokio::task::spawn_blocking(move || {
-            let mut out = PrivateFile::create(&path)?;
-            let size = backup::write(&contents, &recipient, &mut out).map_err(|source| {
-                BackupError::File { doing: "write", path: path.clone(), source }
-            })?;
-            out.finish()?;
-            Ok(size)
-        });
-        let size_bytes = written
-            .await
-            .map_err(|e| Error::internal("cannot write the backup", e))?
-            .map_err(not_written)?;
-        self.note_backup(&caller, "SystemService/Backup", &recovery).await?;
-        drop(running);
-        Ok(Response::new(BackupResponse {
-            size_bytes,
-            revision,
-            recovery_recipient: recovery.recipient.to_string(),
-            recovery_key: recovery.shown.unwrap_or_default(),
-        }))
+        // A task of its own: with a caller that goes away the file is written to its end, and nobody
+        // takes another backup meanwhile.
+        let api = self.clone();
+        let made =
+            tokio::spawn(async move { api.back_up_to(&caller, path, r.new_recovery_key).await });
+        let made = made.await.map_err(|e| Error::internal("cannot write the backup", e))?;
+        Ok(Response::new(made?))
     }
 
     type StreamBackupStream = ReceiverStream<Result<StreamBackupResponse, Status>>;
@@ -243,6 +271,7 @@ impl SystemService for Api {
         let caller = auth::of(&request);
         let Taken { contents, recovery, running } =
             self.take_backup(request.into_inner().new_recovery_key).await?;
+        self.note_backup(&caller, "SystemService/StreamBackup").await?;
         let head = BackupHead {
             revision: contents.header.revision,
             recovery_recipient: recovery.recipient.to_string(),
@@ -273,8 +302,8 @@ impl SystemService for Api {
                     return;
                 }
             };
-            let noted = api.note_backup(&caller, "SystemService/StreamBackup", &recovery).await;
-            let last = noted.map_err(Status::from).map(|()| StreamBackupResponse {
+            let kept = api.keep_key(&caller, &recovery).await;
+            let last = kept.map_err(Status::from).map(|()| StreamBackupResponse {
                 item: Some(Item::Tail(BackupTail { size_bytes })),
             });
             let _ = tokio::time::timeout(STALL, tx.send(last)).await;
@@ -317,8 +346,38 @@ impl SystemService for Api {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::{call, served};
     use super::*;
+    use berth_proto::api::event_service_server::EventService as _;
+    use tokio_stream::StreamExt as _;
     use tonic::Code;
+
+    async fn audited(api: &Api) -> Vec<String> {
+        let log = api.list_audit(call(ListAuditRequest::default())).await.unwrap().into_inner();
+        log.entries.into_iter().map(|entry| entry.method).collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_backup_is_written_down_before_its_first_byte_and_its_new_key_counts_at_the_end() {
+        let (dir, api) = served();
+        let asked = StreamBackupRequest::default();
+        let mut stream = api.stream_backup(call(asked)).await.unwrap().into_inner();
+        assert_eq!(audited(&api).await, ["SystemService/StreamBackup"]);
+        let kept = || api.0.ledger.view().cluster.recovery_recipient.clone();
+        assert_eq!(kept(), "", "nothing was taken yet");
+        let mut recipient = String::new();
+        while let Some(piece) = stream.next().await {
+            if let Some(stream_backup_response::Item::Head(head)) = piece.unwrap().item {
+                recipient = head.recovery_recipient;
+            }
+        }
+        assert_eq!(kept(), recipient);
+        // The same of one that cannot be written to its end.
+        let path = dir.path().join("not-there/b.age").display().to_string();
+        let asked = BackupRequest { path, ..Default::default() };
+        assert!(api.backup(call(asked)).await.is_err());
+        assert_eq!(audited(&api).await.len(), 2);
+    }
 
     #[test]
     fn a_second_collection_at_once_is_told_to_ask_again() {
