@@ -155,6 +155,39 @@ async fn a_push_never_loses_to_a_collection() {
     assert_eq!(done.blobs_total, refused, "{kept} kept");
 }
 
+/// The stored bytes, the first of them turned: as many as before.
+fn damage(registry: &Registry, digest: &Digest) {
+    let path = registry.blob_path(digest);
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[0] ^= 0xff;
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[tokio::test]
+async fn what_is_damaged_at_its_own_size_is_mended_by_a_push_and_can_be_taken_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let client = Client::open(dir.path(), Settings::default());
+    let (digest, manifest) = client.image("a", "x", "layer").await;
+    let layer = Digest::of(b"layer");
+    damage(&client.registry, &digest);
+    damage(&client.registry, &layer);
+    assert!(!whole(&client.registry, &digest).await);
+    client.blob("a", "layer").await;
+    assert_eq!(std::fs::read(client.registry.blob_path(&layer)).unwrap(), b"layer");
+    client.put("a", "x", IMAGE, &manifest).await;
+    assert!(whole(&client.registry, &digest).await);
+    // One that stays damaged holds up neither its own end nor that of others.
+    let (other, _) = client.image("a", "y", "other").await;
+    damage(&client.registry, &digest);
+    client.registry.delete_manifest(&a(), &other, |_| None).await.unwrap();
+    client.registry.delete_blob(&a(), &Digest::of(b"other")).await.unwrap();
+    client.registry.delete_manifest(&a(), &digest, |_| None).await.unwrap();
+    assert_eq!(
+        client.registry.resolve_tag(&a(), &names::Tag::parse("x").unwrap()).await.unwrap(),
+        None
+    );
+}
+
 #[tokio::test]
 async fn doubt_ends_a_collection_before_it_deletes() {
     let dir = tempfile::tempdir().unwrap();

@@ -311,7 +311,8 @@ impl Registry {
         let (repo, digest) = (repo.clone(), digest.clone());
         self.blocking_with("deleting a manifest", move |inner| {
             let _gate = gate;
-            let found = inner.read_manifest(&repo, &digest)?;
+            // One that cannot be read any more can still be taken away.
+            let found = inner.readable(&repo, &digest)?;
             if let Some(by) = inner.named_by(&repo, &digest)? {
                 return Err(RegistryError::Denied(format!(
                     "manifest {digest} is part of index {by}; delete that first"
@@ -321,7 +322,7 @@ impl Registry {
             if let Some(why) = tags.iter().find_map(keep) {
                 return Err(RegistryError::Denied(why));
             }
-            let subject = Parsed::read(&found.media_type, &found.bytes)?.subject()?;
+            let subject = found.map(|parsed| parsed.subject()).transpose()?.flatten();
             (|| {
                 for tag in &tags {
                     inner.disk.remove(&inner.disk.tag(&repo, tag))?;
@@ -364,7 +365,8 @@ impl Inner {
         let size = bytes.len() as u64;
         let describe = subject.is_some().then(|| parsed.describe(media_type, &digest, size));
         let stored = (|| {
-            if self.disk.size(&digest)? == Some(size) {
+            // What is there may be damaged, also at the same size: a push mends it.
+            if read_small(&self.disk.blob(&digest))?.is_some_and(|held| held == *bytes) {
                 self.disk.touch(&digest, SystemTime::now())?;
             } else {
                 self.disk.write(&self.disk.blob(&digest), bytes)?;
@@ -522,15 +524,31 @@ impl Inner {
         Ok(false)
     }
 
-    /// A manifest of `repo` that names `digest`. Reads them all; deletions are rare.
+    /// What a manifest of `repo` says; `None`, with a warning, when it is damaged.
+    fn readable(&self, repo: &RepoName, digest: &Digest) -> Result<Option<Parsed>, RegistryError> {
+        let read = self
+            .read_manifest(repo, digest)
+            .and_then(|found| Parsed::read(&found.media_type, &found.bytes));
+        match read {
+            Ok(parsed) => Ok(Some(parsed)),
+            Err(error @ (RegistryError::Io { .. } | RegistryError::ManifestInvalid(_))) => {
+                let error = crate::error::Chain(&error);
+                tracing::warn!(%repo, %digest, %error, "a manifest cannot be read; it is passed over");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A manifest of `repo` that names `digest`. Reads them all; deletions are rare. One that is
+    /// damaged names nothing.
     pub(super) fn named_by(
         &self,
         repo: &RepoName,
         digest: &Digest,
     ) -> Result<Option<Digest>, RegistryError> {
         for other in digests_in(&self.disk.revisions(repo)).map_err(io("reading a repository"))? {
-            let found = self.read_manifest(repo, &other)?;
-            if Parsed::read(&found.media_type, &found.bytes)?.names(digest) {
+            if self.readable(repo, &other)?.is_some_and(|parsed| parsed.names(digest)) {
                 return Ok(Some(other));
             }
         }

@@ -192,7 +192,7 @@ impl Registry {
         let (repo, blob) = (repo.clone(), digest.clone());
         self.blocking("storing a blob", move |inner| {
             let _gate = gate;
-            inner.store_blob(&inner.disk.upload(id).join("data"), &blob, size)?;
+            inner.store_blob(&inner.disk.upload(id).join("data"), &blob)?;
             inner.link_blob(&repo, &blob)?;
             *guard = State::Ended;
             inner.uploads.lock().remove(&id);
@@ -496,20 +496,14 @@ impl Inner {
         written.map_err(io("writing an upload"))
     }
 
-    /// Makes a durable file of `size` bytes a blob, unless that blob is stored already.
+    /// Makes a durable file, whose content was verified, a blob. It takes the place of one that is
+    /// there: whether that is damaged is not known, and this one is not.
     pub(super) fn store_blob(
         &self,
         from: &std::path::Path,
         digest: &Digest,
-        size: u64,
     ) -> std::io::Result<()> {
-        // One of another size was damaged; the good one takes its place.
-        if self.disk.size(digest)? == Some(size) {
-            self.disk.touch(digest, SystemTime::now())?;
-            self.disk.remove(from).map(drop)
-        } else {
-            self.disk.adopt(from, &self.disk.blob(digest))
-        }
+        self.disk.adopt(from, &self.disk.blob(digest))
     }
 }
 
