@@ -4,7 +4,7 @@
 //! a handful of small messages, because the machine sends one set at a time), so that reading never
 //! waits for writing and two full windows cannot lock each other.
 
-use super::desk::{Desk, Ended};
+use super::desk::{Desk, Ended, Later};
 use crate::error::Error;
 use berth_proto::agent::{SessionRequest, SessionResponse};
 use berth_proto::ids::{HostUid, Now};
@@ -18,7 +18,7 @@ use tonic::Status;
 
 /// Messages handed to tonic ahead of the wire.
 const WIRE_QUEUE: usize = 8;
-/// Answers of the desk under way; the machine bounds what it leaves untaken.
+/// Statuses being kept, and answers of the desk under way; the machine bounds what it leaves untaken.
 const TAKEN_QUEUE: usize = 32;
 
 /// What a session's response stream is fed from.
@@ -41,8 +41,21 @@ struct Pump {
     queue: VecDeque<SessionResponse>,
     over: Option<Ended>,
     registered: bool,
-    /// Which status messages are kept; `false`: this one could not be.
-    taken: mpsc::Sender<(u64, bool)>,
+    /// Status messages that are being kept, for [`keep`].
+    taking: mpsc::Sender<(u64, Later<bool>)>,
+}
+
+/// Keeps a session's status messages one after the other, so that none undoes a later one, and tells
+/// which are kept; `false`: this one could not be, and none after it is.
+async fn keep(mut taking: mpsc::Receiver<(u64, Later<bool>)>, taken: mpsc::Sender<(u64, bool)>) {
+    while let Some((sequence, later)) = taking.recv().await {
+        let kept = later.await;
+        // A session that has ended needs no answer; what it said is kept all the same.
+        let _ = taken.send((sequence, kept)).await;
+        if !kept {
+            return;
+        }
+    }
 }
 
 async fn run<S>(
@@ -56,6 +69,8 @@ async fn run<S>(
 {
     let mut lines = desk.open(&host);
     let (taken, mut taken_rx) = mpsc::channel(TAKEN_QUEUE);
+    let (taking, taking_rx) = mpsc::channel(TAKEN_QUEUE);
+    tokio::spawn(keep(taking_rx, taken));
     let now = desk.now();
     let mut pump = Pump {
         machine: Session::new(host.clone(), terms, now.mono),
@@ -64,7 +79,7 @@ async fn run<S>(
         queue: VecDeque::new(),
         over: None,
         registered: false,
-        taken,
+        taking,
     };
     // The newest set is a level: looked at once now, then whenever it changes.
     lines.sets.mark_changed();
@@ -154,14 +169,13 @@ impl Pump {
                     }
                 }
                 Effect::Take { sequence, reports, absent } => {
-                    let desk = Arc::clone(&self.desk);
-                    let taken = self.taken.clone();
-                    let (host, id) = (host.clone(), self.id);
-                    // In order: the desk keeps a host's statuses in the order it was called.
-                    let kept = desk.take(&host, id, sequence, reports, absent);
-                    tokio::spawn(async move {
-                        let _ = taken.send((sequence, kept.await)).await;
-                    });
+                    let later = self.desk.take(&host, self.id, sequence, reports, absent);
+                    // Not waited for: who keeps them may wait until an answer is taken here. The
+                    // machine closes a session that leaves more untaken than there is room for.
+                    if self.taking.try_send((sequence, later)).is_err() {
+                        self.over = Some(Ended::Unavailable);
+                        return;
+                    }
                 }
                 Effect::Facts(facts) => {
                     let kept = self.desk.facts(&host, self.id, *facts).await;
@@ -256,7 +270,7 @@ mod tests {
     use berth_proto::ids::{Epoch, Generation, Mono, SetNumber, Wall};
     use berth_server_core::session::{HostSet, Registration};
     use std::collections::{BTreeMap, BTreeSet};
-    use tokio::sync::watch;
+    use tokio::sync::{oneshot, watch};
 
     /// A desk of a full disk: it keeps no more than the hello.
     struct Full {
@@ -356,5 +370,36 @@ mod tests {
             let last = out.recv().await.map(|message| message.map_err(|s| s.code()));
             assert_eq!(last, Some(Err(tonic::Code::Unavailable)), "{words}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_status_is_kept_only_after_those_before_it_and_not_after_one_that_could_not_be() {
+        let (taking, taking_rx) = mpsc::channel(TAKEN_QUEUE);
+        let (taken, mut taken_rx) = mpsc::channel(TAKEN_QUEUE);
+        let worker = tokio::spawn(keep(taking_rx, taken));
+        let (done, mut begun) =
+            (0..3).fold((Vec::new(), Vec::new()), |(mut done, mut begun), n| {
+                let (done_tx, done_rx) = oneshot::channel::<bool>();
+                let (begun_tx, begun_rx) = oneshot::channel();
+                let later: Later<bool> = Box::pin(async move {
+                    let _ = begun_tx.send(());
+                    done_rx.await.unwrap_or(false)
+                });
+                taking.try_send((n, later)).unwrap();
+                done.push(done_tx);
+                begun.push(begun_rx);
+                (done, begun)
+            });
+        let mut done = done.into_iter();
+        (&mut begun[0]).await.unwrap();
+        tokio::task::yield_now().await;
+        assert!(begun[1].try_recv().is_err(), "the second overtook the first");
+        done.next().unwrap().send(true).unwrap();
+        assert_eq!(taken_rx.recv().await, Some((0, true)));
+        (&mut begun[1]).await.unwrap();
+        done.next().unwrap().send(false).unwrap();
+        assert_eq!(taken_rx.recv().await, Some((1, false)));
+        worker.await.unwrap();
+        assert!(begun[2].try_recv().is_err(), "one was kept past one that was not");
     }
 }
