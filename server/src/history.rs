@@ -5,11 +5,13 @@
 //! asks for and the ledger's thread is never held up by the length of a log.
 
 use crate::cluster::Cluster;
+use crate::ledger::Unread;
 use berth_proto::api::Event;
 use berth_proto::record::EventRecord;
 use berth_server_core::batching::Proposal;
 use berth_server_core::change::Change;
 use prost::Message as _;
+use std::collections::VecDeque;
 
 /// Entries read at once: some hundred KiB.
 const PIECE: usize = 1000;
@@ -22,39 +24,51 @@ const FORGOTTEN_AT_ONCE: usize = 80;
 
 impl Cluster {
     /// Sequence of the newest event that is kept; 0: there is none.
-    pub async fn newest_event(&self) -> u64 {
-        let newest = self.ledger.newest("event/", None, 1).await.pop();
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn newest_event(&self) -> Result<u64, Unread> {
+        let newest = self.ledger.newest("event/", None, 1).await?.pop();
         let record = newest.and_then(|entry| EventRecord::decode(entry.value.as_slice()).ok());
-        record.and_then(|record| record.event).map_or(0, |event| event.sequence)
+        Ok(record.and_then(|record| record.event).map_or(0, |event| event.sequence))
     }
 
-    /// Of the events after a sequence that are wanted the newest `limit`, oldest first.
+    /// Of the events after a sequence that are wanted `limit`, oldest first: the newest of all; after a
+    /// sequence the first that follow it, so that whoever asks for more loses none.
+    ///
+    /// # Errors
+    /// When they cannot be read.
     pub async fn past_events(
         &self,
         after_sequence: u64,
         limit: usize,
         wanted: impl Fn(&Event) -> bool,
-    ) -> Vec<Event> {
-        let mut found: Vec<Event> = Vec::new();
+    ) -> Result<Vec<Event>, Unread> {
+        let mut found: VecDeque<Event> = VecDeque::new();
         let mut below = None;
         loop {
-            let entries = self.ledger.newest("event/", below.take(), PIECE).await;
+            let entries = self.ledger.newest("event/", below.take(), PIECE).await?;
             let last = entries.len() < PIECE;
             for entry in entries {
                 below = String::from_utf8(entry.key).ok();
                 let record = EventRecord::decode(entry.value.as_slice());
                 let Some(event) = record.ok().and_then(|record| record.event) else { continue };
-                if event.sequence <= after_sequence || found.len() >= limit {
-                    found.reverse();
-                    return found;
+                if event.sequence <= after_sequence {
+                    return Ok(found.into());
                 }
-                if wanted(&event) {
-                    found.push(event);
+                if !wanted(&event) {
+                    continue;
                 }
+                if found.len() >= limit {
+                    if after_sequence == 0 {
+                        return Ok(found.into());
+                    }
+                    found.pop_back();
+                }
+                found.push_front(event);
             }
             if last || below.is_none() {
-                found.reverse();
-                return found;
+                return Ok(found.into());
             }
         }
     }
@@ -67,7 +81,14 @@ impl Cluster {
 
     async fn forget_beyond(&self, prefix: &'static str, keep: usize) {
         loop {
-            let keys = self.ledger.beyond(prefix, keep, FORGOTTEN_AT_ONCE).await;
+            let keys = match self.ledger.beyond(prefix, keep, FORGOTTEN_AT_ONCE).await {
+                Ok(keys) => keys,
+                Err(why) => {
+                    let why = crate::error::Chain(&why);
+                    tracing::debug!(%why, "old history was not looked at; the next sweep will");
+                    return;
+                }
+            };
             let changes: Vec<Change> = keys.iter().filter_map(|key| forget(key)).collect();
             if changes.is_empty() {
                 return;
@@ -116,12 +137,14 @@ mod tests {
         happen(&api.0, 2500).await;
         let numbers =
             |events: Vec<Event>| -> Vec<u64> { events.into_iter().map(|e| e.sequence).collect() };
-        let all = numbers(api.0.past_events(0, 9999, |_| true).await);
+        let all = numbers(api.0.past_events(0, 9999, |_| true).await.unwrap());
         assert_eq!(all, (1..=2500).collect::<Vec<u64>>());
-        assert_eq!(numbers(api.0.past_events(0, 2, |_| true).await), [2499, 2500]);
-        assert_eq!(numbers(api.0.past_events(2498, 9, |_| true).await), [2499, 2500]);
+        assert_eq!(numbers(api.0.past_events(0, 2, |_| true).await.unwrap()), [2499, 2500]);
+        // After a sequence none is passed over: the first of what follows, then the next.
+        assert_eq!(numbers(api.0.past_events(7, 2, |_| true).await.unwrap()), [8, 9]);
+        assert_eq!(numbers(api.0.past_events(2498, 9, |_| true).await.unwrap()), [2499, 2500]);
         // Seldom, and far back.
-        let rare = numbers(api.0.past_events(0, 9, |e| e.sequence % 1000 == 7).await);
+        let rare = numbers(api.0.past_events(0, 9, |e| e.sequence % 1000 == 7).await.unwrap());
         assert_eq!(rare, [7, 1007, 2007]);
     }
 
@@ -133,10 +156,10 @@ mod tests {
         let proposal = Proposal { changes: vec![audit], ..Proposal::default() };
         api.0.ledger.propose(proposal).await.unwrap();
         api.0.forget_beyond("event/", 500).await;
-        let kept = api.0.past_events(0, usize::MAX, |_| true).await;
+        let kept = api.0.past_events(0, usize::MAX, |_| true).await.unwrap();
         assert_eq!((kept.len(), kept[0].sequence), (500, 201));
         api.0.forget_old_history().await;
-        assert_eq!(api.0.ledger.newest("audit/", None, 9).await.len(), 1);
+        assert_eq!(api.0.ledger.newest("audit/", None, 9).await.unwrap().len(), 1);
         assert_eq!(forget(b"audit/00000000000000000007"), Some(Change::DeleteAudit(7)));
         assert_eq!(forget(b"host/7"), None);
     }
@@ -148,7 +171,7 @@ mod tests {
         use futures_util::StreamExt as _;
         let (_dir, api) = served();
         happen(&api.0, 5).await;
-        let newest = api.0.newest_event().await;
+        let newest = api.0.newest_event().await.unwrap();
         let watch = |after_sequence| {
             api.watch_events(call(berth_proto::api::WatchEventsRequest {
                 after_sequence,
@@ -160,5 +183,17 @@ mod tests {
         assert_eq!(watch(newest).await.unwrap().into_inner().count().await, 0);
         let last = watch(newest - 1).await.unwrap().into_inner().next().await;
         assert_eq!(last.unwrap().unwrap().event.unwrap().sequence, newest);
+        // Whoever follows gets all that it has not seen, though the limit is less.
+        let asked = berth_proto::api::WatchEventsRequest {
+            after_sequence: 1,
+            limit: 2,
+            follow: true,
+            ..Default::default()
+        };
+        let mut followed = api.watch_events(call(asked)).await.unwrap().into_inner();
+        for sequence in 2..=newest {
+            let next = followed.next().await.unwrap().unwrap().event.unwrap();
+            assert_eq!(next.sequence, sequence);
+        }
     }
 }

@@ -23,15 +23,36 @@ const QUEUE: usize = 4096;
 const BEHIND: usize = 16_384;
 /// Proposals gathered into one group at most.
 const GATHER: usize = 512;
-/// How long a write may take: a disk that needs longer has failed.
+/// How long a write may take, its wait for the queue included: a disk that needs longer has failed.
 const WRITE_DEADLINE: Duration = Duration::from_secs(30);
+/// How much of that is spent waiting for room in the queue; whoever finds none has written nothing.
+const QUEUE_DEADLINE: Duration = Duration::from_secs(10);
 
 enum Job {
     Propose(Proposal, oneshot::Sender<Result<Revision, Refusal>>),
     Checkpoint(oneshot::Sender<()>),
-    Read(Reading, oneshot::Sender<Vec<Entry>>),
+    Read(Reading, oneshot::Sender<Result<Vec<Entry>, StoreError>>),
     Snapshot(oneshot::Sender<Result<(Revision, Vec<Entry>), StoreError>>),
-    Beyond { prefix: &'static str, keep: usize, limit: usize, reply: oneshot::Sender<Vec<Vec<u8>>> },
+    Beyond { prefix: &'static str, keep: usize, limit: usize, reply: Keys },
+}
+
+type Keys = oneshot::Sender<Result<Vec<Vec<u8>>, StoreError>>;
+
+/// Why what the view does not hold could not be read. Not that there is nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum Unread {
+    /// The ledger's thread did not come to it, or has ended.
+    #[error("the ledger does not answer")]
+    NoAnswer,
+    /// The store said no.
+    #[error("the ledger cannot be read")]
+    Store(#[from] StoreError),
+}
+
+impl From<Unread> for Error {
+    fn from(why: Unread) -> Self {
+        Self::unavailable("LEDGER_UNREAD", crate::error::Chain(&why).to_string())
+    }
 }
 
 /// What is read of kinds that the view does not hold.
@@ -58,6 +79,15 @@ impl Ledger {
     /// Starts the writer over a store and the view loaded from it.
     #[must_use]
     pub fn start(store: Box<dyn Store>, view: View) -> Self {
+        let (ledger, writer, jobs) = Self::parts(store, view);
+        let thread = std::thread::Builder::new().name("ledger".to_owned());
+        if let Err(error) = thread.spawn(move || writer.run(jobs)) {
+            tracing::error!(%error, "the ledger's thread cannot be started");
+        }
+        ledger
+    }
+
+    fn parts(store: Box<dyn Store>, view: View) -> (Self, Writer, mpsc::Receiver<Job>) {
         let (jobs, rx) = mpsc::channel(QUEUE);
         let durable = Arc::new(ArcSwap::from_pointee(view.clone()));
         let ahead = Arc::new(ArcSwap::from_pointee(view.clone()));
@@ -71,6 +101,7 @@ impl Ledger {
             store,
             replies: HashMap::new(),
             next: 0,
+            unseen: false,
             durable: Arc::clone(&durable),
             ahead: Arc::clone(&ahead),
             published: published_tx,
@@ -78,11 +109,8 @@ impl Ledger {
             failed: failed_tx,
             full: full_tx,
         };
-        let thread = std::thread::Builder::new().name("ledger".to_owned());
-        if let Err(error) = thread.spawn(move || writer.run(rx)) {
-            tracing::error!(%error, "the ledger's thread cannot be started");
-        }
-        Self { limits, jobs, durable, ahead, published, changes, failed, full }
+        let ledger = Self { limits, jobs, durable, ahead, published, changes, failed, full };
+        (ledger, writer, rx)
     }
 
     /// The newest durable view.
@@ -135,41 +163,69 @@ impl Ledger {
     /// The refusal; nothing was written then, or with [`Refusal::Unsure`] it may have been.
     pub async fn propose(&self, proposal: Proposal) -> Result<Revision, Refusal> {
         let (tx, rx) = oneshot::channel();
-        self.jobs.send(Job::Propose(proposal, tx)).await.map_err(|_| Refusal::Failed)?;
-        match tokio::time::timeout(WRITE_DEADLINE, rx).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(Refusal::Failed),
-            Err(_) => Err(Refusal::Unsure),
+        match self.ask(Job::Propose(proposal, tx), rx).await {
+            Ok(result) => result,
+            Err(Unasked::Busy) => Err(Refusal::Busy),
+            Err(Unasked::Ended) => Err(Refusal::Failed),
+            Err(Unasked::Late) => Err(Refusal::Unsure),
+        }
+    }
+
+    /// Has the writer's thread do something, within what a write may take.
+    async fn ask<T>(&self, job: Job, answer: oneshot::Receiver<T>) -> Result<T, Unasked> {
+        let end = tokio::time::Instant::now() + WRITE_DEADLINE;
+        match tokio::time::timeout(QUEUE_DEADLINE, self.jobs.send(job)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Err(Unasked::Ended),
+            Err(_) => return Err(Unasked::Busy),
+        }
+        match tokio::time::timeout_at(end, answer).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(_)) => Err(Unasked::Ended),
+            Err(_) => Err(Unasked::Late),
         }
     }
 
     /// All entries under a prefix that the view does not hold and that is short by its nature (the
     /// moves of one model's aliases), in order of keys.
-    pub async fn entries(&self, prefix: &str) -> Vec<Entry> {
-        let mut all = self.newest(prefix, None, usize::MAX).await;
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn entries(&self, prefix: &str) -> Result<Vec<Entry>, Unread> {
+        let mut all = self.newest(prefix, None, usize::MAX).await?;
         all.reverse();
-        all
+        Ok(all)
     }
 
     /// The last entries under a prefix that the view does not hold (events, audit), from the last to
     /// the first: those before `below`, at most `limit`. The writer's thread reads them, so a long
     /// list is read in pieces.
-    pub async fn newest(&self, prefix: &str, below: Option<String>, limit: usize) -> Vec<Entry> {
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn newest(
+        &self,
+        prefix: &str,
+        below: Option<String>,
+        limit: usize,
+    ) -> Result<Vec<Entry>, Unread> {
         let (tx, rx) = oneshot::channel();
         let reading = Reading { prefix: prefix.to_owned(), below, limit };
-        if self.jobs.send(Job::Read(reading, tx)).await.is_err() {
-            return Vec::new();
-        }
-        tokio::time::timeout(WRITE_DEADLINE, rx).await.ok().and_then(Result::ok).unwrap_or_default()
+        Ok(self.ask(Job::Read(reading, tx), rx).await??)
     }
 
     /// Keys under a prefix beyond the newest `keep`, the oldest first, at most `limit`.
-    pub async fn beyond(&self, prefix: &'static str, keep: usize, limit: usize) -> Vec<Vec<u8>> {
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn beyond(
+        &self,
+        prefix: &'static str,
+        keep: usize,
+        limit: usize,
+    ) -> Result<Vec<Vec<u8>>, Unread> {
         let (reply, rx) = oneshot::channel();
-        if self.jobs.send(Job::Beyond { prefix, keep, limit, reply }).await.is_err() {
-            return Vec::new();
-        }
-        tokio::time::timeout(WRITE_DEADLINE, rx).await.ok().and_then(Result::ok).unwrap_or_default()
+        Ok(self.ask(Job::Beyond { prefix, keep, limit, reply }, rx).await??)
     }
 
     /// Everything that is durable, and as of which revision.
@@ -179,20 +235,34 @@ impl Ledger {
     pub async fn snapshot(&self) -> Result<(Revision, Vec<crate::store::Entry>), StoreError> {
         let ended = || StoreError::Materialised("the ledger does not answer".to_owned());
         let (tx, rx) = oneshot::channel();
-        self.jobs.send(Job::Snapshot(tx)).await.map_err(|_| ended())?;
-        tokio::time::timeout(WRITE_DEADLINE, rx)
-            .await
-            .ok()
-            .and_then(Result::ok)
-            .ok_or_else(ended)?
+        self.ask(Job::Snapshot(tx), rx).await.map_err(|_| ended())?
     }
 
     /// Writes a checkpoint, before a clean end.
     pub async fn checkpoint(&self) {
         let (tx, rx) = oneshot::channel();
-        if self.jobs.send(Job::Checkpoint(tx)).await.is_ok() {
-            let _ = tokio::time::timeout(WRITE_DEADLINE, rx).await;
+        if self.ask(Job::Checkpoint(tx), rx).await.is_err() {
+            tracing::warn!(
+                "the ledger wrote no checkpoint; the next start reads more of its journal"
+            );
         }
+    }
+}
+
+/// Why the writer's thread gave no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unasked {
+    /// It was not asked: too many wait.
+    Busy,
+    /// It has ended.
+    Ended,
+    /// It was asked, and may do it yet.
+    Late,
+}
+
+impl From<Unasked> for Unread {
+    fn from(_: Unasked) -> Self {
+        Self::NoAnswer
     }
 }
 
@@ -201,6 +271,8 @@ struct Writer {
     store: Box<dyn Store>,
     replies: HashMap<u64, oneshot::Sender<Result<Revision, Refusal>>>,
     next: u64,
+    /// The machine has a view that `ahead` does not show yet.
+    unseen: bool,
     durable: Arc<ArcSwap<View>>,
     ahead: Arc<ArcSwap<View>>,
     published: watch::Sender<Revision>,
@@ -220,7 +292,7 @@ impl Writer {
                     Err(_) => break,
                 }
             }
-            self.ahead.store(Arc::new(self.machine.ahead().clone()));
+            self.show_ahead();
             // Each group's end may begin the next one.
             while let Some((token, batches)) = persist.pop() {
                 self.write(token, &batches, &mut persist);
@@ -236,7 +308,11 @@ impl Writer {
             Job::Propose(proposal, reply) => {
                 self.next += 1;
                 self.replies.insert(self.next, reply);
+                let before = self.machine.ahead().revision;
                 let effects = self.machine.propose(self.next, proposal);
+                if self.machine.ahead().revision != before {
+                    self.unseen = true;
+                }
                 self.carry_out(effects, persist);
             }
             Job::Checkpoint(done) => {
@@ -252,11 +328,11 @@ impl Writer {
             Job::Read(Reading { prefix, below, limit }, reply) => {
                 let below = below.as_deref().map(str::as_bytes);
                 let found = self.store.newest(prefix.as_bytes(), below, limit);
-                let _ = reply.send(found.unwrap_or_default());
+                let _ = reply.send(found);
             }
             Job::Beyond { prefix, keep, limit, reply } => {
                 let found = self.store.beyond(prefix.as_bytes(), keep, limit);
-                let _ = reply.send(found.unwrap_or_default());
+                let _ = reply.send(found);
             }
         }
     }
@@ -274,9 +350,8 @@ impl Writer {
                 if self.full.send_if_modified(|full| !std::mem::replace(full, true)) {
                     tracing::error!("the disk is full; writes are refused until there is room");
                 }
-                let effects = self.machine.full(token);
-                self.ahead.store(Arc::new(self.machine.ahead().clone()));
-                effects
+                self.unseen = true;
+                self.machine.full(token)
             }
             Err(error) => {
                 tracing::error!(error = %crate::error::Chain(&error), "the store has failed; stopping");
@@ -286,6 +361,7 @@ impl Writer {
             }
         };
         self.carry_out(effects, persist);
+        self.show_ahead();
     }
 
     fn carry_out(&mut self, effects: Vec<Effect>, persist: &mut Vec<(u64, Vec<Batch>)>) {
@@ -293,7 +369,11 @@ impl Writer {
             match effect {
                 Effect::Persist { token, batches } => persist.push((token, batches)),
                 Effect::Acknowledge { id, revision } => self.reply(id, Ok(revision)),
-                Effect::Reject { id, why } => self.reply(id, Err(why)),
+                Effect::Reject { id, why } => {
+                    // First what it lost to: whoever plans anew at once must find that.
+                    self.show_ahead();
+                    self.reply(id, Err(why));
+                }
                 Effect::Publish { view, changes } => {
                     let revision = view.revision;
                     self.durable.store(Arc::new(*view));
@@ -304,6 +384,13 @@ impl Writer {
                     self.published.send_replace(revision);
                 }
             }
+        }
+    }
+
+    /// Stores the newest submitted view where planning reads it.
+    fn show_ahead(&mut self) {
+        if std::mem::take(&mut self.unseen) {
+            self.ahead.store(Arc::new(self.machine.ahead().clone()));
         }
     }
 
@@ -360,4 +447,64 @@ pub fn too_large(size: Size, limits: Limits) -> String {
         limits.ops,
         human_bytes(limits.bytes as u64)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::memory::Memory;
+    use berth_proto::record::{Meta, UserRecord};
+    use berth_server_core::batching::Precondition;
+    use berth_server_core::view::ObjectKey;
+
+    fn user(name: &str) -> Change {
+        let meta = Meta { uid: name.into(), name: name.into(), ..Meta::default() };
+        Change::PutUser(Arc::new(UserRecord { meta: Some(meta), ..UserRecord::default() }))
+    }
+
+    #[test]
+    fn whoever_loses_finds_what_it_lost_to_among_what_was_submitted() {
+        let (ledger, mut writer, _jobs) =
+            Ledger::parts(Box::new(Memory::default()), View::default());
+        let key = ObjectKey::UserName("ada".to_owned());
+        let make = Proposal {
+            preconditions: vec![Precondition::At(key, Revision(0))],
+            changes: vec![user("ada")],
+        };
+        let mut persist = Vec::new();
+        let mut answers = Vec::new();
+        for _ in 0..2 {
+            let (tx, rx) = oneshot::channel();
+            writer.take(Job::Propose(make.clone(), tx), &mut persist);
+            answers.push(rx);
+        }
+        let lost = answers.pop().unwrap().try_recv().unwrap();
+        assert!(matches!(lost, Err(Refusal::Conflict { .. })));
+        assert!(ledger.ahead().user("ada").is_some(), "told of a conflict with what it cannot see");
+        assert!(ledger.view().user("ada").is_none(), "nothing is durable yet");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_writer_that_comes_to_nothing_holds_nobody_up_for_long() {
+        let (ledger, _writer, _jobs) = Ledger::parts(Box::new(Memory::default()), View::default());
+        let begun = tokio::time::Instant::now();
+        let unsure = ledger.propose(Proposal::default()).await;
+        assert_eq!(unsure, Err(Refusal::Unsure), "it is in the queue and may be done yet");
+        assert_eq!(begun.elapsed(), WRITE_DEADLINE);
+        while ledger.jobs.try_send(Job::Checkpoint(oneshot::channel().0)).is_ok() {}
+        let begun = tokio::time::Instant::now();
+        assert_eq!(ledger.propose(Proposal::default()).await, Err(Refusal::Busy));
+        assert_eq!(begun.elapsed(), QUEUE_DEADLINE);
+        assert!(ledger.newest("audit/", None, 1).await.is_err());
+        ledger.checkpoint().await;
+        assert_eq!(begun.elapsed(), 3 * QUEUE_DEADLINE);
+    }
+
+    #[tokio::test]
+    async fn a_log_that_cannot_be_read_is_not_an_empty_one() {
+        let (ledger, _, _) = Ledger::parts(Box::new(Memory::default()), View::default());
+        let why = ledger.entries("audit/").await.unwrap_err();
+        assert_eq!(Error::from(why).code(), tonic::Code::Unavailable);
+        assert!(ledger.beyond("audit/", 0, 1).await.is_err());
+    }
 }

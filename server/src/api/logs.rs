@@ -73,7 +73,7 @@ impl EventService for Api {
                 && (e.namespace.is_empty() || caller.sees(&e.namespace))
         };
         let limit = if r.limit == 0 { 1000 } else { r.limit as usize };
-        if r.after_sequence > self.0.newest_event().await {
+        if r.after_sequence > self.0.newest_event().await.map_err(Error::from)? {
             // Nothing would come until the numbers have caught up, and then not all.
             let message = format!(
                 "event {} is not known here; was the server restored from a backup?",
@@ -82,14 +82,31 @@ impl EventService for Api {
             return Err(Error::Gone { reason: "SEQUENCE_UNKNOWN", message }.into());
         }
         let past = self.0.past_events(r.after_sequence, limit, &wanted).await;
+        let past = past.map_err(Error::from)?;
+        let api = Arc::clone(&self.0);
         let (tx, rx) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
             let mut last = r.after_sequence;
-            for event in past {
-                last = event.sequence;
-                if tx.send(Ok(WatchEventsResponse { event: Some(event) })).await.is_err() {
-                    return;
+            let mut past = past;
+            loop {
+                let more = r.follow && r.after_sequence > 0 && past.len() >= limit;
+                for event in past {
+                    last = event.sequence;
+                    if tx.send(Ok(WatchEventsResponse { event: Some(event) })).await.is_err() {
+                        return;
+                    }
                 }
+                if !more {
+                    break;
+                }
+                // Whoever goes on after what it has seen gets all that lies between that and now.
+                past = match api.past_events(last, limit, &wanted).await {
+                    Ok(past) => past,
+                    Err(why) => {
+                        let _ = tx.send(Err(Status::from(Error::from(why)))).await;
+                        return;
+                    }
+                };
             }
             if !r.follow {
                 return;
@@ -138,6 +155,7 @@ impl EventService for Api {
         while log.has_room() {
             let end = Some(format!("audit/{below:020}"));
             let entries = self.0.ledger.newest("audit/", end, READ_AT_ONCE).await;
+            let entries = entries.map_err(Error::from)?;
             let last = entries.len() < READ_AT_ONCE;
             for entry in entries {
                 let Ok(a) = AuditRecord::decode(entry.value.as_slice()) else { continue };

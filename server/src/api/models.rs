@@ -500,6 +500,7 @@ impl ModelService for Api {
         let kept = Self::model(&listing.view, space.as_str(), &r.name)?;
         let uid = kept.record.meta.as_ref().map(|m| m.uid.clone()).unwrap_or_default();
         let entries = self.0.ledger.entries(&format!("aliasmove/{uid}/")).await;
+        let entries = entries.map_err(Error::from)?;
         let mut all: Vec<AliasMove> = entries
             .iter()
             .filter(|e| e.revision <= listing.revision())

@@ -13,6 +13,7 @@ pub use links::Links;
 
 use crate::api::auth::{self, Caller};
 use crate::cluster::Cluster;
+use crate::error::Chain;
 use axum::Router;
 use axum::extract::{Query, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -111,7 +112,13 @@ async fn page(State(cluster): State<Arc<Cluster>>, request: Request) -> Response
         Err(response) => return response,
     };
     let sees = |e: &Event| e.namespace.is_empty() || caller.sees(&e.namespace);
-    let mut events = cluster.past_events(0, EVENTS, sees).await;
+    let mut events = match cluster.past_events(0, EVENTS, sees).await {
+        Ok(events) => events,
+        Err(why) => {
+            let words = format!("{}; load the page again\n", Chain(&why));
+            return (StatusCode::SERVICE_UNAVAILABLE, words).into_response();
+        }
+    };
     events.reverse();
     Html(html::page(&cluster, &caller, &events)).into_response()
 }
