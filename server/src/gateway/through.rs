@@ -73,10 +73,35 @@ fn headers(mut headers: HeaderMap) -> HeaderMap {
         headers.remove(name);
     }
     headers.remove(header::AUTHORIZATION);
+    keep_visitor_to_ourselves(&mut headers);
     // The body has a length again when it is known.
     headers.remove(header::CONTENT_LENGTH);
     headers.insert(header::HOST, HeaderValue::from_static("replica"));
     headers
+}
+
+/// Takes the page's cookie out: a browser sends it to every port of our name.
+fn keep_visitor_to_ourselves(headers: &mut HeaderMap) {
+    let all: Vec<HeaderValue> = headers.get_all(header::COOKIE).iter().cloned().collect();
+    headers.remove(header::COOKIE);
+    for value in all {
+        let ours = |pair: &&[u8]| {
+            let name = pair.split(|byte| *byte == b'=').next().unwrap_or_default();
+            name.trim_ascii() == crate::page::COOKIE.as_bytes()
+        };
+        let pairs = || value.as_bytes().split(|byte| *byte == b';');
+        if !pairs().any(|pair| ours(&pair)) {
+            headers.append(header::COOKIE, value);
+            continue;
+        }
+        let others: Vec<&[u8]> =
+            pairs().filter(|pair| !ours(pair)).map(<[u8]>::trim_ascii).collect();
+        if let Ok(others) = HeaderValue::from_bytes(&others.join(&b"; "[..]))
+            && !others.is_empty()
+        {
+            headers.append(header::COOKIE, others);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -121,6 +146,21 @@ mod tests {
         let mut names = names;
         names.sort_unstable();
         assert_eq!(names, ["cookie", "host", "x-mine"]);
+    }
+
+    #[test]
+    fn the_pages_cookie_does_not_reach_a_replica_and_all_others_do() {
+        for (given, passed) in [
+            ("a=b", Some("a=b")),
+            ("__Host-berth=secret", None),
+            ("a=b; __Host-berth=secret; c=d", Some("a=b; c=d")),
+            ("a=b;__Host-berth =secret", Some("a=b")),
+            ("__Host-berthed=x; a=\"b\"", Some("__Host-berthed=x; a=\"b\"")),
+        ] {
+            let onward = sent(Method::GET, "/deployments/app/", &[("cookie", given)]);
+            let got = onward.headers.get(header::COOKIE).map(|value| value.to_str().unwrap());
+            assert_eq!(got, passed, "{given}");
+        }
     }
 
     #[test]

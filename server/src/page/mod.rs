@@ -30,7 +30,7 @@ const EVENTS: usize = 50;
 const POLICY: &str = "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'; \
                       frame-ancestors 'none'";
 /// The cookie; the prefix makes browsers insist on TLS and on this very host.
-const COOKIE: &str = "__Host-berth";
+pub(crate) const COOKIE: &str = "__Host-berth";
 
 /// The door's routes.
 pub fn router(cluster: Arc<Cluster>) -> Router {
@@ -58,14 +58,14 @@ async fn harden(request: Request, next: Next) -> Response {
     response
 }
 
-/// A browser's basic credentials as the bearer token they stand for.
-fn as_bearer(headers: &HeaderMap) -> Option<HeaderValue> {
+/// A browser's basic credentials: a user's name, and its token as the header that stands for it.
+fn basic(headers: &HeaderMap) -> Option<(String, HeaderValue)> {
     let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
     let encoded = value.strip_prefix("Basic ").or_else(|| value.strip_prefix("basic "))?;
     let bytes = base64::engine::general_purpose::STANDARD.decode(encoded.trim()).ok()?;
     let text = String::from_utf8(bytes).ok()?;
-    let (_, token) = text.split_once(':')?;
-    HeaderValue::from_str(&format!("Bearer {token}")).ok()
+    let (name, token) = text.split_once(':')?;
+    Some((name.to_owned(), HeaderValue::from_str(&format!("Bearer {token}")).ok()?))
 }
 
 fn cookie(headers: &HeaderMap) -> Option<&str> {
@@ -80,16 +80,24 @@ fn cookie(headers: &HeaderMap) -> Option<&str> {
 #[expect(clippy::result_large_err, reason = "the answer is made once and sent")]
 fn reader(cluster: &Cluster, request: &Request) -> Result<Caller, Response> {
     let mut headers = request.headers().clone();
-    if let Some(bearer) = as_bearer(&headers) {
+    let mut named = None;
+    if let Some((name, bearer)) = basic(&headers) {
         headers.insert(header::AUTHORIZATION, bearer);
+        named = Some(format!("user/{name}"));
     }
     let by_link = cookie(&headers).and_then(|value| cluster.links.visitor(value));
+    let named = named.filter(|_| by_link.is_none());
     let caller = match by_link {
         Some(caller) => auth::still_stands(cluster, &caller).map(|()| Some(caller)),
         None => auth::caller(cluster, &headers, request.extensions()),
     };
     let caller = match caller {
-        Ok(Some(caller)) if caller.host.is_none() => caller,
+        // A name that is shown is the token's user's: nobody passes for somebody else in a log.
+        Ok(Some(caller))
+            if caller.host.is_none() && named.is_none_or(|named| named == caller.subject) =>
+        {
+            caller
+        }
         Ok(_) | Err(_) => {
             let words =
                 "a token, a client certificate or a link of `berth server page` is needed\n";
@@ -238,6 +246,18 @@ mod tests {
         assert_eq!(style.headers()[header::CONTENT_TYPE], "text/css");
         assert!(!css.contains("url(") && !css.contains("@import"), "{css}");
         assert_eq!(css.matches('{').count(), css.matches('}').count());
+    }
+
+    #[tokio::test]
+    async fn basic_credentials_are_a_user_and_a_token_of_that_user() {
+        let (_dir, api) = served();
+        let token = token(&api, "").await;
+        for (name, status) in [("vera", StatusCode::OK), ("admin", StatusCode::UNAUTHORIZED)] {
+            let basic = base64::engine::general_purpose::STANDARD.encode(format!("{name}:{token}"));
+            let shown = format!("Basic {basic}");
+            let (answer, _) = get(&api.0, "/metrics", &[("authorization", &shown)]).await;
+            assert_eq!(answer.status(), status, "{name}");
+        }
     }
 
     #[tokio::test]
