@@ -74,7 +74,8 @@ pub async fn routes(cluster: Arc<Cluster>, routes: Arc<Routes>, mut stop: watch:
 }
 
 /// How long the table is left as it is after it took `cost` to make, so that a large fleet in which
-/// something changes all the time costs a fifth of a core at the most. A small one waits for nothing
+/// something changes all the time costs a fifth of a core, as long as a table takes a quarter of a
+/// second at the most. A small one waits for nothing
 /// that could be noticed; a replica that is gone meanwhile is passed over by the request itself.
 fn rest_after(cost: Duration) -> Duration {
     (cost * 4).min(Duration::from_secs(1))
@@ -229,11 +230,11 @@ pub async fn space(cluster: Arc<Cluster>, folder: Arc<Folder>, mut stop: watch::
 const SWEEP: Duration = Duration::from_secs(600);
 /// What one write of a sweep removes: within what one commit of the ledger holds.
 const SWEEP_CHUNK: usize = 80;
-/// How long a join token is kept past its end, so that whoever uses it late is told that it has
-/// expired and not that it is not known.
+/// How long a token is kept past its end, so that whoever uses it late is told that it has expired and
+/// not that it is not known.
 const TOKEN_KEPT_MS: i64 = 30 * 86_400_000;
 
-/// Forgets answers of requests after their day, join tokens long past their end, events and audit
+/// Forgets answers of requests after their day, tokens long past their end, events and audit
 /// entries beyond what is kept, and uploads to the
 /// registry that nobody went on with, until `stop`.
 pub async fn sweep(cluster: Arc<Cluster>, mut stop: watch::Receiver<bool>) {
@@ -271,11 +272,15 @@ fn over(view: &View, now: Wall) -> Vec<Change> {
         let end = berth_proto::convert::wall(token.expire_time.as_ref()?);
         (now.0 - end.0 >= TOKEN_KEPT_MS).then(|| Change::DeleteJoinToken(token.id.clone()))
     });
+    let user_tokens = view
+        .user_tokens()
+        .filter(|kept| now.0 - kept.record.expire_unix_ms >= TOKEN_KEPT_MS)
+        .map(|kept| Change::DeleteUserToken(kept.record.id.clone()));
     // Nobody will ever say that they are gone.
     let removed = |r: &&Arc<Replica>| view.host(&r.host).is_none_or(|h| h.is_removed());
     let orphans = view.replicas().filter(|r| r.intent == ReplicaIntent::Orphan).filter(removed);
     let orphans = orphans.map(|r| Change::DeleteReplica(r.uid.clone()));
-    requests.chain(tokens).chain(orphans).collect()
+    requests.chain(tokens).chain(user_tokens).chain(orphans).collect()
 }
 
 #[cfg(test)]
@@ -283,7 +288,7 @@ mod tests {
     use super::*;
     use berth_proto::api::JoinToken;
     use berth_proto::ids::Revision;
-    use berth_proto::record::{JoinTokenRecord, RequestRecord};
+    use berth_proto::record::{JoinTokenRecord, RequestRecord, UserTokenRecord};
 
     #[test]
     fn a_table_that_costs_much_is_made_less_often() {
@@ -308,7 +313,18 @@ mod tests {
         };
         let token = JoinTokenRecord { token: Some(token), ..JoinTokenRecord::default() };
         view.apply(&Change::PutJoinToken(Arc::new(token)), Revision(2));
+        for (id, end) in [("ended", 0), ("later", 1)] {
+            let token =
+                UserTokenRecord { id: id.into(), expire_unix_ms: end, ..Default::default() };
+            view.apply(&Change::PutUserToken(Arc::new(token)), Revision(3));
+        }
         assert_eq!(over(&view, Wall(REQUEST_KEPT_MS)), [Change::DeleteRequest("old".into())]);
-        assert_eq!(over(&view, Wall(TOKEN_KEPT_MS)).len(), 3);
+        let gone = over(&view, Wall(TOKEN_KEPT_MS));
+        assert_eq!(gone.len(), 4);
+        for change in gone {
+            view.apply(&change, Revision(4));
+        }
+        let left: Vec<&str> = view.user_tokens().map(|kept| kept.record.id.as_str()).collect();
+        assert_eq!(left, ["later"]);
     }
 }

@@ -438,6 +438,7 @@ fn prepare(view: &mut View, changes: Vec<Change>, revision: Revision) -> Vec<Cha
             | Change::DeleteJoinToken(_)
             | Change::PutUser(_)
             | Change::PutUserToken(_)
+            | Change::DeleteUserToken(_)
             | Change::PutRequest(_)
             | Change::DeleteRequest(_)
             | Change::DeleteEvent(_)

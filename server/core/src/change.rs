@@ -47,6 +47,8 @@ pub enum Change {
     PutUser(Arc<record::UserRecord>),
     /// A user's token is as given.
     PutUserToken(Arc<record::UserTokenRecord>),
+    /// A user's token is forgotten.
+    DeleteUserToken(String),
     /// The result of a request.
     PutRequest(Arc<record::RequestRecord>),
     /// A request's result is forgotten.
@@ -118,7 +120,8 @@ impl Change {
             Self::PutJoinToken(_)
             | Self::DeleteJoinToken(_)
             | Self::PutUser(_)
-            | Self::PutUserToken(_) => Subject::Access,
+            | Self::PutUserToken(_)
+            | Self::DeleteUserToken(_) => Subject::Access,
             Self::PutRequest(_)
             | Self::DeleteRequest(_)
             | Self::AppendEvent(_)
@@ -176,6 +179,7 @@ impl Change {
             Self::DeleteJoinToken(id) => format!("jointoken/{id}"),
             Self::PutUser(u) => format!("user/{}", meta_uid(u.meta.as_ref())),
             Self::PutUserToken(t) => format!("usertoken/{}", t.id),
+            Self::DeleteUserToken(id) => format!("usertoken/{id}"),
             Self::PutRequest(r) => format!("request/{}", r.key),
             Self::DeleteRequest(key) => format!("request/{key}"),
             Self::AppendEvent(e) => format!("event/{:020}", e.sequence),
@@ -214,6 +218,7 @@ impl Change {
             | Self::DeleteReplica(_)
             | Self::DeleteVersion(..)
             | Self::DeleteJoinToken(_)
+            | Self::DeleteUserToken(_)
             | Self::DeleteRequest(_)
             | Self::DeleteEvent(_)
             | Self::DeleteAudit(_) => None,

@@ -273,6 +273,7 @@ impl Queue {
             | Change::DeleteJoinToken(_)
             | Change::PutUser(_)
             | Change::PutUserToken(_)
+            | Change::DeleteUserToken(_)
             | Change::PutRequest(_)
             | Change::DeleteRequest(_)
             | Change::AppendEvent(_)

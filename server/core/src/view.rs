@@ -189,6 +189,9 @@ impl View {
                 self.user_tokens
                     .insert_mut(record.id.clone(), Kept { record: Arc::clone(record), revision });
             }
+            Change::DeleteUserToken(id) => {
+                self.user_tokens.remove_mut(id);
+            }
             Change::PutRequest(record) => {
                 self.requests
                     .insert_mut(record.key.clone(), Kept { record: Arc::clone(record), revision });

@@ -107,12 +107,14 @@ impl Routes {
             .map(|(mut backend, ready)| {
                 let name = model_name(&backend.namespace, &backend.deployment);
                 let before = old.get(&name);
+                let held = before.map_or(&[][..], |b| &b.targets);
+                let mut ready = ready;
+                ready.sort_unstable_by(|a, b| a.replica.cmp(&b.replica));
                 backend.targets = ready
                     .into_iter()
                     .map(|ready| {
-                        let known = before
-                            .and_then(|b| b.targets.iter().find(|t| t.replica == ready.replica))
-                            .map(|t| Arc::clone(&t.outstanding));
+                        let at = held.binary_search_by(|t| t.replica.cmp(&ready.replica));
+                        let known = at.ok().map(|at| Arc::clone(&held[at].outstanding));
                         Target {
                             replica: ready.replica,
                             host: ready.host,
@@ -154,7 +156,8 @@ impl Routes {
     /// Whether a replica may still be asked.
     #[must_use]
     pub fn serves(&self, model: &str, replica: &ReplicaUid) -> bool {
-        self.backend(model).is_some_and(|b| b.targets.iter().any(|t| t.replica == *replica))
+        self.backend(model)
+            .is_some_and(|b| b.targets.binary_search_by(|t| t.replica.cmp(replica)).is_ok())
     }
 
     /// Names of all deployments that can be asked.
@@ -220,6 +223,22 @@ mod tests {
         routes.replace([(backend(), vec![ready(1, "1"), ready(2, "1")])]);
         for _ in 0..4 {
             assert_eq!(routes.choose("iris", "", &[]).unwrap().target.replica.as_str(), "r2");
+        }
+        drop(held);
+    }
+
+    #[test]
+    fn each_replica_keeps_its_own_count_in_whatever_order_a_table_is_given() {
+        let routes = Routes::default();
+        let all = |order: [u32; 3]| order.map(|n| ready(n, "1")).to_vec();
+        routes.replace([(backend(), all([3, 1, 2]))]);
+        let tried = ["r1".parse().unwrap(), "r3".parse().unwrap()];
+        let held = routes.choose("iris", "", &tried).unwrap();
+        routes.replace([(backend(), all([2, 3, 1]))]);
+        for target in &routes.backend("iris").unwrap().targets {
+            let busy = usize::from(target.replica.as_str() == "r2");
+            assert_eq!(target.outstanding.load(Ordering::Relaxed), busy, "{}", target.replica);
+            assert!(routes.serves("iris", &target.replica));
         }
         drop(held);
     }
