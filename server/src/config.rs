@@ -153,6 +153,15 @@ pub enum ConfigError {
         /// The address.
         addr: SocketAddr,
     },
+    /// What is to be logged is not understood.
+    #[error("--log \"{text}\" is not right; e.g. info, or berth_server=debug,info")]
+    Log {
+        /// As it was given.
+        text: String,
+        /// What is wrong.
+        #[source]
+        source: tracing_subscriber::filter::ParseError,
+    },
     /// A number is out of bounds.
     #[error("{option} must be {bounds}")]
     OutOfBounds {
@@ -251,6 +260,10 @@ impl Options {
         bounded(grace, 0, 3650, "rekey-grace-days", "0 to 3650")?;
         let ballast = self.ballast_mib.unwrap_or(256);
         bounded(ballast, 0, 1 << 20, "ballast-mib", "0 to 1048576")?;
+        let log = self.log.unwrap_or_else(|| "info".to_owned());
+        if let Err(source) = tracing_subscriber::EnvFilter::try_new(&log) {
+            return Err(ConfigError::Log { text: log, source });
+        }
         Ok(Settings {
             data_dir: self.data_dir.unwrap_or_else(|| PathBuf::from("/var/lib/berth")),
             listen,
@@ -260,7 +273,7 @@ impl Options {
             advertise,
             registry_tls: self.tls_cert.zip(self.tls_key),
             log_format: self.log_format.unwrap_or(LogFormat::Text),
-            log: self.log.unwrap_or_else(|| "info".to_owned()),
+            log,
             ballast_bytes: ballast << 20,
             min_free_percent,
             ping: Duration::from_secs(ping),
@@ -304,6 +317,13 @@ mod tests {
         ));
         let named = Options { advertise: Some(vec!["berth.example".into()]), ..open };
         assert_eq!(named.settle().unwrap().advertise, ["berth.example"]);
+    }
+
+    #[test]
+    fn a_log_that_is_not_understood_is_refused_and_not_taken_for_another() {
+        let log = |text: &str| Options { log: Some(text.into()), ..Options::default() }.settle();
+        assert_eq!(log("berth_server=debug,info").unwrap().log, "berth_server=debug,info");
+        assert!(matches!(log("berth_server=lots"), Err(ConfigError::Log { .. })));
     }
 
     #[test]
