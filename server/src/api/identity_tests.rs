@@ -328,6 +328,8 @@ async fn every_join_makes_a_new_instance_and_the_machine_before_is_known_when_it
 #[tokio::test]
 async fn the_last_admin_of_all_namespaces_cannot_be_revoked() {
     use berth_proto::api::user_service_server::UserService as _;
+    use berth_server_core::batching::Precondition;
+    use berth_server_core::view::ObjectKey;
     let (_dir, api) = served();
     let create = |name: &str, role: Role, namespace: &str| CreateUserRequest {
         name: name.into(),
@@ -349,6 +351,14 @@ async fn the_last_admin_of_all_namespaces_cannot_be_revoked() {
     assert_eq!(reason(&refused), "LAST_ADMIN");
     api.revoke_user(call(revoke("vera"))).await.unwrap();
     api.create_user(call(create("second", Role::Admin, ""))).await.unwrap();
+    // Whoever goes needs the other as it was found: two that revoke each other do not both go.
+    let view = api.0.ledger.view();
+    for (name, beside) in [("root", "second"), ("second", "root")] {
+        let held = view.user(beside).unwrap().revision;
+        let still = Precondition::At(ObjectKey::UserName(beside.into()), held);
+        assert_eq!(super::users::admin_beside(&view, name).unwrap(), Some(still));
+    }
+    assert_eq!(super::users::admin_beside(&view, "prods").unwrap(), None);
     api.revoke_user(call(revoke("root"))).await.unwrap();
     assert_eq!(reason(&api.revoke_user(call(revoke("second"))).await.unwrap_err()), "LAST_ADMIN");
 }

@@ -61,11 +61,27 @@ pub(crate) fn is_admin(user: &UserRecord) -> bool {
         && roles::has_role(&user.bindings, Role::Admin, "")
 }
 
-/// Whether nobody else may do everything.
-fn is_last_admin(view: &View, name: &str) -> bool {
+/// Whoever may do everything when `name` may not any more: for an admin another one, as it was found,
+/// who must still be there when `name` goes; for others nobody need be.
+pub(super) fn admin_beside(view: &View, name: &str) -> Result<Option<Precondition>, Error> {
     let named = |user: &UserRecord| user.meta.as_ref().is_some_and(|meta| meta.name == name);
-    let mut admins = view.users().filter(|kept| is_admin(&kept.record));
-    admins.next().is_some_and(|first| named(&first.record)) && admins.next().is_none()
+    let (own, others): (Vec<_>, Vec<_>) =
+        view.users().filter(|kept| is_admin(&kept.record)).partition(|kept| named(&kept.record));
+    if own.is_empty() {
+        return Ok(None);
+    }
+    // The one that lasts longest.
+    let Some(other) = others.iter().max_by_key(|kept| kept.record.expire_unix_ms) else {
+        return Err(Error::precondition(
+            "LAST_ADMIN",
+            format!(
+                "\"{name}\" is the only admin of all namespaces: nobody could make another; make one \
+                 first"
+            ),
+        ));
+    };
+    let other_name = other.record.meta.as_ref().map(|meta| meta.name.clone()).unwrap_or_default();
+    Ok(Some(Precondition::At(ObjectKey::UserName(other_name), other.revision)))
 }
 
 /// For the audit log.
@@ -264,20 +280,12 @@ impl UserService for Api {
                     }
                     found => found?,
                 };
-                if r.token_id.is_empty() && is_last_admin(view, &r.name) {
-                    return Err(Error::precondition(
-                        "LAST_ADMIN",
-                        format!(
-                            "\"{}\" is the only admin of all namespaces: nobody could make another; make one first",
-                            r.name
-                        ),
-                    ));
+                let mut preconditions = vec![call.at(object, revision)];
+                if r.token_id.is_empty() {
+                    preconditions.extend(admin_beside(view, &r.name)?);
                 }
                 Ok(Step {
-                    proposal: Proposal {
-                        preconditions: vec![call.at(object, revision)],
-                        changes: vec![change],
-                    },
+                    proposal: Proposal { preconditions, changes: vec![change] },
                     answer: RevokeUserResponse {},
                     objects: view
                         .user(&r.name)
