@@ -1,16 +1,18 @@
 //! What a deployment's source is now, pinned by digest.
 
+use crate::api::auth::Caller;
 use crate::cluster::Cluster;
-use crate::error::{Error, FieldError, Kind};
+use crate::error::{Error, Kind};
 use crate::registry::Registry;
+use crate::registry::access::Action;
 use crate::registry::errors::RegistryError;
 use crate::registry::names::{Reference, RepoName};
-use berth_proto::api::{ModelVersion, ModelVersionKind};
+use berth_proto::api::{ModelVersion, ModelVersionKind, Role};
 use berth_proto::ids::Digest;
 use berth_proto::values::{
     DeploymentSpec, PlatformImage, ResolvedArtifact, ResolvedImage, ResolvedSource, Source,
 };
-use berth_server_core::view::View;
+use berth_server_core::view::{ObjectKey, View};
 use serde_json::Value;
 
 /// A model reference, read: `[namespace/]name[:version]`, `name@alias`, `name@sha256:...`.
@@ -61,11 +63,13 @@ pub fn is_model_name(name: &str) -> bool {
     segments.len() <= 4 && segments.iter().all(|s| berth_proto::ids::is_name(s))
 }
 
-/// The version a reference names; `path`: where the reference was written.
+/// The version a reference names; `path`: where the reference was written. A namespace that the caller
+/// may not read is not looked into: what is there and what is not are told alike.
 ///
 /// # Errors
 /// When there is none, with what there is.
 pub fn find_version(
+    caller: &Caller,
     view: &View,
     namespace: &str,
     reference: &str,
@@ -79,12 +83,16 @@ pub fn find_version(
             ),
         ));
     };
-    let found =
-        view.model(namespace, &asked.name).map(|m| (namespace.to_owned(), m)).or_else(|| {
-            let (space, name) = asked.name.split_once('/')?;
-            view.model(space, name).map(|m| (space.to_owned(), m))
-        });
+    let within = asked.name.split_once('/').filter(|(space, _)| caller.sees(space));
+    let own = caller.sees(namespace).then_some((namespace, asked.name.as_str()));
+    let found = own
+        .into_iter()
+        .chain(within)
+        .find_map(|(space, name)| Some((space.to_owned(), view.model(space, name)?)));
     let Some((space, model)) = found else {
+        if within.is_none() {
+            caller.require(Role::Viewer, namespace)?;
+        }
         return Err(Error::not_found(Kind::Model, &asked.name));
     };
     let meta = model.record.meta.clone().unwrap_or_default();
@@ -111,17 +119,36 @@ fn created(version: &ModelVersion) -> u64 {
         .unwrap_or(0)
 }
 
-/// What a spec's source is now, and the same in words.
+/// What a source is now.
+pub struct Found {
+    /// Pinned by digest.
+    pub resolved: ResolvedSource,
+    /// The same in words.
+    pub words: String,
+    /// The registered version it is, which must be there still when that is written.
+    pub version: Option<ObjectKey>,
+}
+
+/// What a spec's source is now. What the caller names is looked up only where it may: a runtime by its
+/// short name is the server's choice.
 ///
 /// # Errors
-/// When a model, version or image is not there.
+/// When a model, version or image is not there, or the caller may not have it run.
 pub async fn source(
     cluster: &Cluster,
+    caller: &Caller,
     view: &View,
     namespace: &str,
     spec: &DeploymentSpec,
     path: &str,
-) -> Result<(ResolvedSource, String), Error> {
+) -> Result<Found, Error> {
+    let foreign = |field: &str, reference: &str| {
+        let message = format!(
+            "\"{reference}\" is not in this server's registry ({}); push it there first",
+            cluster.registry_address
+        );
+        Error::field(format!("{path}{field}"), message)
+    };
     let pushed = |image: &str| {
         Error::precondition(
             "IMAGE_NOT_FOUND",
@@ -132,25 +159,18 @@ pub async fn source(
     };
     match &spec.source {
         Source::Image(reference) => {
-            let own = own_image(cluster, reference).ok_or_else(|| {
-                Error::Invalid(vec![FieldError {
-                    path: format!("{path}spec.image"),
-                    message: format!(
-                        "\"{reference}\" is not in this server's registry ({}); push it there first",
-                        cluster.registry_address
-                    ),
-                }])
-            })?;
+            let own =
+                own_image(cluster, reference).ok_or_else(|| foreign("spec.image", reference))?;
             let field = format!("{path}spec.image");
-            let image = image(&cluster.registry, &own, &field).await?;
+            let image = image(&cluster.registry, Some(caller), &own, &field).await?;
             let image = image.ok_or_else(|| pushed(reference))?;
             let words = format!("{}@{}", image.repository, image.digest);
-            Ok((ResolvedSource { image, artifact: None }, words))
+            Ok(Found { resolved: ResolvedSource { image, artifact: None }, words, version: None })
         }
         Source::Model(reference) => {
             let field = format!("{path}spec.model");
             let (_, version) =
-                find_version(view, namespace, reference, &field).map_err(|error| {
+                find_version(caller, view, namespace, reference, &field).map_err(|error| {
                     let Error::NotFound { kind, name } = error else { return error };
                     let reason = if kind == Kind::Model {
                         "MODEL_NOT_FOUND"
@@ -172,22 +192,29 @@ pub async fn source(
                 .digest
                 .parse()
                 .map_err(|e| Error::internal("cannot read a stored digest", e))?;
+            let key = ObjectKey::Version(version.model_uid.clone(), version.version.clone());
             if version.kind() == ModelVersionKind::Image {
                 let own = format!("{}@{digest}", version.repository);
-                let image = image(&cluster.registry, &own, &field).await?;
+                let image = image(&cluster.registry, Some(caller), &own, &field).await?;
                 let image = image.ok_or_else(|| pushed(&own))?;
-                return Ok((ResolvedSource { image, artifact: None }, words));
+                let resolved = ResolvedSource { image, artifact: None };
+                return Ok(Found { resolved, words, version: Some(key) });
             }
             let runtime = spec.runtime.clone().unwrap_or_else(|| version.format.clone());
             let reference = match runtime.as_str() {
                 "onnx" => cluster.settings.onnx_runtime.clone(),
                 other if other.contains([':', '/']) => {
-                    own_image(cluster, other).unwrap_or_default()
+                    own_image(cluster, other).ok_or_else(|| foreign("spec.runtime", other))?
                 }
                 other => format!("runtimes/{other}:latest"),
             };
+            let repository = RepoName::parse(&version.repository)
+                .map_err(|e| Error::internal("cannot read a stored repository", e))?;
+            caller.require_repository(&repository, Action::Pull)?;
+            let named = spec.runtime.as_ref().is_some_and(|runtime| runtime.contains([':', '/']));
+            let reader = named.then_some(caller);
             let field = format!("{path}spec.runtime");
-            let image = image(&cluster.registry, &reference, &field).await?.ok_or_else(|| {
+            let image = image(&cluster.registry, reader, &reference, &field).await?.ok_or_else(|| {
                 Error::precondition(
                     "RUNTIME_NOT_FOUND",
                     format!(
@@ -204,19 +231,10 @@ pub async fn source(
                 size_bytes: version.size_bytes,
                 format: version.format.clone(),
             };
-            Ok((ResolvedSource { image, artifact: Some(artifact) }, words))
+            let resolved = ResolvedSource { image, artifact: Some(artifact) };
+            Ok(Found { resolved, words, version: Some(key) })
         }
     }
-}
-
-/// The repositories that whoever wrote the spec has chosen; a runtime by its short name is the
-/// server's choice.
-#[must_use]
-pub fn chosen(spec: &DeploymentSpec, resolved: &ResolvedSource) -> Vec<RepoName> {
-    let artifact = resolved.artifact.as_ref().map(|artifact| artifact.repository.as_str());
-    let named = spec.runtime.as_ref().is_some_and(|runtime| runtime.contains([':', '/']));
-    let image = (artifact.is_none() || named).then_some(resolved.image.repository.as_str());
-    artifact.into_iter().chain(image).filter_map(|name| RepoName::parse(name).ok()).collect()
 }
 
 /// The reference inside our own registry, when the registry part is ours or absent.
@@ -233,12 +251,14 @@ fn own_image(cluster: &Cluster, reference: &str) -> Option<String> {
 /// into memory, and real ones have some ten KiB.
 const MAX_CONFIG_BYTES: u64 = 4 * 1024 * 1024;
 
-/// Pins an image of our own registry; `None`: it is not there. `path`: where its reference was written.
+/// Pins an image of our own registry; `None`: it is not there. `reader` must be allowed to pull it;
+/// `None`: it is the server's own choice. `path`: where its reference was written.
 ///
 /// # Errors
-/// When what is there is no image.
-pub async fn image(
+/// When what is there is no image, or is not for `reader`.
+async fn image(
     registry: &Registry,
+    reader: Option<&Caller>,
     reference: &str,
     path: &str,
 ) -> Result<Option<ResolvedImage>, Error> {
@@ -252,7 +272,10 @@ pub async fn image(
     let (Ok(repo), Ok(asked)) = (RepoName::parse(repository), Reference::parse(&tail)) else {
         return Err(Error::field(path, format!("\"{reference}\" is not an image reference")));
     };
-    // With a lease: what is pinned now must outlive a collection that runs before the release is kept.
+    if let Some(reader) = reader {
+        reader.require_repository(&repo, Action::Pull)?;
+    }
+    // With a lease, on all that is below it: what is pinned now must outlive a collection that runs before the release is kept.
     let top = match registry.renew_manifest(&repo, &asked).await {
         Ok(top) => top,
         Err(RegistryError::ManifestUnknown(_) | RegistryError::NameUnknown(_)) => return Ok(None),
@@ -270,7 +293,7 @@ pub async fn image(
                 continue;
             }
             let Ok(reference) = Reference::parse(digest) else { continue };
-            let Ok(one) = registry.renew_manifest(&repo, &reference).await else { continue };
+            let Ok(one) = registry.manifest(&repo, &reference).await else { continue };
             platforms.extend(platform(registry, &repo, &one.digest, &one.bytes).await);
         }
     } else {

@@ -6,18 +6,17 @@ use super::writes::{self, Answer, Begun, Call, Step};
 use super::{Api, auth, namespace};
 use crate::error::{Error, FieldError, Kind};
 use crate::ledger::{refused, too_large};
-use crate::registry::access::Action;
 use berth_proto::api::deployment_service_server::DeploymentService;
 use berth_proto::api::*;
 use berth_proto::convert::{self, Problems};
 use berth_proto::ids::{Name, Namespace, ReleaseNumber};
 use berth_proto::selector::check_labels;
-use berth_server_core::batching::{Proposal, Refusal};
+use berth_server_core::batching::{Precondition, Proposal, Refusal};
 use berth_server_core::change::audited;
 use berth_server_core::decide::{self, Asked, Decision, Refused, Wanted};
 use berth_server_core::objects::Deployment as Held;
 use berth_server_core::status;
-use berth_server_core::view::View;
+use berth_server_core::view::{ObjectKey, View};
 use prost::Message as _;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -140,7 +139,7 @@ impl Api {
         input: &DeploymentInput,
         index: usize,
         role: Role,
-    ) -> Result<Wanted, Error> {
+    ) -> Result<(Wanted, Option<ObjectKey>), Error> {
         let path = prefix(input, index);
         let meta = input.meta.clone().unwrap_or_default();
         let namespace = super::namespace_at(&format!("{path}metadata.namespace"), &meta.namespace)?;
@@ -157,22 +156,20 @@ impl Api {
             }
             return Err(p.into());
         };
-        let (resolved, words) =
-            crate::resolve::source(&self.0, view, namespace.as_str(), &spec, &path).await?;
-        for repository in crate::resolve::chosen(&spec, &resolved) {
-            caller.require_repository(&repository, Action::Pull)?;
-        }
-        Ok(Wanted {
+        let found =
+            crate::resolve::source(&self.0, caller, view, namespace.as_str(), &spec, &path).await?;
+        let wanted = Wanted {
             name,
             namespace,
             labels: meta.labels,
             spec: written,
-            resolved,
-            resolved_words: words,
-        })
+            resolved: found.resolved,
+            resolved_words: found.words,
+        };
+        Ok((wanted, found.version))
     }
 
-    async fn decide_all(
+    pub(super) async fn decide_all(
         &self,
         caller: &auth::Caller,
         inputs: &[DeploymentInput],
@@ -183,16 +180,16 @@ impl Api {
             return Err(Error::field("deployments", words));
         }
         let view = self.0.ledger.ahead();
-        let mut wanted: Vec<Wanted> = Vec::new();
+        let mut wanted: Vec<(Wanted, Option<ObjectKey>)> = Vec::new();
         let mut problems = Vec::new();
         let mut missing = Vec::new();
         for (i, input) in inputs.iter().enumerate() {
             match self.wanted(caller, &view, input, i, role).await {
                 // Twice in one write would be two deployments of one name.
-                Ok(one)
+                Ok((one, _))
                     if wanted
                         .iter()
-                        .any(|o| (&o.namespace, &o.name) == (&one.namespace, &one.name)) =>
+                        .any(|(o, _)| (&o.namespace, &o.name) == (&one.namespace, &one.name)) =>
                 {
                     problems.push(FieldError {
                         path: format!("{}metadata.name", prefix(input, i)),
@@ -218,12 +215,14 @@ impl Api {
         }
         let asked = Asked { actor: &caller.subject, now: crate::cluster::wall_now() };
         let mut decided = Vec::new();
-        for one in wanted {
+        for (one, version) in wanted {
             let uid = uuid::Uuid::now_v7()
                 .to_string()
                 .parse()
                 .map_err(|e| Error::internal("cannot make a uid", e))?;
-            let decision = decide::apply(&view, &one, uid, &asked)?;
+            let mut decision = decide::apply(&view, &one, uid, &asked)?;
+            // One that is deleted meanwhile is not deployed.
+            decision.proposal.preconditions.extend(version.map(Precondition::Exists));
             decided.push((one, decision));
         }
         Ok((view, decided))

@@ -244,3 +244,85 @@ async fn a_collection_leaves_what_versions_and_kept_releases_name() {
     assert_eq!(done.digests, would.digests);
     assert!(!there().await);
 }
+
+/// A call by somebody who may read one namespace.
+fn reader_of<T>(namespace: &str, message: T) -> tonic::Request<T> {
+    let mut request = call(message);
+    let caller = request.extensions_mut().get_mut::<super::auth::Caller>().unwrap();
+    caller.bindings =
+        vec![RoleBinding { role: Role::Viewer as i32, namespace: namespace.into(), exec: false }];
+    request
+}
+
+#[tokio::test]
+async fn what_is_in_a_namespace_that_a_caller_may_not_read_is_told_like_what_is_not() {
+    let (_dir, api) = served();
+    push(&api).await;
+    let version = ModelVersion { namespace: "b".into(), ..iris(&api, "1").await };
+    register(&api, version, &["best"]).await.unwrap();
+    let get = async |reader: &str, namespace: &str, reference: &str| {
+        let (namespace, reference) = (namespace.to_owned(), reference.to_owned());
+        let asked = GetVersionRequest { namespace, reference };
+        api.get_version(reader_of(reader, asked)).await.map(|_| ()).map_err(|s| reason(&s))
+    };
+    let plan = async |reader: &str, source: deployment_spec::Source| {
+        let mut wanted = input("web", &[]);
+        wanted.meta.as_mut().unwrap().namespace = "a".into();
+        wanted.spec.as_mut().unwrap().source = Some(source);
+        let asked = PlanRequest { deployments: vec![wanted] };
+        api.plan(reader_of(reader, asked)).await.map(|_| ()).map_err(|s| reason(&s))
+    };
+    let model = |text: &str| deployment_spec::Source::Model(text.into());
+    let there = ["b/iris:1", "b/iris", "b/iris@best"];
+    for reference in there.into_iter().chain(["b/iris:2", "b/none:1", "b/iris@worst", "c/x"]) {
+        let unknown = Err((Code::NotFound, "MODEL_NOT_FOUND".to_owned()));
+        assert_eq!(get("a", "a", reference).await, unknown, "{reference}");
+        let unknown = Err((Code::FailedPrecondition, "MODEL_NOT_FOUND".to_owned()));
+        assert_eq!(plan("a", model(reference)).await, unknown, "{reference}");
+        let denied = Err((Code::PermissionDenied, "ROLE_NEEDED".to_owned()));
+        assert_eq!(get("a", "b", reference).await, denied, "{reference}");
+    }
+    for reference in there {
+        assert_eq!(get("b", "", reference).await, Ok(()), "{reference}");
+        assert_eq!(get("", "a", reference).await, Ok(()), "{reference}");
+    }
+    // Nor are images told of.
+    for image in ["app:1", "app:2", "none:1"] {
+        let denied = Err((Code::PermissionDenied, "ROLE_NEEDED".to_owned()));
+        let image = format!("b/{image}");
+        assert_eq!(plan("a", deployment_spec::Source::Image(image)).await, denied);
+    }
+}
+
+#[tokio::test]
+async fn an_alias_that_names_a_version_already_is_not_moved_there() {
+    let (_dir, api) = served();
+    push(&api).await;
+    register(&api, iris(&api, "1").await, &["best"]).await.unwrap();
+    let before = api.0.ledger.view().revision;
+    let told = alias(&api, "best", "1", "again").await.unwrap();
+    assert_eq!((told.from_version.as_str(), told.to_version.as_str()), ("1", "1"));
+    assert_eq!(api.0.ledger.view().revision, before, "something was written");
+    // One of two: the other is where it was.
+    register(&api, iris(&api, "1").await, &["best", "newest"]).await.unwrap();
+    assert_eq!(moves(&api, ListAliasMovesRequest::default()).await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_version_that_is_deployed_must_be_there_when_that_is_written() {
+    use berth_server_core::batching::Precondition;
+    use berth_server_core::view::ObjectKey;
+    let (_dir, api) = served();
+    push(&api).await;
+    let version = register(&api, iris(&api, "1").await, &[]).await.unwrap();
+    let mut wanted = input("web", &[]);
+    wanted.spec.as_mut().unwrap().source =
+        Some(deployment_spec::Source::Model("iris:1".to_owned()));
+    let caller = super::auth::of(&call(()));
+    let (_, decided) = api.decide_all(&caller, &[wanted], Role::Operator).await.unwrap();
+    let still = Precondition::Exists(ObjectKey::Version(version.model_uid, "1".into()));
+    assert!(decided[0].1.proposal.preconditions.contains(&still));
+    delete(&api, "1").await.unwrap();
+    let late = api.0.ledger.propose(decided[0].1.proposal.clone()).await;
+    assert!(late.is_err(), "a version was deployed that had gone");
+}

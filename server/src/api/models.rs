@@ -187,6 +187,9 @@ fn register(
     }
     let mut moves = Vec::new();
     for alias in aliases {
+        if record.aliases.get(alias) == Some(&version.version) {
+            continue;
+        }
         let to = Some(version.version.as_str());
         moves.push(Api::move_alias(&mut record, alias, to, call.caller, "registered").1);
     }
@@ -320,8 +323,8 @@ impl ModelService for Api {
         let r = request.into_inner();
         let space = namespace(&r.namespace)?;
         let view = self.0.ledger.view();
-        let (space, version) = find_version(&view, space.as_str(), &r.reference, "reference")?;
-        caller.require(Role::Viewer, &space)?;
+        let (space, version) =
+            find_version(&caller, &view, space.as_str(), &r.reference, "reference")?;
         let aliases = view
             .model(&space, &version.model)
             .map(|m| {
@@ -436,9 +439,15 @@ impl ModelService for Api {
                     let name = format!("{}:{}", r.name, r.version);
                     return Err(Error::not_found(Kind::Version, name));
                 }
+                let named = record.aliases.get(&r.alias) == Some(&r.version);
                 let (moved, change) =
                     Self::move_alias(&mut record, &r.alias, Some(&r.version), &caller, &r.why);
-                let changes = vec![Change::PutModel(Arc::new(record)), change];
+                // What names it already is not moved.
+                let changes = if named {
+                    Vec::new()
+                } else {
+                    vec![Change::PutModel(Arc::new(record)), change]
+                };
                 let answer = SetAliasResponse { r#move: Some(moved) };
                 let model = (r.name.as_str(), uid.as_str());
                 Ok(step(&call, space.as_str(), model, kept.revision, changes, answer))
