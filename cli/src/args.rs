@@ -55,6 +55,11 @@ impl std::str::FromStr for Selector {
 }
 
 impl Global {
+    /// The namespace that is asked for; empty: none is.
+    pub fn namespace(&self) -> &str {
+        self.namespace.as_deref().unwrap_or_default()
+    }
+
     /// Whether these labels meet the selector; without one all do.
     pub fn selects(&self, labels: &BTreeMap<String, String>) -> bool {
         self.selector.as_ref().is_none_or(|s| s.0.iter().all(|r| r.matches(labels)))

@@ -205,6 +205,14 @@ pub fn age(time: Option<&prost_types::Timestamp>) -> String {
     }
 }
 
+/// So many of something, in words: `1 slot`, `3 slots`.
+pub fn counted(count: impl Into<u64>, what: &str) -> String {
+    match count.into() {
+        1 => format!("1 {what}"),
+        many => format!("{many} {what}s"),
+    }
+}
+
 /// An enum's name without its prefix, in lower case: `ROLLOUT_STATE_ROLLING` is `rolling`.
 pub fn word(name: &str, prefix: &str) -> String {
     name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase().replace('_', "-")

@@ -4,7 +4,7 @@
 //! Files are shipped raw, one layer each: a raw blob equals the file, so that ranges and what has not
 //! changed can be told from any registry. The same files give the same digests.
 
-use crate::client::Client;
+use crate::client::Context;
 use crate::error::{Error, Result};
 use crate::progress::Board;
 use crate::push;
@@ -174,23 +174,24 @@ pub fn repository(namespace: &str, model: &str) -> String {
 
 /// Packages a file or folder and pushes it to the model's repository under the version's tag.
 pub async fn push_model(
-    client: &Client,
+    context: &Context,
+    namespace: &str,
     name: &str,
     version: &str,
     args: &crate::args::ModelPush,
 ) -> Result<Pushed> {
     let files = files_of(&args.path)?;
     let format = args.format.clone().unwrap_or_else(|| format_of(&files).to_owned());
-    let repository = repository(&client.namespace, name);
-    let context = &client.context;
+    let repository = repository(namespace, name);
+    let registry = push::Registry::of(context)?;
     let (mut layers, mut listed, mut diff_ids) = (Vec::new(), Vec::new(), Vec::new());
     let (mut size, mut sent) = (0, 0);
     let board = RefCell::new(Board::new());
     for (i, (file, path)) in files.iter().enumerate() {
         let label = format!("[{}/{}] {file}", i + 1, files.len());
-        let (digest, bytes) = push::digest_of(path)?;
+        let (digest, bytes) = push::digest_of(path).await?;
         let report = |done, all| board.borrow_mut().show(0, vec![push::moving(&label, done, all)]);
-        let new = push::blob(context, &repository, path, &digest, bytes, &report).await?;
+        let new = push::blob(&registry, &repository, path, &digest, bytes, &report).await?;
         let what = if new { "pushed" } else { "there already" };
         let label = berth_proto::escape::for_terminal(&label);
         board.borrow_mut().end(0, &format!("{label}: {}, {what}", human_bytes(bytes)));
@@ -206,8 +207,9 @@ pub async fn push_model(
     let folder = push::TempFolder::new()?;
     let config_path = folder.path().join("config.json");
     std::fs::write(&config_path, serde_json::to_vec(&config)?)?;
-    let (config_digest, config_size) = push::digest_of(&config_path)?;
-    push::blob(context, &repository, &config_path, &config_digest, config_size, &|_, _| {}).await?;
+    let (config_digest, config_size) = push::digest_of(&config_path).await?;
+    push::blob(&registry, &repository, &config_path, &config_digest, config_size, &|_, _| {})
+        .await?;
     let media = "application/vnd.oci.image.manifest.v1+json";
     let manifest = json!({
         "schemaVersion": 2,
@@ -221,9 +223,11 @@ pub async fn push_model(
         "layers": layers,
     });
     let bytes = serde_json::to_vec(&manifest)?;
-    let digest = push::manifest(context, &repository, version, media, bytes).await?;
+    let digest = push::manifest(&registry, &repository, version, media, bytes).await?;
     let onnx = files.iter().find(|(name, _)| name.to_ascii_lowercase().ends_with(".onnx"));
-    let about = onnx.and_then(|(_, path)| crate::onnx::about(path)).unwrap_or_default();
+    let onnx = onnx.map(|(_, path)| path.clone());
+    let about = push::aside(move || Ok(onnx.and_then(|path| crate::onnx::about(&path)))).await?;
+    let about = about.unwrap_or_default();
     let framework = framework_of(&format, &about.producer);
     let (inputs, outputs) = (about.inputs, about.outputs);
     Ok(Pushed { digest, size, sent, files: listed, format, framework, inputs, outputs })

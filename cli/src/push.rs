@@ -1,6 +1,6 @@
 //! Pushing to the server's registry: blobs streamed from disk, manifests by digest or tag.
 
-use crate::client::{Context, https};
+use crate::client::{Context, Door};
 use crate::error::{Error, Kind, Result};
 use crate::progress::{Board, Line};
 use crate::style::Ink;
@@ -13,7 +13,7 @@ use hyper::body::Frame;
 use sha2::Digest as _;
 use std::cell::RefCell;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -37,11 +37,39 @@ const GIVE_UP: Duration = Duration::from_secs(300);
 /// Pieces that a file is read in.
 const PIECE: usize = 256 * 1024;
 
+/// Work that takes long and waits for nothing, on a thread of its own: what else goes on here goes on.
+pub async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::user(e.to_string()))?
+}
+
 /// The digest and size of a file.
-pub fn digest_of(path: &Path) -> Result<(String, u64)> {
-    let mut hash = sha2::Sha256::new();
-    let size = std::io::copy(&mut std::fs::File::open(path)?, &mut hash)?;
-    Ok((format!("sha256:{}", hex::encode(hash.finalize())), size))
+pub async fn digest_of(path: &Path) -> Result<(String, u64)> {
+    let path = path.to_owned();
+    aside(move || {
+        let mut hash = sha2::Sha256::new();
+        let size = std::io::copy(&mut std::fs::File::open(path)?, &mut hash)?;
+        Ok((format!("sha256:{}", hex::encode(hash.finalize())), size))
+    })
+    .await
+}
+
+/// The registry that a context names, over one connection.
+pub struct Registry<'a> {
+    context: &'a Context,
+    door: Door,
+}
+
+impl<'a> Registry<'a> {
+    /// Not connected yet.
+    pub fn of(context: &'a Context) -> Result<Self> {
+        Ok(Self { context, door: Door::new(context, &context.registry)? })
+    }
+
+    fn request(&self, method: Method, uri: &str) -> http::request::Builder {
+        Request::builder().method(method).uri(uri).header(header::HOST, &self.door.address)
+    }
 }
 
 fn refused(what: &str, response: &http::Response<Bytes>) -> Error {
@@ -69,21 +97,21 @@ pub type Report<'a> = &'a dyn Fn(u64, u64);
 /// Pushes a file as a blob unless it is there; answers whether it was sent. What breaks off goes on
 /// where the registry says it was, also by another call later.
 pub async fn blob(
-    context: &Context,
+    registry: &Registry<'_>,
     repository: &str,
     path: &Path,
     digest: &str,
     size: u64,
     report: Report<'_>,
 ) -> Result<bool> {
-    let door = &context.registry;
-    let head = request(door, Method::HEAD, &format!("/v2/{repository}/blobs/{digest}"))
+    let head = registry
+        .request(Method::HEAD, &format!("/v2/{repository}/blobs/{digest}"))
         .body(Empty::<Bytes>::new())?;
-    if https(context, door, head, SHORT).await?.status() == StatusCode::OK {
+    if registry.door.ask(head, SHORT).await?.status() == StatusCode::OK {
         return Ok(false);
     }
-    let kept = Kept::of(context, repository, digest);
-    let upload = Upload { context, repository, path, size, report };
+    let kept = Kept::of(registry.context, repository, digest);
+    let upload = Upload { registry, repository, path, size, report };
     // Where an earlier try left off, if the registry still knows it.
     let mut place = match kept.read() {
         Some(location) => upload.offset(&location).await?.map(|offset| (location, offset)),
@@ -124,10 +152,11 @@ pub async fn blob(
     // The answer may have named another place.
     kept.write(&location);
     let joiner = if location.contains('?') { '&' } else { '?' };
-    let put = request(door, Method::PUT, &format!("{location}{joiner}digest={digest}"))
+    let put = registry
+        .request(Method::PUT, &format!("{location}{joiner}digest={digest}"))
         .header(header::CONTENT_LENGTH, 0)
         .body(Empty::<Bytes>::new())?;
-    let done = https(context, door, put, FINISH).await?;
+    let done = registry.door.ask(put, FINISH).await?;
     // A registry in trouble still has the part; only an answer says that it is of no use any more.
     if done.status() == StatusCode::CREATED || done.status().is_client_error() {
         kept.forget();
@@ -136,10 +165,6 @@ pub async fn blob(
         return Err(refused("the blob", &done));
     }
     Ok(true)
-}
-
-fn request(door: &str, method: Method, uri: &str) -> http::request::Builder {
-    Request::builder().method(method).uri(uri).header(header::HOST, door)
 }
 
 /// Only the path of a location: we stay with the door we trust.
@@ -184,7 +209,7 @@ impl Patience {
 
 /// One blob on its way.
 struct Upload<'a> {
-    context: &'a Context,
+    registry: &'a Registry<'a>,
     repository: &'a str,
     path: &'a Path,
     size: u64,
@@ -193,11 +218,12 @@ struct Upload<'a> {
 
 impl Upload<'_> {
     async fn begin(&self) -> Result<String> {
-        let door = &self.context.registry;
-        let begin = request(door, Method::POST, &format!("/v2/{}/blobs/uploads/", self.repository))
+        let begin = self
+            .registry
+            .request(Method::POST, &format!("/v2/{}/blobs/uploads/", self.repository))
             .header(header::CONTENT_LENGTH, 0)
             .body(Empty::<Bytes>::new())?;
-        let begun = https(self.context, door, begin, SHORT).await?;
+        let begun = self.registry.door.ask(begin, SHORT).await?;
         path_of(&begun)
             .filter(|_| begun.status() == StatusCode::ACCEPTED)
             .ok_or_else(|| refused("the upload", &begun))
@@ -205,9 +231,8 @@ impl Upload<'_> {
 
     /// How many bytes of an upload are there; `None`: the registry does not know it.
     async fn offset(&self, location: &str) -> Result<Option<u64>> {
-        let door = &self.context.registry;
-        let ask = request(door, Method::GET, location).body(Empty::<Bytes>::new())?;
-        let answer = https(self.context, door, ask, SHORT).await?;
+        let ask = self.registry.request(Method::GET, location).body(Empty::<Bytes>::new())?;
+        let answer = self.registry.door.ask(ask, SHORT).await?;
         if answer.status() == StatusCode::NO_CONTENT {
             return Ok(Some(range_end(&answer)).filter(|offset| *offset <= self.size));
         }
@@ -233,13 +258,14 @@ impl Upload<'_> {
                 Frame::data(bytes)
             })
         });
-        let door = &self.context.registry;
-        let patch = request(door, Method::PATCH, location)
+        let patch = self
+            .registry
+            .request(Method::PATCH, location)
             .header(header::CONTENT_TYPE, "application/octet-stream")
             .header(header::CONTENT_RANGE, format!("{offset}-{}", self.size - 1))
             .header(header::CONTENT_LENGTH, self.size - offset)
             .body(StreamBody::new(stream))?;
-        let mut sending = std::pin::pin!(https(self.context, door, patch, LONG));
+        let mut sending = std::pin::pin!(self.registry.door.ask(patch, LONG));
         let mut seen = (offset, tokio::time::Instant::now());
         let answer = loop {
             tokio::select! {
@@ -310,21 +336,18 @@ impl Kept {
 
 /// Puts a manifest under a tag; answers with its digest.
 pub async fn manifest(
-    context: &Context,
+    registry: &Registry<'_>,
     repository: &str,
     tag: &str,
     media_type: &str,
     bytes: Vec<u8>,
 ) -> Result<String> {
-    let door = &context.registry;
     let digest = format!("sha256:{}", hex::encode(sha2::Sha256::digest(&bytes)));
-    let put = Request::builder()
-        .method(Method::PUT)
-        .uri(format!("/v2/{repository}/manifests/{tag}"))
-        .header(header::HOST, door)
+    let put = registry
+        .request(Method::PUT, &format!("/v2/{repository}/manifests/{tag}"))
         .header(header::CONTENT_TYPE, media_type)
         .body(Full::new(Bytes::from(bytes)))?;
-    let done = https(context, door, put, SHORT).await?;
+    let done = registry.door.ask(put, SHORT).await?;
     if done.status() != StatusCode::CREATED {
         return Err(refused("the manifest", &done));
     }
@@ -341,8 +364,31 @@ pub struct Pushed {
     pub sent: u64,
 }
 
+/// A layer of an export as it is pushed, and its media type: an engine with containerd's store exports
+/// layers as they were pulled, packed already, and packed again nothing could read them; one that is
+/// plain is packed into `scratch`.
+fn packed(layer: &Path, scratch: PathBuf) -> Result<(PathBuf, &'static str)> {
+    use std::io::Read as _;
+    const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+    let mut magic = Vec::new();
+    std::fs::File::open(layer)?.take(4).read_to_end(&mut magic)?;
+    // The first bytes of a tar are a path's: never one of these.
+    if magic.starts_with(&[0x1f, 0x8b]) {
+        return Ok((layer.to_owned(), GZIP));
+    }
+    if magic == [0x28, 0xb5, 0x2f, 0xfd] {
+        return Ok((layer.to_owned(), "application/vnd.oci.image.layer.v1.tar+zstd"));
+    }
+    let file = std::fs::File::create(&scratch)?;
+    let mut gz = flate2::write::GzEncoder::new(file, flate2::Compression::default());
+    std::io::copy(&mut std::fs::File::open(layer)?, &mut gz)?;
+    gz.finish()?.sync_all()?;
+    Ok((scratch, GZIP))
+}
+
 /// Pushes an image of the local engine.
 pub async fn image(context: &Context, local: &str, repository: &str, tag: &str) -> Result<Pushed> {
+    let registry = Registry::of(context)?;
     let engine = crate::engine::connect().await?;
     let folder = TempFolder::new()?;
     let archive = folder.path().join("image.tar");
@@ -356,11 +402,7 @@ pub async fn image(context: &Context, local: &str, repository: &str, tag: &str) 
     drop(file);
     let into = folder.path().join("image");
     let (from, to) = (archive.clone(), into.clone());
-    tokio::task::spawn_blocking(move || -> std::io::Result<()> {
-        tar::Archive::new(std::fs::File::open(from)?).unpack(to)
-    })
-    .await
-    .map_err(|e| Error::user(e.to_string()))??;
+    aside(move || Ok(tar::Archive::new(std::fs::File::open(from)?).unpack(to)?)).await?;
     let list: serde_json::Value =
         serde_json::from_slice(&std::fs::read(into.join("manifest.json"))?)?;
     let inside = |name: &str| -> Result<std::path::PathBuf> {
@@ -372,26 +414,18 @@ pub async fn image(context: &Context, local: &str, repository: &str, tag: &str) 
         }
     };
     let config = inside(list[0]["Config"].as_str().unwrap_or_default())?;
-    let (config_digest, config_size) = digest_of(&config)?;
+    let (config_digest, config_size) = digest_of(&config).await?;
     let (mut size, mut sent) = (config_size, 0);
     let mut layers = Vec::new();
     let board = RefCell::new(Board::new());
     for (i, layer) in list[0]["Layers"].as_array().into_iter().flatten().enumerate() {
         let plain = inside(layer.as_str().unwrap_or_default())?;
-        let packed = folder.path().join(format!("layer-{i}.gz"));
-        let out = packed.clone();
-        tokio::task::spawn_blocking(move || -> std::io::Result<()> {
-            let file = std::fs::File::create(out)?;
-            let mut gz = flate2::write::GzEncoder::new(file, flate2::Compression::default());
-            std::io::copy(&mut std::fs::File::open(plain)?, &mut gz)?;
-            gz.finish()?.sync_all()
-        })
-        .await
-        .map_err(|e| Error::user(e.to_string()))??;
-        let (digest, bytes) = digest_of(&packed)?;
+        let scratch = folder.path().join(format!("layer-{i}.gz"));
+        let (packed, media_type) = aside(move || packed(&plain, scratch)).await?;
+        let (digest, bytes) = digest_of(&packed).await?;
         let name = format!("layer {}", i + 1);
         let report = |done, all| board.borrow_mut().show(0, vec![moving(&name, done, all)]);
-        let new = blob(context, repository, &packed, &digest, bytes, &report).await?;
+        let new = blob(&registry, repository, &packed, &digest, bytes, &report).await?;
         let what = if new { "pushed" } else { "there already" };
         board.borrow_mut().end(0, &format!("{name}: {}, {what}", human_bytes(bytes)));
         size += bytes;
@@ -399,12 +433,12 @@ pub async fn image(context: &Context, local: &str, repository: &str, tag: &str) 
             sent += bytes;
         }
         layers.push(serde_json::json!({
-            "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+            "mediaType": media_type,
             "digest": digest,
             "size": bytes,
         }));
     }
-    if blob(context, repository, &config, &config_digest, config_size, &|_, _| {}).await? {
+    if blob(&registry, repository, &config, &config_digest, config_size, &|_, _| {}).await? {
         sent += config_size;
     }
     let media = "application/vnd.oci.image.manifest.v1+json";
@@ -418,7 +452,7 @@ pub async fn image(context: &Context, local: &str, repository: &str, tag: &str) 
         },
         "layers": layers,
     });
-    let digest = manifest(context, repository, tag, media, serde_json::to_vec(&body)?).await?;
+    let digest = manifest(&registry, repository, tag, media, serde_json::to_vec(&body)?).await?;
     Ok(Pushed { digest, size, sent })
 }
 
@@ -471,6 +505,28 @@ mod tests {
         // Said of nothing and of one byte alike.
         assert_eq!(range_end(&answer(header::RANGE, "0-0")), 0);
         assert_eq!(range_end(&answer(header::RANGE, "nonsense")), 0);
+    }
+
+    #[test]
+    fn a_layer_that_is_packed_already_goes_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let (layer, scratch) = (dir.path().join("layer"), dir.path().join("scratch"));
+        for (bytes, name) in
+            [(&[0x1f, 0x8b, 8, 0, 1][..], "tar+gzip"), (&[0x28, 0xb5, 0x2f, 0xfd, 1], "tar+zstd")]
+        {
+            std::fs::write(&layer, bytes).unwrap();
+            let (path, media_type) = packed(&layer, scratch.clone()).unwrap();
+            assert_eq!((&path, media_type.ends_with(name)), (&layer, true), "{media_type}");
+        }
+        for plain in [&b""[..], b"a tar's bytes"] {
+            std::fs::write(&layer, plain).unwrap();
+            let (path, media_type) = packed(&layer, scratch.clone()).unwrap();
+            assert_eq!((&path, media_type.ends_with("tar+gzip")), (&scratch, true));
+            let mut back = Vec::new();
+            let mut gz = flate2::read::GzDecoder::new(std::fs::File::open(&path).unwrap());
+            std::io::Read::read_to_end(&mut gz, &mut back).unwrap();
+            assert_eq!(back, plain);
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::{ask, confirm, connect, pages, pair, write};
 use crate::args::{Global, Host as HostVerb, Orphan, Orphans, Token};
 use crate::client::Client;
 use crate::error::{Error, Result};
-use crate::output::{age, moment, print, say, word};
+use crate::output::{age, counted, moment, print, say, word};
 use berth_proto::api::*;
 use berth_proto::convert::duration;
 use berth_proto::escape::for_terminal;
@@ -70,6 +70,13 @@ fn told(global: &Global, words: &str, host: Option<Host>) -> Result<()> {
 }
 
 pub async fn host(global: &Global, verb: HostVerb) -> Result<()> {
+    // People think as long as they like: no connection waits for that.
+    if let HostVerb::Drain { name } = &verb {
+        confirm(global, &format!("move all replicas away from \"{name}\""))?;
+    }
+    if let HostVerb::Rm { name, .. } = &verb {
+        confirm(global, &format!("remove host \"{name}\""))?;
+    }
     let client = connect(global).await?;
     let mut hosts = client.hosts();
     match verb {
@@ -150,13 +157,11 @@ pub async fn host(global: &Global, verb: HostVerb) -> Result<()> {
             told(global, &format!("{name}: is placed on again"), host)
         }
         HostVerb::Drain { name } => {
-            confirm(global, &format!("move all replicas away from \"{name}\""))?;
             let request = DrainHostRequest { write: write(), name: name.clone(), draining: true };
             let host = ask(global, hosts.drain_host(request)).await?.host;
             told(global, &format!("{name}: draining"), host)
         }
         HostVerb::Rm { name, force, wipe } => {
-            confirm(global, &format!("remove host \"{name}\""))?;
             let request = RemoveHostRequest {
                 write: write(),
                 name: name.clone(),
@@ -237,19 +242,19 @@ async fn token(global: &Global, client: &Client, verb: Token) -> Result<()> {
 const ORPHANS: usize = 80;
 
 pub async fn orphan(global: &Global, verb: Orphan) -> Result<()> {
-    let client = connect(global).await?;
     let (which, decision) = match verb {
-        Orphan::List => return orphans(global, &client).await,
+        Orphan::List => return orphans(global).await,
         Orphan::Adopt(which) => (which, OrphanDecision::Adopt),
         Orphan::Release(which) => {
             let what = match &which.host {
                 Some(host) => format!("stop the orphans of \"{host}\""),
-                None => format!("stop {} replicas", which.replicas.len()),
+                None => format!("stop {}", counted(which.replicas.len() as u64, "replica")),
             };
             confirm(global, &what)?;
             (which, OrphanDecision::Release)
         }
     };
+    let client = connect(global).await?;
     let mut hosts = client.hosts();
     let (mut resolved, mut kept) = (0, Vec::new());
     // One call is one write of the ledger, and that has a bound.
@@ -290,7 +295,8 @@ fn parts(which: &Orphans) -> Vec<Vec<String>> {
     which.replicas.chunks(ORPHANS).map(<[String]>::to_vec).collect()
 }
 
-async fn orphans(global: &Global, client: &Client) -> Result<()> {
+async fn orphans(global: &Global) -> Result<()> {
+    let client = connect(global).await?;
     let mut hosts = client.hosts();
     let all = pages!(global, replicas, |page| hosts
         .list_orphans(ListOrphansRequest { page, ..Default::default() }));

@@ -3,6 +3,7 @@
 use super::model::version_json;
 use super::{ask, connect, name_and_version, pair, write};
 use crate::args::{Build, Global, Image};
+use crate::client;
 use crate::dockerignore::{self, Rules};
 use crate::engine;
 use crate::error::{Error, Result};
@@ -25,8 +26,8 @@ const PIECE: usize = 256 * 1024;
 pub async fn image(global: &Global, verb: Image) -> Result<()> {
     let Image::Push { local, remote } = verb;
     let (repository, tag) = name_and_version(&remote)?;
-    let client = connect(global).await?;
-    let pushed = push::image(&client.context, &local, repository, tag).await?;
+    let context = client::context(global)?;
+    let pushed = push::image(&context, &local, repository, tag).await?;
     say(
         global,
         &format!(
@@ -94,7 +95,8 @@ fn failed(message: &str) -> Error {
 async fn run_build(engine: &bollard::Docker, args: &Build, local: &str) -> Result<()> {
     let folder = push::TempFolder::new()?;
     let archive = folder.path().join("context.tar");
-    let (entries, size) = pack(&args.folder, &args.file, &archive)?;
+    let (from, dockerfile, to) = (args.folder.clone(), args.file.clone(), archive.clone());
+    let (entries, size) = push::aside(move || pack(&from, &dockerfile, &to)).await?;
     eprintln!("context: {entries} entries, {}", human_bytes(size));
     let build_args: HashMap<String, String> =
         args.build_args.iter().map(|a| pair(a)).collect::<Result<_>>()?;
@@ -130,30 +132,36 @@ pub async fn build(global: &Global, args: Build) -> Result<()> {
         return Err(Error::user(format!("{} does not exist", dockerfile.display()))
             .hint("--file names another one, as a path in the folder"));
     }
-    let client = connect(global).await?;
+    let context = client::context(global)?;
+    // Whether the server is there is said before the build, not after.
+    drop(connect(global).await?);
     let engine = engine::connect().await?;
-    let repository = package::repository(&client.namespace, name);
+    let namespace = global.namespace();
+    let repository = package::repository(namespace, name);
     let local =
         format!("berth.local/build-{}:{}", name.replace('/', "-"), uuid::Uuid::new_v4().simple());
     let result = async {
         run_build(&engine, &args, &local).await?;
-        push::image(&client.context, &local, &repository, version).await
+        push::image(&context, &local, &repository, version).await
     }
     .await;
     let _ = engine.remove_image(&local, None::<RemoveImageOptions>, None).await;
     let pushed = result?;
+    let lineage = package::lineage(&args.folder, "", Vec::new());
+    // Only now: the server closes a connection that asks for nothing for as long as a build takes.
+    let client = connect(global).await?;
     let request = RegisterVersionRequest {
         write: write(),
         version: Some(ModelVersion {
             model: name.to_owned(),
-            namespace: client.namespace.clone(),
+            namespace: namespace.to_owned(),
             version: version.to_owned(),
             repository,
             digest: pushed.digest.clone(),
             kind: ModelVersionKind::Image as i32,
             format: "image".to_owned(),
             size_bytes: pushed.size,
-            lineage: Some(package::lineage(&args.folder, "", Vec::new())),
+            lineage: Some(lineage),
             ..ModelVersion::default()
         }),
         aliases: args.aliases,

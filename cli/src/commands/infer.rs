@@ -1,7 +1,7 @@
 //! Asking a deployment for a prediction.
 
 use crate::args::{Global, Infer};
-use crate::client::{context, https};
+use crate::client::{Door, context};
 use crate::error::{Error, Kind, Result};
 use crate::output::put;
 use bytes::Bytes;
@@ -67,7 +67,7 @@ pub async fn infer(global: &Global, args: Infer) -> Result<()> {
         .header(http::header::HOST, &context.gateway)
         .header(http::header::CONTENT_TYPE, "application/json")
         .body(Full::new(Bytes::from(body)))?;
-    let answer = https(&context, &context.gateway, request, INFER).await?;
+    let answer = Door::new(&context, &context.gateway)?.ask(request, INFER).await?;
     let value: Value = serde_json::from_slice(answer.body())
         .unwrap_or_else(|_| json!({"error": String::from_utf8_lossy(answer.body())}));
     if !answer.status().is_success() {

@@ -2,7 +2,7 @@
 
 use super::{ask, confirm, connect, name_and_version, pages, pair, write};
 use crate::args::{Global, Model as ModelVerb, ModelPush};
-use crate::client::Client;
+use crate::client;
 use crate::error::{Error, Kind, Result};
 use crate::output::{age, moment, print, say, word};
 use crate::package;
@@ -34,7 +34,7 @@ pub fn version_json(v: &ModelVersion) -> Value {
     })
 }
 
-async fn model_push(global: &Global, client: &Client, args: ModelPush) -> Result<()> {
+async fn model_push(global: &Global, args: ModelPush) -> Result<()> {
     let (name, version) = name_and_version(&args.reference)?;
     let mut metrics = BTreeMap::new();
     for metric in &args.metrics {
@@ -46,16 +46,19 @@ async fn model_push(global: &Global, client: &Client, args: ModelPush) -> Result
     }
     let parameters: BTreeMap<String, String> =
         args.params.iter().map(|p| pair(p)).collect::<Result<_>>()?;
-    let pushed = package::push_model(client, name, version, &args).await?;
+    let (context, namespace) = (client::context(global)?, global.namespace());
+    let pushed = package::push_model(&context, namespace, name, version, &args).await?;
     let mut lineage = package::lineage(&args.path, &args.parent, args.datasets);
     lineage.framework = pushed.framework;
+    // Only now: a push takes its time, and the server closes a connection that asks for nothing.
+    let client = connect(global).await?;
     let request = RegisterVersionRequest {
         write: write(),
         version: Some(ModelVersion {
             model: name.to_owned(),
-            namespace: client.namespace.clone(),
+            namespace: namespace.to_owned(),
             version: version.to_owned(),
-            repository: package::repository(&client.namespace, name),
+            repository: package::repository(namespace, name),
             digest: pushed.digest,
             kind: ModelVersionKind::Artifact as i32,
             format: pushed.format,
@@ -85,12 +88,11 @@ async fn model_push(global: &Global, client: &Client, args: ModelPush) -> Result
 }
 
 pub async fn model(global: &Global, verb: ModelVerb) -> Result<()> {
-    let client = connect(global).await?;
-    let mut models = client.models();
-    let namespace = client.namespace.clone();
+    let namespace = global.namespace().to_owned();
     match verb {
-        ModelVerb::Push(args) => model_push(global, &client, args).await,
+        ModelVerb::Push(args) => model_push(global, args).await,
         ModelVerb::List => {
+            let mut models = connect(global).await?.models();
             let mut all = pages!(global, models, |page| models
                 .list_models(ListModelsRequest { namespace: namespace.clone(), page }));
             all.retain(|m| m.meta.as_ref().is_some_and(|meta| global.selects(&meta.labels)));
@@ -127,6 +129,7 @@ pub async fn model(global: &Global, verb: ModelVerb) -> Result<()> {
             )
         }
         ModelVerb::Show { reference } => {
+            let mut models = connect(global).await?.models();
             if reference.contains([':', '@']) {
                 let answer =
                     ask(global, models.get_version(GetVersionRequest { reference, namespace }))
@@ -175,6 +178,7 @@ pub async fn model(global: &Global, verb: ModelVerb) -> Result<()> {
         }
         ModelVerb::Alias { reference, alias, why } => {
             let (name, version) = name_and_version(&reference)?;
+            let mut models = connect(global).await?.models();
             let request = SetAliasRequest {
                 write: write(),
                 namespace,
@@ -191,7 +195,9 @@ pub async fn model(global: &Global, verb: ModelVerb) -> Result<()> {
             )
         }
         ModelVerb::Unalias { name, alias, why } => {
+            // People think as long as they like: no connection waits for that.
             confirm(global, &format!("take the alias \"{alias}\" from \"{name}\""))?;
+            let mut models = connect(global).await?.models();
             let request = DeleteAliasRequest {
                 write: write(),
                 namespace,
@@ -210,6 +216,7 @@ pub async fn model(global: &Global, verb: ModelVerb) -> Result<()> {
         ModelVerb::History { name, alias, at } => {
             let at_time = at.as_deref().map(crate::output::since).transpose()?;
             let alias = alias.unwrap_or_default();
+            let mut models = connect(global).await?.models();
             let all =
                 pages!(global, moves, |page| models.list_alias_moves(ListAliasMovesRequest {
                     namespace: namespace.clone(),
@@ -241,8 +248,9 @@ pub async fn model(global: &Global, verb: ModelVerb) -> Result<()> {
             )
         }
         ModelVerb::Rm { reference } => {
-            confirm(global, &format!("remove {reference}"))?;
             let (name, version) = name_and_version(&reference)?;
+            confirm(global, &format!("remove {reference}"))?;
+            let mut models = connect(global).await?.models();
             let request = DeleteVersionRequest {
                 write: write(),
                 namespace,

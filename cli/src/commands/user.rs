@@ -3,12 +3,13 @@
 use super::{ask, confirm, connect, pages, write};
 use crate::args::{Global, User as UserVerb, UserRole};
 use crate::client;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::output::{moment, print, put, say, word};
 use berth_proto::api::*;
 use berth_proto::manifest;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 fn token_words(token: &UserToken) -> String {
     if token.deployment.is_empty() {
@@ -22,7 +23,30 @@ fn token_json(token: &UserToken) -> Value {
     json!({"id": token.id, "expireTime": moment(token.expire_time.as_ref()), "deployment": token.deployment})
 }
 
+/// What is revoked, in words.
+fn revoked(name: &str, token: Option<&String>) -> String {
+    match token {
+        Some(id) => format!("token {id} of \"{name}\""),
+        None => format!("\"{name}\" with all its tokens"),
+    }
+}
+
+/// So long after now.
+fn end_after(now: time::OffsetDateTime, expires: Duration) -> Result<prost_types::Timestamp> {
+    let end = time::Duration::try_from(expires).ok().and_then(|expires| now.checked_add(expires));
+    let end = end.ok_or_else(|| {
+        Error::new(Kind::Usage, "--expires reaches beyond the year 9999")
+            .hint("for ten years write 3650d")
+    })?;
+    Ok(prost_types::Timestamp { seconds: end.unix_timestamp(), nanos: 0 })
+}
+
 pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
+    let now = time::OffsetDateTime::now_utc();
+    if let UserVerb::Revoke { name, token } = &verb {
+        // People think as long as they like: no connection waits for that.
+        confirm(global, &format!("revoke {}", revoked(name, token.as_ref())))?;
+    }
     let client = connect(global).await?;
     let mut users = client.users();
     let bindings = |list: &[RoleBinding]| -> Vec<Value> {
@@ -36,19 +60,15 @@ pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
                 UserRole::Viewer => Role::Viewer,
             };
             let (key, csr_pem) = berth_proto::tls::key_and_request()?;
-            let until = time::OffsetDateTime::now_utc() + expires;
             let request = CreateUserRequest {
                 write: write(),
                 name: name.clone(),
                 bindings: vec![RoleBinding {
                     role: role as i32,
-                    namespace: global.namespace.clone().unwrap_or_default(),
+                    namespace: global.namespace().to_owned(),
                     exec,
                 }],
-                expire_time: Some(prost_types::Timestamp {
-                    seconds: until.unix_timestamp(),
-                    nanos: 0,
-                }),
+                expire_time: Some(end_after(now, expires)?),
                 csr_pem,
             };
             let made = ask(global, users.create_user(request)).await?;
@@ -109,20 +129,13 @@ pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
             {
                 deployment = format!("{namespace}.{deployment}");
             }
-            let expire_time = expires.map(|expires| {
-                let until = time::OffsetDateTime::now_utc() + expires;
-                prost_types::Timestamp { seconds: until.unix_timestamp(), nanos: 0 }
-            });
+            let expire_time = expires.map(|expires| end_after(now, expires)).transpose()?;
             let request = CreateUserTokenRequest { write: write(), name, expire_time, deployment };
             let made = ask(global, users.create_user_token(request)).await?;
             say(global, &made.secret, &json!({"id": made.id, "secret": made.secret}))
         }
         UserVerb::Revoke { name, token } => {
-            let what = match &token {
-                Some(id) => format!("token {id} of \"{name}\""),
-                None => format!("\"{name}\" with all its tokens"),
-            };
-            confirm(global, &format!("revoke {what}"))?;
+            let what = revoked(&name, token.as_ref());
             let request = RevokeUserRequest {
                 write: write(),
                 name: name.clone(),
@@ -137,6 +150,21 @@ pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
             let me = ask(global, users.who_am_i(WhoAmIRequest {})).await?;
             let value = json!({"subject": me.subject, "bindings": bindings(&me.bindings), "expireTime": moment(me.expire_time.as_ref())});
             say(global, manifest::to_yaml(&value).trim_end(), &value)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_that_no_calendar_has_is_refused() {
+        let now = time::OffsetDateTime::UNIX_EPOCH;
+        let days = |n: u64| Duration::from_secs(n * 86_400);
+        assert_eq!(end_after(now, days(365)).unwrap().seconds, 365 * 86_400);
+        for much in [days(3_000_000), Duration::MAX] {
+            assert_eq!(end_after(now, much).unwrap_err().kind, Kind::Usage);
         }
     }
 }

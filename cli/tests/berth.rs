@@ -1,0 +1,36 @@
+//! The binary itself, with no server anywhere: what it does before it would need one.
+
+use std::process::{Command, Output, Stdio};
+
+/// Runs `berth` without a context and with nobody to ask.
+fn berth(words: &str) -> Output {
+    let dir = tempfile::tempdir().expect("a folder");
+    Command::new(env!("CARGO_BIN_EXE_berth"))
+        .env("BERTH_CONFIG", dir.path().join("none.toml"))
+        .args(words.split(' '))
+        .stdin(Stdio::null())
+        .output()
+        .expect("berth starts")
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn whoever_removes_something_is_asked_before_the_server_is() {
+    for words in [
+        "host rm a",
+        "host drain a",
+        "user revoke a",
+        "user revoke a --token x",
+        "model rm a:1",
+        "model unalias a x",
+        "orphan release --host a",
+        "rm a",
+    ] {
+        let output = berth(words);
+        assert_eq!(output.status.code(), Some(1), "{words}");
+        assert!(said(&output).contains("nobody can be asked"), "{words}: {}", said(&output));
+    }
+}
