@@ -15,8 +15,8 @@ pub fn print(
     value: &Value,
 ) -> Result<()> {
     let text = match global.output {
-        Output::Json => format!("{}\n", serde_json::to_string_pretty(value)?),
-        Output::Yaml => berth_proto::manifest::to_yaml(value),
+        Output::Json => remote_lines(&format!("{}\n", serde_json::to_string_pretty(value)?)),
+        Output::Yaml => remote_lines(&berth_proto::manifest::to_yaml(value)),
         Output::Table => table(&heads[..wide_from.min(heads.len())], &rows, remote),
         Output::Wide => table(heads, &rows, remote),
     };
@@ -26,22 +26,22 @@ pub fn print(
 /// One item of a stream: a line of JSON, a document of YAML, or these words.
 pub fn item(global: &Global, words: impl FnOnce() -> String, value: &Value) -> Result<()> {
     match global.output {
-        Output::Json => put(&format!("{value}\n")),
-        Output::Yaml => put(&format!("---\n{}", berth_proto::manifest::to_yaml(value))),
+        Output::Json => put(&remote_lines(&format!("{value}\n"))),
+        Output::Yaml => {
+            put(&remote_lines(&format!("---\n{}", berth_proto::manifest::to_yaml(value))))
+        }
         Output::Table | Output::Wide => put(&words()),
     }
 }
 
 /// Prints JSON or YAML, or these words when a table is asked for.
 pub fn say(global: &Global, words: &str, value: &Value) -> Result<()> {
-    match global.output {
-        Output::Json => put(&format!("{}\n", serde_json::to_string_pretty(value)?)),
-        Output::Yaml => put(&berth_proto::manifest::to_yaml(value)),
-        Output::Table | Output::Wide => {
-            let lines: Vec<String> = words.lines().map(remote).collect();
-            put(&format!("{}\n", lines.join("\n")))
-        }
-    }
+    let text = match global.output {
+        Output::Json => format!("{}\n", serde_json::to_string_pretty(value)?),
+        Output::Yaml => berth_proto::manifest::to_yaml(value),
+        Output::Table | Output::Wide => format!("{words}\n"),
+    };
+    put(&remote_lines(&text))
 }
 
 /// Writes to stdout.
@@ -73,6 +73,20 @@ pub fn despite(printed: Result<()>, failed: Option<Error>) -> Result<()> {
 /// Text from elsewhere: escaped on a terminal, raw into a pipe.
 pub fn remote(text: &str) -> String {
     if Stream::Stdout.is_terminal() { for_terminal(text) } else { text.to_owned() }
+}
+
+/// The same of several lines, which stay lines. JSON and YAML leave characters as they are that a
+/// terminal acts on: U+0080 to U+009F, and those that turn the direction of writing.
+pub fn remote_lines(text: &str) -> String {
+    if Stream::Stdout.is_terminal() { escaped(text) } else { text.to_owned() }
+}
+
+fn escaped(text: &str) -> String {
+    let line = |line: &str| match line.strip_suffix('\n') {
+        Some(line) => for_terminal(line) + "\n",
+        None => for_terminal(line),
+    };
+    text.split_inclusive('\n').map(line).collect()
 }
 
 fn table(heads: &[&str], rows: &[Vec<String>], safe: impl Fn(&str) -> String) -> String {
@@ -281,6 +295,26 @@ mod tests {
             (rough(0), rough(59_001), rough(3_599_000)),
             ("1s".into(), "1m".into(), "59m59s".into())
         );
+    }
+
+    #[test]
+    fn json_and_yaml_cannot_act_on_a_terminal_either() {
+        let value = json!({"a": "\u{9b}2J\u{202e}\u{61c}", "b": "x\ny"});
+        for text in
+            [serde_json::to_string_pretty(&value).unwrap(), berth_proto::manifest::to_yaml(&value)]
+        {
+            let safe = escaped(&text);
+            assert!(safe.contains("\\u{9b}2J\\u{202e}\\u{61c}"), "{safe}");
+            assert_eq!(safe.lines().count(), text.lines().count());
+            assert!(safe.chars().all(|c| c == '\n' || !c.is_control()), "{safe}");
+        }
+        assert_eq!((escaped("a\nb\n"), escaped("a")), ("a\nb\n".into(), "a".into()));
+    }
+
+    #[test]
+    fn so_many_of_something_is_told_in_its_number() {
+        let of = |count: u32| counted(count, "slot");
+        assert_eq!([of(0), of(1), of(2)], ["0 slots", "1 slot", "2 slots"]);
     }
 
     #[test]

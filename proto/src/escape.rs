@@ -6,7 +6,7 @@
 pub fn for_terminal(text: &str) -> String {
     text.chars()
         .map(|c| {
-            let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+            let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
             if (c.is_control() && c != '\t') || turns {
                 c.escape_unicode().to_string()
             } else {
@@ -22,5 +22,6 @@ mod tests {
     fn a_terminal_is_not_told_to_do_anything() {
         assert_eq!(super::for_terminal("a\tb ö"), "a\tb ö");
         assert_eq!(super::for_terminal("\x1b[2J\u{202e}x"), "\\u{1b}[2J\\u{202e}x");
+        assert_eq!(super::for_terminal("\u{61c}\u{9b}"), "\\u{61c}\\u{9b}");
     }
 }

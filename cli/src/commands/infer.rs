@@ -3,7 +3,7 @@
 use crate::args::{Global, Infer};
 use crate::client::{Door, context};
 use crate::error::{Error, Kind, Result};
-use crate::output::put;
+use crate::output::{put, remote_lines};
 use bytes::Bytes;
 use http_body_util::Full;
 use serde_json::{Value, json};
@@ -13,38 +13,48 @@ use std::time::Duration;
 /// How long a prediction may take.
 const INFER: Duration = Duration::from_secs(300);
 
-fn numbers(value: &Value, out: &mut Vec<f64>) {
+/// The elements of an output, whether they are nested or in a row.
+fn elements<'a>(value: &'a Value, out: &mut Vec<&'a Value>) {
     match value {
-        Value::Number(n) => out.extend(n.as_f64()),
-        Value::Array(items) => items.iter().for_each(|item| numbers(item, out)),
-        Value::Null | Value::Bool(_) | Value::String(_) | Value::Object(_) => {}
+        Value::Array(items) => items.iter().for_each(|item| elements(item, out)),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_) => {
+            out.push(value)
+        }
     }
 }
 
-/// Outputs that both answers name, compared number by number.
+/// Numbers up to what rounding makes of them, everything else exactly.
+fn alike(a: &Value, b: &Value) -> bool {
+    match (a.as_f64(), b.as_f64()) {
+        (Some(a), Some(b)) => (a - b).abs() <= 1e-4,
+        (_, _) => a == b,
+    }
+}
+
+/// Outputs that the right answer names, compared element by element.
 fn differs(got: &Value, want: &Value) -> Option<String> {
     let list = |v: &Value| v["outputs"].as_array().cloned().unwrap_or_default();
     let (got, want) = (list(got), list(want));
-    let mut compared = 0;
     for right in &want {
-        let Some(ours) = got.iter().find(|o| o["name"] == right["name"]) else { continue };
+        let Some(ours) = got.iter().find(|o| o["name"] == right["name"]) else {
+            return Some(format!("output {} is missing", right["name"]));
+        };
         let (mut a, mut b) = (Vec::new(), Vec::new());
-        numbers(&ours["data"], &mut a);
-        numbers(&right["data"], &mut b);
+        elements(&ours["data"], &mut a);
+        elements(&right["data"], &mut b);
         if a.len() != b.len() {
             return Some(format!(
-                "output {} has {} numbers, not {}",
+                "output {} has {} elements, not {}",
                 right["name"],
                 a.len(),
                 b.len()
             ));
         }
-        if let Some((x, y)) = a.iter().zip(&b).find(|(x, y)| (*x - *y).abs() > 1e-4) {
+        if let Some((x, y)) = a.iter().zip(&b).find(|(x, y)| !alike(x, y)) {
             return Some(format!("output {} has {x} where {y} is right", right["name"]));
         }
-        compared += 1;
     }
-    (compared == 0).then(|| "the answers name no output in common".to_owned())
+    want.is_empty().then(|| "the file with the right answer names no output".to_owned())
 }
 
 pub async fn infer(global: &Global, args: Infer) -> Result<()> {
@@ -80,7 +90,7 @@ pub async fn infer(global: &Global, args: Infer) -> Result<()> {
         let words = berth_proto::escape::for_terminal(words);
         return Err(Error::new(kind, format!("{} ({})", words, answer.status().as_u16())));
     }
-    put(&format!("{}\n", serde_json::to_string(&value)?))?;
+    put(&remote_lines(&format!("{}\n", serde_json::to_string(&value)?)))?;
     if let Some(path) = args.expect {
         let want: Value = serde_json::from_slice(&std::fs::read(path)?)?;
         if let Some(difference) = differs(&value, &want) {
@@ -102,5 +112,21 @@ mod tests {
         assert!(differs(&answer(json!([1.0])), &answer(json!([1.1]))).is_some());
         assert!(differs(&answer(json!([1.0])), &answer(json!([1.0, 1.0]))).is_some());
         assert!(differs(&json!({}), &answer(json!([1.0]))).is_some());
+        assert!(differs(&answer(json!([1.0])), &json!({})).is_some());
+    }
+
+    #[test]
+    fn a_missing_output_and_another_word_are_differences() {
+        let named = |name: &str, data: Value| json!({"name": name, "data": data});
+        let answer = |outputs: &[Value]| json!({"outputs": outputs});
+        let (p, q) = (named("p", json!([1.0])), named("q", json!(["cat", true])));
+        let (both, first) = (answer(&[p.clone(), q]), answer(std::slice::from_ref(&p)));
+        assert_eq!(differs(&both, &both), None);
+        assert_eq!(differs(&both, &first), None);
+        assert!(differs(&first, &both).is_some_and(|why| why.contains("missing")));
+        for other in [json!(["dog", true]), json!(["cat", false]), json!([1.0, true])] {
+            let answer = answer(&[p.clone(), named("q", other)]);
+            assert!(differs(&answer, &both).is_some(), "{answer}");
+        }
     }
 }
