@@ -138,7 +138,7 @@ pub fn context(global: &Global) -> Result<Context> {
 /// There is no such context, and the nearest one that there is.
 pub fn no_context(config: &Config, name: &str) -> Error {
     let known: Vec<&str> = config.contexts.keys().map(String::as_str).collect();
-    let hint = match crate::hints::nearest(name, known.iter().copied()) {
+    let hint = match berth_proto::manifest::nearest(name, known.iter().copied()) {
         Some(near) => format!("did you mean \"{near}\"?"),
         None => format!("contexts are: {}", known.join(", ")),
     };

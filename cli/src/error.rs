@@ -136,12 +136,12 @@ impl From<berth_proto::tls::TlsError> for Error {
     }
 }
 
-/// Whether a connection failed because one of the ends did not believe the other.
 /// Whether an answer was no gRPC at all: the client's own words for that.
 fn is_another_door(words: &str) -> bool {
     ["grpc-status header missing", "invalid compression flag"].iter().any(|w| words.contains(w))
 }
 
+/// Whether a connection failed because one of the ends did not believe the other.
 fn is_about_trust(error: &std::io::Error) -> bool {
     let inner = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
     matches!(

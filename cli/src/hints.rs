@@ -7,6 +7,7 @@ use crate::args::Global;
 use crate::client::Client;
 use crate::error::Error;
 use berth_proto::api::*;
+use berth_proto::manifest::nearest;
 use std::time::Duration;
 use tonic::Code;
 
@@ -40,6 +41,9 @@ pub fn of(reason: &str, code: Code) -> Option<&'static str> {
         "EVERY_HOST" => "its number is that of the hosts that fit; change spec.placement",
         "DEPLOYMENT_DELETING" => "wait until it is gone: `berth deployment list`",
         "EXEC_NEEDED" => "an admin gives it: `berth user create NAME --exec`",
+        "EXEC_FORBIDDEN" => {
+            "the host's owner decides: `forbid-exec` in /etc/berth/agent.toml there"
+        }
         "TOKEN_LIMITED" => "this token is good for one deployment's gateway only",
         "CERTIFICATE_UNKNOWN" | "USER_UNKNOWN" => {
             "an admin of the server can make a new context: `berth user create`"
@@ -81,25 +85,14 @@ pub fn of(reason: &str, code: Code) -> Option<&'static str> {
     Some(by_code)
 }
 
-/// The nearest of some names, when it is near enough to be meant.
-pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let enough = name.chars().count().div_ceil(3).clamp(1, 3);
-    known
-        .into_iter()
-        .map(|other| (strsim::damerau_levenshtein(name, other), other))
-        .min()
-        .filter(|(distance, _)| *distance <= enough)
-        .map(|(_, other)| other)
-}
-
 /// Adds a suggestion to an error about a name that does not exist.
 pub async fn suggest(global: &Global, error: Error) -> Error {
     let Some(name) = error.named.clone() else { return error };
-    let looking = names(global, &error.reason, &name);
-    let Ok(Some((asked, known))) = tokio::time::timeout(LOOK, looking).await else {
+    let looking = names(global, &error.reason);
+    let Ok(Some(known)) = tokio::time::timeout(LOOK, looking).await else {
         return error;
     };
-    let Some(near) = nearest(&asked, known.iter().map(String::as_str)) else { return error };
+    let Some(near) = nearest(&name, known.iter().map(String::as_str)) else { return error };
     let words = format!("did you mean \"{near}\"?");
     match &error.hint {
         Some(hint) => {
@@ -110,8 +103,8 @@ pub async fn suggest(global: &Global, error: Error) -> Error {
     }
 }
 
-/// The name as it was meant, and the names there are.
-async fn names(global: &Global, reason: &str, name: &str) -> Option<(String, Vec<String>)> {
+/// The names that there are of what a reason says is missing.
+async fn names(global: &Global, reason: &str) -> Option<Vec<String>> {
     let page = || Some(Page { page_size: 1000, ..Page::default() });
     let client = Client::connect(global).await.ok()?;
     let namespace = client.namespace.clone();
@@ -139,7 +132,7 @@ async fn names(global: &Global, reason: &str, name: &str) -> Option<(String, Vec
         }
         _ => return None,
     };
-    Some((name.to_owned(), known))
+    Some(known)
 }
 
 #[cfg(test)]
@@ -147,17 +140,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slip_is_mended_and_another_name_is_not() {
-        let known = ["iris", "digits", "speech"];
-        assert_eq!(nearest("irsi", known), Some("iris"));
-        assert_eq!(nearest("digit", known), Some("digits"));
-        assert_eq!(nearest("x", known), None);
-        assert_eq!(nearest("vision", known), None);
-    }
-
-    #[test]
     fn a_reason_comes_before_a_code() {
         assert!(of("HOST_NOT_FOUND", Code::NotFound).unwrap().contains("berth host list"));
+        assert!(of("EXEC_FORBIDDEN", Code::PermissionDenied).unwrap().contains("forbid-exec"));
         assert!(of("ROLE_NEEDED", Code::PermissionDenied).unwrap().contains("whoami"));
         assert_eq!(of("", Code::NotFound), None);
     }

@@ -31,6 +31,18 @@ pub struct Written {
     pub origin: String,
 }
 
+/// The nearest of some names, when it is near enough to be meant.
+#[must_use]
+pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let enough = name.chars().count().div_ceil(3).clamp(1, 3);
+    known
+        .into_iter()
+        .map(|other| (strsim::damerau_levenshtein(name, other), other))
+        .min()
+        .filter(|(distance, _)| *distance <= enough)
+        .map(|(_, other)| other)
+}
+
 struct Object<'a> {
     map: &'a Map<String, Value>,
     path: String,
@@ -43,13 +55,8 @@ impl<'a> Object<'a> {
             return None;
         };
         for key in map.keys().filter(|key| !known.contains(&key.as_str())) {
-            let nearest = known
-                .iter()
-                .map(|name| (strsim::damerau_levenshtein(name, key), *name))
-                .min()
-                .filter(|(distance, _)| *distance <= 3);
-            let hint = match nearest {
-                Some((_, name)) => format!("did you mean \"{name}\"?"),
+            let hint = match nearest(key, known.iter().copied()) {
+                Some(name) => format!("did you mean \"{name}\"?"),
                 None => format!("known are: {}", known.join(", ")),
             };
             p.add_hint(join(path, key), "is not known", hint);

@@ -195,3 +195,12 @@ spec:
     let keeps = parse(&CONTRACT.replace("  replicas: 3", "  #"), "x").unwrap().remove(0).spec;
     assert_eq!((keeps.replicas, keeps.every_host), (None, false));
 }
+
+#[test]
+fn a_slip_is_mended_and_another_name_is_not() {
+    let known = ["iris", "digits", "speech"];
+    assert_eq!(nearest("irsi", known), Some("iris"));
+    assert_eq!(nearest("digit", known), Some("digits"));
+    assert_eq!(nearest("x", known), None);
+    assert_eq!(nearest("vision", known), None);
+}
