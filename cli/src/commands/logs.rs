@@ -158,8 +158,7 @@ pub async fn events(global: &Global, args: Events) -> Result<()> {
             Ok(()) => Error::new(Kind::Unavailable, "the server ended the stream"),
             Err(error) if error.reason == "SEQUENCE_UNKNOWN" => {
                 eprintln!("{}; going on with its newest events", error.message);
-                request.after_sequence = 0;
-                request.since = seen.time.or(request.since);
+                begin_anew(&mut request, seen.time, args.limit);
                 continue;
             }
             Err(error) if !args.follow || !seen.begun => return Err(error),
@@ -181,12 +180,28 @@ async fn watch(
     while let Some(message) = stream.message().await.map_err(broken)? {
         patience.calm();
         let Some(event) = message.event else { continue };
-        // From here on a new stream goes on.
-        request.after_sequence = event.sequence;
+        go_on_after(request, &event);
         seen.time = event.time;
         print_event(global, &event)?;
     }
     Ok(())
+}
+
+/// From here on a new stream goes on, with everything that has happened meanwhile: the limit was for
+/// what had happened before.
+fn go_on_after(request: &mut WatchEventsRequest, event: &Event) {
+    request.after_sequence = event.sequence;
+    request.limit = u32::MAX;
+}
+
+/// The numbers mean nothing any more: everything since the newest event that was shown, or the newest as
+/// at the beginning.
+fn begin_anew(request: &mut WatchEventsRequest, shown: Option<prost_types::Timestamp>, limit: u32) {
+    request.after_sequence = 0;
+    match shown {
+        Some(_) => request.since = shown,
+        None => request.limit = limit,
+    }
 }
 
 fn print_event(global: &Global, event: &Event) -> Result<()> {
@@ -232,6 +247,18 @@ mod tests {
         assert!(sources.admit(&line("a", 6)));
         assert!(!sources.admit(&line("b", 9)));
         assert!(sources.admit(&line("c", 1)));
+    }
+
+    #[test]
+    fn what_happens_during_a_break_is_not_cut_to_the_limit() {
+        let mut request = WatchEventsRequest { limit: 5, ..WatchEventsRequest::default() };
+        begin_anew(&mut request, None, 5);
+        assert_eq!((request.after_sequence, request.limit), (0, 5));
+        go_on_after(&mut request, &Event { sequence: 9, ..Event::default() });
+        assert_eq!((request.after_sequence, request.limit), (9, u32::MAX));
+        let shown = Some(prost_types::Timestamp { seconds: 7, nanos: 0 });
+        begin_anew(&mut request, shown, 5);
+        assert_eq!((request.after_sequence, request.since, request.limit), (0, shown, u32::MAX));
     }
 
     #[test]
