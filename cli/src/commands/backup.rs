@@ -44,10 +44,21 @@ fn begin(path: &Path) -> Result<Partial> {
     Ok(Partial { path: partial, file })
 }
 
+/// Gives a file its name and overwrites nothing.
+fn rename(from: &Path, to: &Path) -> std::io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    use rustix::io::Errno;
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // A file system that does not know of that may know of links, as NFS does; FAT, on a stick,
+        // knows of no links.
+        Err(Errno::INVAL | Errno::NOSYS) => std::fs::hard_link(from, to),
+        done => Ok(done?),
+    }
+}
+
 fn finish(partial: &Partial, path: &Path) -> Result<()> {
     partial.file.sync_all().map_err(failed("write", path))?;
-    // Unlike a rename this overwrites nothing.
-    std::fs::hard_link(&partial.path, path).map_err(failed("make", path))?;
+    rename(&partial.path, path).map_err(failed("make", path))?;
     let folder = match path.parent() {
         Some(folder) if folder != Path::new("") => folder,
         Some(_) | None => Path::new("."),
@@ -124,12 +135,50 @@ pub async fn backup(global: &Global, args: Backup) -> Result<()> {
         }
         eprintln!("the recovery key, shown once; keep it apart from the backups:");
     }
-    say(global, &head.recovery_key, &value)
+    say(global, &head.recovery_key, &value).map_err(|error| not_shown(error, &head.recovery_key))
+}
+
+/// A key that is shown once and was not: it goes to standard error, whatever became of the reader.
+fn not_shown(error: Error, key: &str) -> Error {
+    if key.is_empty() {
+        return error;
+    }
+    let words =
+        format!("the backup is whole, but its recovery key was not printed: {}", error.message);
+    Error::user(words).hint(format!("keep it apart from the backups: {key}"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Kind;
+
+    #[test]
+    fn a_key_that_nobody_read_is_told_with_the_error() {
+        let gone = || Error::new(Kind::ReaderGone, "nobody reads the answer");
+        let error = not_shown(gone(), "AGE-SECRET-KEY-1X");
+        assert_eq!(error.kind, Kind::User);
+        assert!(error.hint.unwrap().ends_with("AGE-SECRET-KEY-1X"));
+        assert_eq!(not_shown(gone(), "").kind, Kind::ReaderGone);
+    }
+
+    #[test]
+    fn a_backup_gets_its_name_without_a_link_and_overwrites_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("monday.age");
+        let begun = || {
+            let mut partial = begin(&path).unwrap();
+            partial.file.write_all(b"x").unwrap();
+            partial
+        };
+        let (first, second) = (begun(), dir.path().join("second"));
+        finish(&first, &path).unwrap();
+        // Moved, not linked: FAT has no links.
+        assert!(!first.path.exists());
+        std::fs::write(&second, "y").unwrap();
+        assert_eq!(rename(&second, &path).unwrap_err().kind(), std::io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&path).unwrap(), b"x");
+    }
 
     #[test]
     fn a_new_key_is_shown_also_when_the_backup_broke_off_behind_it() {
