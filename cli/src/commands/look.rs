@@ -5,54 +5,44 @@ use super::{ask, connect, pages};
 use crate::args::{Global, Output, TopOf};
 use crate::client::Client;
 use crate::error::Result;
-use crate::output::{age, moment, print, transfer, waits, word};
+use crate::output::{age, counted, moment, print, transfer, waits, word};
 use berth_proto::api::*;
 use berth_proto::escape::for_terminal;
 use berth_proto::quantity::{format_cpu, human_bytes};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
-/// Deployments that meet the selector, by namespace and name; `None` without one.
-async fn selected(global: &Global, client: &Client) -> Result<Option<BTreeSet<(String, String)>>> {
-    if global.selector.is_none() {
-        return Ok(None);
-    }
-    // --filter is for the replicas that are asked for.
+/// All deployments. --filter is for the replicas that are asked for.
+async fn deployments(global: &Global, client: &Client) -> Result<Vec<Deployment>> {
     let all = Global { filter: None, ..global.clone() };
     let global = &all;
     let mut deployments = client.deployments();
-    let all = pages!(global, deployments, |page| deployments
-        .list_deployments(ListDeploymentsRequest { namespace: client.namespace.clone(), page }));
-    let metas = all.into_iter().filter_map(|d| d.meta);
+    Ok(pages!(global, deployments, |page| deployments
+        .list_deployments(ListDeploymentsRequest { namespace: client.namespace.clone(), page })))
+}
+
+/// Of these deployments those that meet the selector, by namespace and name.
+fn selected(global: &Global, all: &[Deployment]) -> BTreeSet<(String, String)> {
+    let metas = all.iter().filter_map(|d| d.meta.as_ref());
     let chosen = metas.filter(|m| global.selects(&m.labels));
-    Ok(Some(chosen.map(|m| (m.namespace, m.name)).collect()))
+    chosen.map(|m| (m.namespace.clone(), m.name.clone())).collect()
 }
 
 /// Rows for the slots that have no replica, because no host fits: `deployment list -o json` has them as
 /// `pending`.
-async fn placeless(global: &Global, client: &Client, name: &str) -> Result<Vec<Vec<String>>> {
-    if global.filter.is_some() {
-        return Ok(Vec::new());
-    }
-    let mut deployments = client.deployments();
-    let all = pages!(global, deployments, |page| deployments
-        .list_deployments(ListDeploymentsRequest { namespace: client.namespace.clone(), page }));
+fn placeless(global: &Global, all: &[Deployment]) -> Vec<Vec<String>> {
     let mut rows = Vec::new();
     for deployment in all {
-        let meta = deployment.meta.unwrap_or_default();
-        if (!name.is_empty() && meta.name != name) || !global.selects(&meta.labels) {
+        let meta = deployment.meta.clone().unwrap_or_default();
+        if !global.selects(&meta.labels) {
             continue;
         }
-        let status = deployment.status.unwrap_or_default();
+        let status = deployment.status.clone().unwrap_or_default();
         for pending in status.pending.iter().filter(|p| p.reason == "NO_HOST_FITS") {
-            let slots = match pending.count {
-                1 => "1 slot".to_owned(),
-                many => format!("{many} slots"),
-            };
             rows.push(vec![
                 meta.namespace.clone(),
                 meta.name.clone(),
-                slots,
+                counted(pending.count, "slot"),
                 String::new(),
                 status.release.to_string(),
                 "pending".to_owned(),
@@ -62,27 +52,40 @@ async fn placeless(global: &Global, client: &Client, name: &str) -> Result<Vec<V
             ]);
         }
     }
-    Ok(rows)
+    rows
+}
+
+/// Where replicas are looked for: a name alone is that of a deployment in `default`, as everywhere;
+/// nothing means all namespaces.
+fn where_to_look<'a>(namespace: &'a str, deployment: &str) -> &'a str {
+    if namespace.is_empty() && !deployment.is_empty() { "default" } else { namespace }
 }
 
 pub async fn ps(global: &Global, deployment: Option<String>, host: Option<String>) -> Result<()> {
     let client = connect(global).await?;
-    let selected = selected(global, &client).await?;
-    let mut deployments = client.deployments();
+    let mut asking = client.deployments();
     let (name, host) = (deployment.unwrap_or_default(), host.unwrap_or_default());
-    if !name.is_empty() {
-        // So that a name that does not exist is an error, not an empty list.
-        let request =
-            GetDeploymentRequest { namespace: client.namespace.clone(), name: name.clone() };
-        ask(global, deployments.get_deployment(request)).await?;
-    }
-    let mut all = pages!(global, replicas, |page| deployments.list_replicas(ListReplicasRequest {
-        namespace: client.namespace.clone(),
+    let namespace = where_to_look(&client.namespace, &name).to_owned();
+    // Slots that have no host match no filter of replicas.
+    let for_people = matches!(global.output, Output::Table | Output::Wide);
+    let with_placeless = for_people && host.is_empty() && global.filter.is_none();
+    let known = if !name.is_empty() {
+        // Also so that a name that does not exist is an error, not an empty list.
+        let request = GetDeploymentRequest { namespace: namespace.clone(), name: name.clone() };
+        ask(global, asking.get_deployment(request)).await?.deployment.into_iter().collect()
+    } else if with_placeless || global.selector.is_some() {
+        deployments(global, &client).await?
+    } else {
+        Vec::new()
+    };
+    let mut all = pages!(global, replicas, |page| asking.list_replicas(ListReplicasRequest {
+        namespace: namespace.clone(),
         deployment: name.clone(),
         host: host.clone(),
         page,
     }));
-    if let Some(selected) = selected {
+    if global.selector.is_some() {
+        let selected = selected(global, &known);
         all.retain(|r| selected.contains(&(r.namespace.clone(), r.deployment.clone())));
     }
     let state = |r: &Replica| {
@@ -124,8 +127,8 @@ pub async fn ps(global: &Global, deployment: Option<String>, host: Option<String
             ]
         })
         .collect();
-    if matches!(global.output, Output::Table | Output::Wide) && host.is_empty() {
-        rows.extend(placeless(global, &client, &name).await?);
+    if with_placeless {
+        rows.extend(placeless(global, &known));
         rows.sort_by(|a, b| (&a[0], &a[1]).cmp(&(&b[0], &b[1])));
     }
     let value = all
@@ -236,14 +239,14 @@ async fn top_hosts(global: &Global) -> Result<()> {
 
 async fn top_replicas(global: &Global, deployment: Option<String>) -> Result<()> {
     let client = connect(global).await?;
-    let selected = selected(global, &client).await?;
     let request = ReadUsageRequest {
         namespace: client.namespace.clone(),
         deployment: deployment.unwrap_or_default(),
         host: String::new(),
     };
     let mut answer = ask(global, client.logs().read_usage(request)).await?;
-    if let Some(selected) = selected {
+    if global.selector.is_some() {
+        let selected = selected(global, &deployments(global, &client).await?);
         answer.usages.retain(|u| selected.contains(&(u.namespace.clone(), u.deployment.clone())));
     }
     for (host, words) in &answer.unreachable {
@@ -288,4 +291,16 @@ async fn top_replicas(global: &Global, deployment: Option<String>) -> Result<()>
         "REPLICA",
     ];
     print(global, &heads, 9, rows, &Value::Array(values))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_alone_is_looked_for_in_default_and_nothing_everywhere() {
+        assert_eq!(where_to_look("", "iris"), "default");
+        assert_eq!(where_to_look("vision", "iris"), "vision");
+        assert_eq!((where_to_look("", ""), where_to_look("vision", "")), ("", "vision"));
+    }
 }
