@@ -34,7 +34,7 @@ pub struct Global {
     /// Context to use instead of the current one.
     #[arg(long, global = true, env = "BERTH_CONTEXT")]
     pub context: Option<String>,
-    /// How long one request may take, e.g. 30s.
+    /// How long one call of the API may take, e.g. 30s; pushes and predictions have times of their own.
     #[arg(long, global = true, default_value = "60s", value_parser = duration)]
     pub request_timeout: std::time::Duration,
     /// Do not ask before something is removed or moved away.
@@ -108,12 +108,7 @@ pub enum Command {
     Logs(Logs),
     /// Set the number of replicas.
     #[command(after_help = help::SCALE)]
-    Scale {
-        /// The deployment.
-        deployment: String,
-        /// How many.
-        replicas: u32,
-    },
+    Scale(Scale),
     /// Remove a deployment.
     #[command(after_help = help::RM)]
     Rm {
@@ -209,6 +204,21 @@ pub struct Apply {
     pub wait_all: bool,
     /// Wait at most so long.
     #[arg(long, default_value = "15m", value_parser = duration)]
+    pub timeout: std::time::Duration,
+}
+
+/// How many of what.
+#[derive(Debug, Args)]
+pub struct Scale {
+    /// The deployment.
+    pub deployment: String,
+    /// How many.
+    pub replicas: u32,
+    /// Wait until so many are ready.
+    #[arg(long)]
+    pub wait: bool,
+    /// Wait at most so long.
+    #[arg(long, default_value = "15m", value_parser = duration, requires = "wait")]
     pub timeout: std::time::Duration,
 }
 
@@ -354,12 +364,7 @@ pub enum Deployment {
         name: String,
     },
     /// Set the number of replicas.
-    Scale {
-        /// Its name.
-        name: String,
-        /// How many.
-        replicas: u32,
-    },
+    Scale(Scale),
     /// Replace every replica by a new one of the same release's spec.
     Restart {
         /// Its name.
@@ -616,6 +621,13 @@ pub struct ModelPush {
 /// Images.
 #[derive(Debug, Subcommand)]
 pub enum Image {
+    /// List the repositories of the server's registry: images and models.
+    List,
+    /// List the tags of one.
+    Tags {
+        /// The repository, as listed.
+        repository: String,
+    },
     /// Push an image of the local engine to the server's registry.
     Push {
         /// The image here.
@@ -628,7 +640,7 @@ pub enum Image {
 /// Users.
 #[derive(Debug, Subcommand)]
 pub enum User {
-    /// Make a user; prints a context for it.
+    /// Make a user; prints a context for it. Without -n its role holds in all namespaces.
     Create {
         /// Its name.
         name: String,

@@ -20,6 +20,8 @@ use std::time::Duration;
 use tokio::io::AsyncSeekExt as _;
 use tokio_util::io::ReaderStream;
 
+/// Names of a list in one answer.
+const PAGE: usize = 1000;
 /// Small requests.
 const SHORT: Duration = Duration::from_secs(60);
 /// The end of an upload: the registry may have to read gigabytes once more to verify them.
@@ -67,6 +69,41 @@ impl<'a> Registry<'a> {
         Ok(Self { context, door: Door::new(context, &context.registry)? })
     }
 
+    /// All pages of a list of names, which answers hold under `field`.
+    pub async fn list(&self, path: &str, field: &str) -> Result<Vec<String>> {
+        let mut all: Vec<String> = Vec::new();
+        loop {
+            let after = all.last().map(|last| format!("&last={last}")).unwrap_or_default();
+            let ask = self
+                .request(Method::GET, &format!("{path}?n={PAGE}{after}"))
+                .body(Empty::<Bytes>::new())?;
+            let answer = self.door.ask(ask, SHORT).await?;
+            if answer.status() != StatusCode::OK {
+                return Err(refused("the list", &answer));
+            }
+            let page = names_in(&serde_json::from_slice(answer.body())?, field);
+            let whole = page.len() < PAGE;
+            all.extend(page);
+            if whole {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// Whether pushes to a repository are permitted: an upload is begun and given up.
+    async fn may_push(&self, repository: &str) -> Result<bool> {
+        let begin = self
+            .request(Method::POST, &format!("/v2/{repository}/blobs/uploads/"))
+            .header(header::CONTENT_LENGTH, 0)
+            .body(Empty::<Bytes>::new())?;
+        let begun = self.door.ask(begin, SHORT).await?;
+        if let Some(location) = path_of(&begun) {
+            let end = self.request(Method::DELETE, &location).body(Empty::<Bytes>::new())?;
+            self.door.ask(end, SHORT).await?;
+        }
+        Ok(begun.status() == StatusCode::ACCEPTED)
+    }
+
     fn request(&self, method: Method, uri: &str) -> http::request::Builder {
         Request::builder().method(method).uri(uri).header(header::HOST, &self.door.address)
     }
@@ -89,6 +126,12 @@ fn refused(what: &str, response: &http::Response<Bytes>) -> Error {
             berth_proto::escape::for_terminal(&words)
         ),
     )
+}
+
+/// The names in an answer.
+fn names_in(answer: &serde_json::Value, field: &str) -> Vec<String> {
+    let names = answer[field].as_array().into_iter().flatten();
+    names.filter_map(|name| name.as_str().map(str::to_owned)).collect()
 }
 
 /// What is told while bytes move: how many are there, and of how many.
@@ -349,7 +392,13 @@ pub async fn manifest(
         .body(Full::new(Bytes::from(bytes)))?;
     let done = registry.door.ask(put, SHORT).await?;
     if done.status() != StatusCode::CREATED {
-        return Err(refused("the manifest", &done));
+        let mut error = refused("the manifest", &done);
+        // The registry has one word for "you may not" and for "nobody may", as of a version that never
+        // changes; whoever may push there hears the latter.
+        if error.kind == Kind::Denied && registry.may_push(repository).await? {
+            error.kind = Kind::User;
+        }
+        return Err(error);
     }
     Ok(digest)
 }

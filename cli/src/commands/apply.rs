@@ -3,10 +3,12 @@
 use super::deployment::to_json;
 use super::{Patience, ask, broken, connect, write};
 use crate::args::{Apply, Files, Global};
+use crate::client::Client;
 use crate::error::{Error, Kind, Result};
-use crate::output::{despite, print, say, transfer, waits, word};
+use crate::output::{counted, despite, print, say, transfer, waits, word};
 use crate::progress::{Board, Line};
 use crate::style::Ink;
+use berth_proto::api::deployment_service_client::DeploymentServiceClient;
 use berth_proto::api::*;
 use berth_proto::convert::Problems;
 use berth_proto::escape::for_terminal;
@@ -17,7 +19,9 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tokio::time::Instant;
+use tonic::transport::Channel;
 
 /// Rollouts followed at once; the others wait for their turn, which changes nothing for them: what is
 /// followed is a level. One connection carries at least 100 streams.
@@ -148,12 +152,13 @@ pub async fn apply(global: &Global, args: Apply) -> Result<()> {
     let client = connect(global).await?;
     let request = ApplyRequest { write: write(), deployments };
     let answer = ask(global, client.deployments().apply(request)).await?;
-    drop(client);
+    let shared = Shared::new(client.deployments());
     let board = RefCell::new(Board::new());
     let end = Instant::now() + args.timeout;
     let follow = |(index, result): (usize, ApplyResult)| {
-        let board = &board;
+        let (board, shared) = (&board, &shared);
         async move {
+            let adjusted = result.action() == ApplyAction::Adjusted;
             let action = word(result.action().as_str_name(), "APPLY_ACTION_");
             let deployment = result.deployment.unwrap_or_default();
             let release = deployment.status.as_ref().map_or(0, |s| s.release);
@@ -161,11 +166,15 @@ pub async fn apply(global: &Global, args: Apply) -> Result<()> {
             board.borrow_mut().note(&format!("{}: {action} (release {release})", meta.name));
             let mut outcome = Outcome { action, release, deployment, error: None };
             if !args.no_wait {
+                let wait_all = args.wait_all;
+                let meta = &meta;
                 let following = Following {
                     global,
-                    meta: &meta,
+                    shared,
+                    meta,
                     release,
-                    wait_all: args.wait_all,
+                    adjusted,
+                    wait_all,
                     end,
                     index,
                     board,
@@ -235,11 +244,67 @@ fn worst(errors: Vec<Error>) -> Option<Error> {
     Some(worst)
 }
 
+/// Waits until a deployment whose number was changed has as many replicas ready.
+pub async fn settle(
+    global: &Global,
+    client: &Client,
+    deployment: &Deployment,
+    timeout: Duration,
+) -> Result<Deployment> {
+    let meta = &deployment.meta.clone().unwrap_or_default();
+    let following = Following {
+        global,
+        shared: &Shared::new(client.deployments()),
+        meta,
+        release: deployment.status.as_ref().map_or(0, |s| s.release),
+        adjusted: true,
+        wait_all: false,
+        end: Instant::now() + timeout,
+        index: 0,
+        board: &RefCell::new(Board::new()),
+    };
+    following.run().await.map_err(|(error, _)| error)
+}
+
+/// A connection that all share who follow a rollout. Whoever finds it broken leaves it, and the next
+/// one who asks makes another.
+struct Shared<T> {
+    /// How many were left, and the present one.
+    held: tokio::sync::Mutex<(u64, Option<T>)>,
+}
+
+impl<T: Clone> Shared<T> {
+    fn new(first: T) -> Self {
+        Self { held: tokio::sync::Mutex::new((0, Some(first))) }
+    }
+
+    /// The present one with its number, or the one that is made now.
+    async fn get(&self, make: impl Future<Output = Result<T>>) -> Result<(u64, T)> {
+        let mut held = self.held.lock().await;
+        let one = match &held.1 {
+            Some(one) => one.clone(),
+            None => held.1.insert(make.await?).clone(),
+        };
+        Ok((held.0, one))
+    }
+
+    /// That of this number is of no use any more, unless somebody has said so before.
+    async fn leave(&self, number: u64) {
+        let mut held = self.held.lock().await;
+        if held.0 == number {
+            *held = (number + 1, None);
+        }
+    }
+}
+
 /// One rollout that is followed.
 struct Following<'a> {
     global: &'a Global,
+    shared: &'a Shared<DeploymentServiceClient<Channel>>,
     meta: &'a ObjectMeta,
     release: u64,
+    /// No new release was made: a complete rollout says nothing of the replicas that were added.
+    adjusted: bool,
     wait_all: bool,
     end: Instant,
     index: usize,
@@ -260,7 +325,7 @@ enum Verdict {
     Failed(String),
 }
 
-fn judge(status: &DeploymentStatus, release: u64) -> Verdict {
+fn judge(status: &DeploymentStatus, release: u64, adjusted: bool) -> Verdict {
     let reason = || {
         let words = for_terminal(&status.reason);
         if words.is_empty() { "the rollout failed".to_owned() } else { words }
@@ -274,6 +339,11 @@ fn judge(status: &DeploymentStatus, release: u64) -> Verdict {
             if status.release > release =>
         {
             Verdict::Failed(format!("release {} took the place of {release}", status.release))
+        }
+        RolloutState::Complete
+            if adjusted && status.deferred_hosts == 0 && status.updated_ready < status.wanted =>
+        {
+            Verdict::Wait
         }
         RolloutState::Complete => Verdict::Done { deferred: status.deferred_hosts },
         RolloutState::Rolling | RolloutState::Unspecified => Verdict::Wait,
@@ -323,12 +393,33 @@ impl Following<'_> {
         last: &mut Option<Deployment>,
         patience: &mut Patience,
     ) -> Result<Deployment> {
-        let client = connect(self.global).await?;
+        let make = async { Ok(connect(self.global).await?.deployments()) };
+        let (number, deployments) = match tokio::time::timeout_at(self.end, self.shared.get(make))
+            .await
+        {
+            Ok(got) => got?,
+            Err(_) => {
+                return Err(Error::new(Kind::Unavailable, "the server was not reached in time"));
+            }
+        };
+        let result = self.watch_over(deployments, last, patience).await;
+        if result.as_ref().is_err_and(|error| error.kind == Kind::Unavailable) {
+            self.shared.leave(number).await;
+        }
+        result
+    }
+
+    async fn watch_over(
+        &self,
+        mut deployments: DeploymentServiceClient<Channel>,
+        last: &mut Option<Deployment>,
+        patience: &mut Patience,
+    ) -> Result<Deployment> {
         let request = WatchDeploymentRequest {
             namespace: self.meta.namespace.clone(),
             name: self.meta.name.clone(),
         };
-        let mut stream = ask(self.global, client.deployments().watch_deployment(request)).await?;
+        let mut stream = ask(self.global, deployments.watch_deployment(request)).await?;
         loop {
             let next = match tokio::time::timeout_at(self.end, stream.message()).await {
                 Ok(next) => next.map_err(broken)?,
@@ -346,7 +437,7 @@ impl Following<'_> {
             *last = Some(deployment.clone());
             let away = away(&now.replicas);
             self.board.borrow_mut().show(self.index, self.lines(&now.replicas, &status, &away));
-            match judge(&status, self.release) {
+            match judge(&status, self.release, self.adjusted) {
                 Verdict::Wait => {}
                 Verdict::Done { deferred } if deferred > 0 && self.wait_all => {}
                 Verdict::Done { deferred } => {
@@ -374,7 +465,7 @@ impl Following<'_> {
     /// The time is over.
     fn late(&self, last: Option<&Deployment>) -> Error {
         let status = last.and_then(|d| d.status.clone()).unwrap_or_default();
-        match judge(&status, self.release) {
+        match judge(&status, self.release, self.adjusted) {
             Verdict::Done { deferred } if deferred > 0 => Error::new(
                 Kind::Deferred,
                 format!("complete, but {}", on_return(deferred, &BTreeSet::new())),
@@ -409,8 +500,10 @@ impl Following<'_> {
         }
         for pending in status.pending.iter().filter(|p| p.reason == "NO_HOST_FITS") {
             let text = for_terminal(&format!(
-                "  {}: waiting: {} ({} slots)",
-                self.meta.name, pending.message, pending.count
+                "  {}: waiting: {} ({})",
+                self.meta.name,
+                pending.message,
+                counted(pending.count, "slot")
             ));
             lines.push(Line {
                 key: key(&pending.reason),
@@ -530,7 +623,8 @@ fn planned_text(planned: &PlannedDeployment) -> String {
         ));
     }
     for pending in &planned.pending {
-        text.push_str(&format!("  {} slots would wait: {}\n", pending.count, pending.message));
+        let slots = counted(pending.count, "slot");
+        text.push_str(&format!("  {slots} would wait: {}\n", pending.message));
     }
     text
 }
@@ -657,6 +751,7 @@ mod tests {
             ..DeploymentStatus::default()
         };
         use RolloutState as S;
+        let judge = |status: &DeploymentStatus, release| judge(status, release, false);
         assert_eq!(judge(&status(S::Rolling, 2, 0), 2), Verdict::Wait);
         assert_eq!(judge(&status(S::Complete, 2, 3), 2), Verdict::Done { deferred: 3 });
         for failed in [S::Failed, S::RolledBack, S::Paused, S::Deleting] {
@@ -664,6 +759,44 @@ mod tests {
         }
         // Somebody else's newer release is not the one that was waited for.
         assert!(matches!(judge(&status(S::Complete, 3, 0), 2), Verdict::Failed(_)));
+    }
+
+    #[test]
+    fn a_number_that_was_raised_is_not_there_before_its_replicas_are_ready() {
+        let status = |updated_ready, deferred_hosts| DeploymentStatus {
+            rollout: RolloutState::Complete as i32,
+            release: 1,
+            wanted: 50,
+            updated_ready,
+            deferred_hosts,
+            ..DeploymentStatus::default()
+        };
+        assert_eq!(judge(&status(2, 0), 1, true), Verdict::Wait);
+        assert_eq!(judge(&status(50, 0), 1, true), Verdict::Done { deferred: 0 });
+        // As with a new release: hosts that are away are not waited for.
+        assert_eq!(judge(&status(2, 1), 1, true), Verdict::Done { deferred: 1 });
+        // A release that was made has been judged by its rollout.
+        assert_eq!(judge(&status(2, 0), 1, false), Verdict::Done { deferred: 0 });
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_shared_until_it_breaks_and_then_made_anew_once() {
+        let made = RefCell::new(0);
+        let make = || async {
+            *made.borrow_mut() += 1;
+            Ok(*made.borrow())
+        };
+        let shared = Shared::new(0);
+        assert_eq!(shared.get(make()).await.unwrap(), (0, 0));
+        // Two find it broken, one makes the next.
+        for _ in 0..2 {
+            shared.leave(0).await;
+            assert_eq!(shared.get(make()).await.unwrap(), (1, 1));
+        }
+        shared.leave(1).await;
+        let away = async { Err(Error::new(Kind::Unavailable, "away")) };
+        assert!(shared.get(away).await.is_err());
+        assert_eq!(shared.get(make()).await.unwrap(), (2, 2));
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Deployments and their releases.
 
+use super::apply::settle;
 use super::{ask, confirm, connect, pages, write};
-use crate::args::{Deployment as Verb, Global, Output, Release as ReleaseVerb, Rollout};
+use crate::args::{Deployment as Verb, Global, Output, Release as ReleaseVerb, Rollout, Scale};
 use crate::error::{Error, Result};
-use crate::output::{age, moment, print, put, say, word};
+use crate::output::{age, counted, moment, print, put, remote_lines, say, word};
 use berth_proto::api::*;
 use berth_proto::manifest;
 use serde_json::{Value, json};
@@ -25,20 +26,22 @@ pub fn to_json(deployment: &Deployment) -> Value {
     value
 }
 
-pub async fn scale(global: &Global, name: &str, replicas: u32) -> Result<()> {
+pub async fn scale(global: &Global, args: Scale) -> Result<()> {
+    let Scale { deployment: name, replicas, wait, timeout } = args;
     let client = connect(global).await?;
     let request = ScaleRequest {
         write: write(),
         namespace: client.namespace.clone(),
-        name: name.to_owned(),
+        name: name.clone(),
         replicas,
     };
     let answer = ask(global, client.deployments().scale(request)).await?;
-    say(
-        global,
-        &format!("{name}: {replicas} replicas wanted"),
-        &to_json(&answer.deployment.unwrap_or_default()),
-    )
+    let mut deployment = answer.deployment.unwrap_or_default();
+    if wait {
+        deployment = settle(global, &client, &deployment, timeout).await?;
+    }
+    let words = format!("{name}: {} wanted", counted(replicas, "replica"));
+    say(global, &words, &to_json(&deployment))
 }
 
 pub async fn remove(global: &Global, name: &str, allow_missing: bool) -> Result<()> {
@@ -123,12 +126,14 @@ pub async fn deployment(global: &Global, verb: Verb) -> Result<()> {
             let one = one.deployment.unwrap_or_default();
             match global.output {
                 // Can be applied again and changes nothing.
-                Output::Yaml => put(&manifest::to_yaml(&manifest::to_json(&one))),
+                Output::Yaml => put(&remote_lines(&manifest::to_yaml(&manifest::to_json(&one)))),
                 Output::Json => say(global, "", &to_json(&one)),
-                Output::Table | Output::Wide => put(&manifest::to_yaml(&to_json(&one))),
+                Output::Table | Output::Wide => {
+                    put(&remote_lines(&manifest::to_yaml(&to_json(&one))))
+                }
             }
         }
-        Verb::Scale { name, replicas } => scale(global, &name, replicas).await,
+        Verb::Scale(args) => scale(global, args).await,
         Verb::Restart { name } => {
             let client = connect(global).await?;
             let namespace = client.namespace.clone();

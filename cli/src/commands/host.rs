@@ -65,6 +65,17 @@ pub fn labels_of(h: &Host) -> BTreeMap<String, String> {
     labels
 }
 
+/// Why a host is not as it should be; of one that is drained, how far that is.
+fn reason(spec: &HostSpec, status: &HostStatus) -> String {
+    if !status.reason.is_empty() || !spec.draining {
+        return status.reason.clone();
+    }
+    match status.replicas {
+        0 => "drained: nothing is left on it".to_owned(),
+        left => format!("draining: {} still there", counted(left, "replica")),
+    }
+}
+
 fn told(global: &Global, words: &str, host: Option<Host>) -> Result<()> {
     say(global, words, &host_json(&host.unwrap_or_default()))
 }
@@ -109,7 +120,7 @@ pub async fn host(global: &Global, verb: HostVerb) -> Result<()> {
                             human_bytes(have.memory_bytes)
                         ),
                         age(m.create_time.as_ref()),
-                        s.reason,
+                        reason(&spec, &s),
                         f.engine,
                         f.agent_version,
                         f.arch,
@@ -326,4 +337,23 @@ async fn orphans(global: &Global) -> Result<()> {
         .collect();
     let heads = ["REPLICA", "HOST", "NAMESPACE", "DEPLOYMENT", "SLOT", "RELEASE"];
     print(global, &heads, heads.len(), rows, &Value::Array(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_that_is_drained_tells_how_far_that_is() {
+        let spec = |draining| HostSpec { draining, ..HostSpec::default() };
+        let status = |replicas, reason: &str| HostStatus {
+            replicas,
+            reason: reason.to_owned(),
+            ..HostStatus::default()
+        };
+        assert_eq!(reason(&spec(false), &status(2, "")), "");
+        assert_eq!(reason(&spec(true), &status(1, "")), "draining: 1 replica still there");
+        assert_eq!(reason(&spec(true), &status(0, "")), "drained: nothing is left on it");
+        assert_eq!(reason(&spec(true), &status(1, "its engine is away")), "its engine is away");
+    }
 }

@@ -7,7 +7,7 @@ use crate::client;
 use crate::dockerignore::{self, Rules};
 use crate::engine;
 use crate::error::{Error, Result};
-use crate::output::say;
+use crate::output::{print, say};
 use crate::{package, push};
 use berth_proto::api::*;
 use berth_proto::escape::for_terminal;
@@ -15,7 +15,7 @@ use berth_proto::quantity::human_bytes;
 use bollard::models::BuildInfo;
 use bollard::query_parameters::{BuildImageOptionsBuilder, RemoveImageOptions};
 use futures_util::StreamExt as _;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::Path;
 use tokio_util::io::ReaderStream;
@@ -23,10 +23,36 @@ use tokio_util::io::ReaderStream;
 /// Pieces of the context on their way to the engine.
 const PIECE: usize = 256 * 1024;
 
+/// The namespace a repository is in: its first segment, but for what is `default`'s.
+fn namespace_of(repository: &str) -> &str {
+    match repository.split_once('/') {
+        None | Some(("models", _)) => "default",
+        Some((namespace, _)) => namespace,
+    }
+}
+
 pub async fn image(global: &Global, verb: Image) -> Result<()> {
-    let Image::Push { local, remote } = verb;
-    let (repository, tag) = name_and_version(&remote)?;
     let context = client::context(global)?;
+    let (local, remote) = match verb {
+        Image::Push { local, remote } => (local, remote),
+        Image::List => {
+            let registry = push::Registry::of(&context)?;
+            let mut all = registry.list("/v2/_catalog", "repositories").await?;
+            all.retain(|name| global.namespace.as_deref().is_none_or(|n| n == namespace_of(name)));
+            let row = |name: &String| vec![namespace_of(name).to_owned(), name.clone()];
+            let one = |name: &String| json!({"namespace": namespace_of(name), "repository": name});
+            let (rows, values) = (all.iter().map(row).collect(), all.iter().map(one).collect());
+            return print(global, &["NAMESPACE", "REPOSITORY"], 2, rows, &Value::Array(values));
+        }
+        Image::Tags { repository } => {
+            let registry = push::Registry::of(&context)?;
+            let all = registry.list(&format!("/v2/{repository}/tags/list"), "tags").await?;
+            let rows = all.iter().map(|tag| vec![tag.clone()]).collect();
+            let value = json!({"repository": repository, "tags": all});
+            return print(global, &["TAG"], 1, rows, &value);
+        }
+    };
+    let (repository, tag) = name_and_version(&remote)?;
     let pushed = push::image(&context, &local, repository, tag).await?;
     say(
         global,
@@ -181,6 +207,18 @@ pub async fn build(global: &Global, args: Build) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_repositorys_first_segment_is_its_namespace_but_for_models() {
+        for (repository, namespace) in [
+            ("iris-app", "default"),
+            ("models/iris", "default"),
+            ("vision/models/iris", "vision"),
+            ("runtimes/onnx", "runtimes"),
+        ] {
+            assert_eq!(namespace_of(repository), namespace);
+        }
+    }
 
     #[test]
     fn a_context_keeps_links_and_leaves_out_what_is_ignored() {

@@ -65,11 +65,10 @@ fn takes_selector(command: &Command) -> bool {
         Command::Ps { .. } | Command::Top { .. } => true,
         Command::Deployment(verb) => matches!(verb, Deployment::List),
         Command::Host(verb) => matches!(verb, Host::List),
-        Command::Model(verb) => matches!(verb, Model::List),
         Command::Apply(_)
         | Command::Plan(_)
         | Command::Logs(_)
-        | Command::Scale { .. }
+        | Command::Scale(_)
         | Command::Rm { .. }
         | Command::Infer(_)
         | Command::Build(_)
@@ -80,6 +79,7 @@ fn takes_selector(command: &Command) -> bool {
         | Command::Orphan(_)
         | Command::Event(_)
         | Command::Audit(_)
+        | Command::Model(_)
         | Command::Image(_)
         | Command::User(_)
         | Command::Context(_)
@@ -103,7 +103,7 @@ fn takes_filter(command: &Command) -> bool {
         Command::Apply(_)
         | Command::Plan(_)
         | Command::Logs(_)
-        | Command::Scale { .. }
+        | Command::Scale(_)
         | Command::Rm { .. }
         | Command::Infer(_)
         | Command::Build(_)
@@ -129,14 +129,12 @@ async fn carry_out(cli: Cli) -> Result<u8> {
     }
     if global.selector.is_some() && !takes_selector(&cli.command) {
         return Err(Error::new(Kind::Usage, "-l is for lists of what has labels")
-            .hint("ps, top, deployment list, host list, model list"));
+            .hint("ps, top, deployment list, host list"));
     }
     match cli.command {
         Command::Apply(args) => apply::apply(&global, args).await?,
         Command::Plan(files) => apply::plan(&global, &files).await?,
-        Command::Scale { deployment, replicas } => {
-            deployment::scale(&global, &deployment, replicas).await?;
-        }
+        Command::Scale(args) => deployment::scale(&global, args).await?,
         Command::Rm { deployment } => deployment::remove(&global, &deployment, false).await?,
         Command::Deployment(command) => deployment::deployment(&global, command).await?,
         Command::Release(command) => deployment::release(&global, command).await?,
@@ -398,6 +396,9 @@ mod tests {
             "ps iris -o wide",
             "logs -f iris --since 10m --tail 3 --timestamps",
             "scale iris 2",
+            "scale iris 2 --wait --timeout 1m",
+            "image list",
+            "image tags runtimes/onnx",
             "rm iris -y",
             "infer iris --input f",
             "build -t a:1 .",
@@ -420,6 +421,7 @@ mod tests {
             "exec iris",
             "nosuch",
             "orphan adopt",
+            "scale iris 2 --timeout 1m",
             "orphan release r1 --host a",
         ] {
             let words = std::iter::once("berth").chain(line.split(' '));

@@ -93,9 +93,8 @@ pub async fn model(global: &Global, verb: ModelVerb) -> Result<()> {
         ModelVerb::Push(args) => model_push(global, args).await,
         ModelVerb::List => {
             let mut models = connect(global).await?.models();
-            let mut all = pages!(global, models, |page| models
+            let all = pages!(global, models, |page| models
                 .list_models(ListModelsRequest { namespace: namespace.clone(), page }));
-            all.retain(|m| m.meta.as_ref().is_some_and(|meta| global.selects(&meta.labels)));
             let aliases = |m: &Model| {
                 m.aliases.iter().map(|(a, v)| format!("{a}={v}")).collect::<Vec<_>>().join(", ")
             };
