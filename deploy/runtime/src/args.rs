@@ -99,7 +99,8 @@ pub struct Serve {
 
     /// Requests in progress, waiting ones included; more are refused (503, UNAVAILABLE).
     ///
-    /// Memory for requests is bounded by this times --max-body.
+    /// What is read of them takes at most this times --max-body; the tensors made of it take some
+    /// times more, as a digit and a comma become a number of eight bytes.
     #[arg(long, env = "BERTH_QUEUE", value_name = "COUNT", default_value_t = 128,
           value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub queue: u32,

@@ -75,6 +75,10 @@ impl Queue {
             return Err(Error::Stopping);
         }
         if state.waiting.len() >= self.limits.capacity {
+            // While the model runs nobody else takes away those whose callers have gone.
+            state.waiting.retain(|job| !job.reply.is_closed());
+        }
+        if state.waiting.len() >= self.limits.capacity {
             return Err(Error::QueueFull { limit: self.limits.capacity });
         }
         state.waiting.push_back(job);
@@ -309,6 +313,17 @@ mod tests {
         queue.push(first).unwrap();
         let refused = queue.push(job(rows(1, 4)).0);
         assert!(matches!(refused, Err(Error::QueueFull { limit: 1 })));
+    }
+
+    #[test]
+    fn a_place_of_a_caller_who_has_gone_is_free() {
+        let queue = queue(1, Duration::ZERO, 1);
+        let (gone, answer) = job(rows(1, 4));
+        queue.push(gone).unwrap();
+        drop(answer);
+        let (next, _answer) = job(rows(3, 4));
+        queue.push(next).unwrap();
+        assert_eq!(queue.next().unwrap()[0].inputs[0].rows(), 3);
     }
 
     #[test]

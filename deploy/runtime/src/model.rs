@@ -198,8 +198,8 @@ impl Model {
         let known = self.open_dimensions_are_rows(joinable.is_ok());
         let wanted: Vec<usize> = (0..self.outputs.len()).collect();
         let mut last = None;
-        // Sizes that pictures and sentences have; only the first is tried when all sizes are known.
-        for size in [1, 16, 64, 224] {
+        // Only the first is tried when all sizes are known.
+        for size in trial_sizes(&self.signature) {
             match self.run(&trial_inputs(&self.signature, 1, size, 1), &wanted) {
                 Ok(_) => {
                     let joinable = joinable.and_then(|()| self.rows_are_independent(size, &wanted));
@@ -278,7 +278,7 @@ pub fn find(path: &Path) -> Result<PathBuf, LoadError> {
     }
     let mut found = Vec::new();
     let mut folders = vec![(path.to_path_buf(), 0)];
-    while let Some((folder, depth)) = folders.pop() {
+    'search: while let Some((folder, depth)) = folders.pop() {
         for entry in fs::read_dir(&folder).map_err(unreadable(&folder))? {
             let entry = entry.map_err(unreadable(&folder))?.path();
             // Follows links: artifacts and volumes are often trees of them.
@@ -291,7 +291,7 @@ pub fn find(path: &Path) -> Result<PathBuf, LoadError> {
             }
             // Enough to say that there are several; a wrong mount may hold millions of files.
             if found.len() > 4 {
-                break;
+                break 'search;
             }
         }
     }
@@ -303,10 +303,44 @@ pub fn find(path: &Path) -> Result<PathBuf, LoadError> {
     }
 }
 
+/// Elements of a trial's inputs together, 64 MiB of them: room for a picture whose every dimension is
+/// open, but not for a film.
+const TRIAL_ELEMENTS: usize = 16 << 20;
+
+/// What open dimensions are tried with: sizes that pictures and sentences have, but for those that would
+/// make more of them than a host has memory for. With 1 they are as small as they can be.
+fn trial_sizes(signature: &Signature) -> Vec<usize> {
+    let elements = |size| {
+        let shapes = trial_shapes(signature, 1, size);
+        let of = |shape: &Vec<usize>| shape.iter().try_fold(1_usize, |all, n| all.checked_mul(*n));
+        shapes.iter().map(of).try_fold(0_usize, |all, n| all.checked_add(n?))
+    };
+    let fits = |size: &usize| *size == 1 || elements(*size).is_some_and(|n| n <= TRIAL_ELEMENTS);
+    [1, 16, 64, 224].into_iter().filter(fits).collect()
+}
+
+/// The shapes of a trial's inputs: the first dimension is `rows` where it is open, every other open one
+/// is `size`.
+fn trial_shapes(signature: &Signature, rows: usize, size: usize) -> Vec<Vec<usize>> {
+    // Open dimensions of one name have one size, also when the first is named like a later one.
+    let mut named = BTreeMap::new();
+    let mut of = |(place, dim): (usize, &Dim)| {
+        let open = if place == 0 { rows } else { size };
+        match dim {
+            Dim::Fixed(size) => *size,
+            Dim::Open(None) => open,
+            Dim::Open(Some(name)) => *named.entry(name.clone()).or_insert(open),
+        }
+    };
+    let dims = |spec: &TensorSpec| -> Vec<usize> {
+        spec.shape.iter().flatten().enumerate().map(&mut of).collect()
+    };
+    signature.inputs.iter().map(dims).collect()
+}
+
 /// Inputs of the signature's data types and shapes, the same for the same arguments.
 ///
-/// The first dimension is `rows` where it is open, every other open one is `size`. Real numbers lie
-/// between -1 and 1; whole ones are 0 or 1, which any table that is looked up has.
+/// Their shapes are those of [`trial_shapes`]. Real numbers lie between -1 and 1; whole ones are 0 or 1, which any table that is looked up has.
 fn trial_inputs(signature: &Signature, rows: usize, size: usize, seed: u32) -> Vec<Tensor> {
     let mut state = seed.wrapping_mul(2_654_435_761) | 1;
     let mut next = move || {
@@ -315,26 +349,12 @@ fn trial_inputs(signature: &Signature, rows: usize, size: usize, seed: u32) -> V
         state ^= state << 5;
         state
     };
-    // Open dimensions of one name have one size, also when the first is named like a later one.
-    let mut named = BTreeMap::new();
+    let shapes = trial_shapes(signature, rows, size);
     signature
         .inputs
         .iter()
-        .map(|spec| {
-            let shape: Vec<usize> = spec
-                .shape
-                .iter()
-                .flatten()
-                .enumerate()
-                .map(|(place, dim)| {
-                    let open = if place == 0 { rows } else { size };
-                    match dim {
-                        Dim::Fixed(size) => *size,
-                        Dim::Open(None) => open,
-                        Dim::Open(Some(name)) => *named.entry(name).or_insert(open),
-                    }
-                })
-                .collect();
+        .zip(shapes)
+        .map(|(spec, shape)| {
             let count = shape.iter().product::<usize>();
             let elements = if spec.datatype.is_float() {
                 #[expect(clippy::cast_precision_loss, reason = "any number will do")]
@@ -378,6 +398,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Datatype;
 
     fn sample(name: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../models").join(name)
@@ -399,6 +420,37 @@ mod tests {
         assert_eq!(find(folder.path()).unwrap(), folder.path().join("model.onnx"));
         let absent = folder.path().join("absent");
         assert!(matches!(find(&absent), Err(LoadError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn a_search_ends_when_it_has_found_several() {
+        let folder = tempfile::tempdir().unwrap();
+        for below in 0..4 {
+            let below = folder.path().join(below.to_string());
+            fs::create_dir(&below).unwrap();
+            for file in 0..4 {
+                fs::write(below.join(format!("{file}.onnx")), "").unwrap();
+            }
+        }
+        assert!(matches!(
+            find(folder.path()),
+            Err(LoadError::SeveralModels { found, .. }) if found.len() == 5
+        ));
+    }
+
+    #[test]
+    fn a_film_of_open_dimensions_is_not_tried_in_all_sizes() {
+        let signature = |shape: &[Dim]| {
+            let shape = Some(shape.to_vec());
+            let spec = TensorSpec { name: "x".to_owned(), datatype: Datatype::Fp32, shape };
+            Signature { inputs: vec![spec], ..Signature::default() }
+        };
+        let open = Dim::Open(None);
+        let of = |open_dims: usize| trial_sizes(&signature(&vec![open.clone(); open_dims]));
+        assert_eq!(of(4), [1, 16, 64, 224]);
+        assert_eq!(of(5), [1, 16, 64]);
+        // What the file itself says is tried whatever it is.
+        assert_eq!(trial_sizes(&signature(&[Dim::Fixed(usize::MAX), Dim::Fixed(2)])), [1]);
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //!
 //! On the wire a tensor has one of the protocol's data types; the engine computes in four element
 //! types. [`Datatype`] is the former, [`Elements`] the latter, and here is every conversion between
-//! them. A conversion never changes a value silently, with one exception that the engine imposes:
-//! FP64 is computed, and therefore rounded, as FP32.
+//! them. Whole numbers are never changed: what does not fit is refused. Real ones are rounded to the
+//! nearest that there is, and what is too large becomes infinite: FP64 is computed as FP32, an answer
+//! in FP16 or a whole number given as a real one is rounded likewise.
 
 use std::fmt;
 
