@@ -92,6 +92,7 @@ fn write(folder: &Path, name: &str, text: &str) -> Result<String> {
 #[test]
 fn an_agent_on_podman_serves_once_its_host_allows_what_podman_cannot_forbid() {
     let Some(podman) = Podman::start().unwrap() else {
+        assert!(std::env::var_os("CI").is_none(), "podman: there is none that runs containers");
         println!("podman: skipped, there is none that runs containers");
         return;
     };

@@ -208,6 +208,9 @@ pub struct Cluster {
     agents: Vec<(String, Process)>,
     server_args: Vec<String>,
     address: String,
+    /// The cluster's uid, since the first agent: what it leaves in the engine is found by that, also
+    /// when the server cannot say it any more.
+    uid: Option<String>,
     /// Where `berthd` is; the build that is tested unless it was rolled.
     build: PathBuf,
 }
@@ -257,7 +260,8 @@ impl Cluster {
         let server_args = args.iter().map(ToString::to_string).collect();
         let address = address.to_owned();
         let (server, agents, build) = (None, Vec::new(), bin_dir()?);
-        let mut cluster = Self { dir, server, agents, server_args, address, build };
+        let uid = None;
+        let mut cluster = Self { dir, server, agents, server_args, address, uid, build };
         prepare(&cluster.server_dir())?;
         cluster.start_server()?;
         Ok(cluster)
@@ -392,6 +396,7 @@ impl Cluster {
 
     /// Takes over an agent that was started otherwise.
     pub fn adopt_agent(&mut self, name: &str, process: Process) {
+        self.uid = self.uid.take().or_else(|| self.uid().ok());
         self.agents.push((name.to_owned(), process));
     }
 
@@ -462,7 +467,7 @@ impl Drop for Cluster {
         if std::thread::panicking() {
             eprintln!("{}", self.story());
         }
-        let uid = self.uid();
+        let uid = self.uid.take().or_else(|| self.uid().ok());
         for (_, agent) in &mut self.agents {
             agent.kill();
         }
@@ -470,7 +475,7 @@ impl Drop for Cluster {
             server.kill();
         }
         // What the cluster's label names, and nothing else. Without an agent here there is nothing.
-        if let Ok(uid) = uid
+        if let Some(uid) = uid
             && !self.agents.is_empty()
         {
             let made = std::fs::read_to_string(self.made_images()).unwrap_or_default();

@@ -76,6 +76,17 @@ impl Outcome {
     }
 }
 
+/// What a seed came to; code that panics has broken something, as much as code that does wrong.
+fn tried(run: impl FnOnce() -> (u64, Option<String>)) -> (u64, Option<String>) {
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+    caught.unwrap_or_else(|panic| {
+        let words = panic.downcast_ref::<&str>().map(|words| (*words).to_owned());
+        let words = words.or_else(|| panic.downcast_ref::<String>().cloned());
+        let words = words.unwrap_or_else(|| "without words".to_owned());
+        (0, Some(format!("it panicked: {words}")))
+    })
+}
+
 /// Runs seeds on all threads; with `stop`, until one breaks something.
 fn run(first: u64, seeds: u64, threads: usize, bug: Option<&bugs::Bug>, stop: bool) -> Outcome {
     let (next, stopped) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
@@ -87,10 +98,13 @@ fn run(first: u64, seeds: u64, threads: usize, bug: Option<&bugs::Bug>, stop: bo
             if at >= seeds || at > stopped.load(Ordering::Relaxed) {
                 return mine;
             }
-            let run = sim::run(first + at);
+            let (steps, broken) = tried(|| {
+                let run = sim::run(first + at);
+                (run.steps, run.broken)
+            });
             mine.seeds += 1;
-            mine.steps += run.steps;
-            if let Some(broken) = run.broken {
+            mine.steps += steps;
+            if let Some(broken) = broken {
                 mine.count += 1;
                 mine.add(sim::kind(&broken), 1, first + at);
                 if mine.broken.is_none() {
@@ -104,7 +118,8 @@ fn run(first: u64, seeds: u64, threads: usize, bug: Option<&bugs::Bug>, stop: bo
     };
     let parts: Vec<Outcome> = std::thread::scope(|scope| {
         let running: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        running.into_iter().filter_map(|thread| thread.join().ok()).collect()
+        let ended = running.into_iter().map(std::thread::ScopedJoinHandle::join);
+        ended.map(|end| end.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
     });
     let mut all = Outcome::new();
     for part in parts {
@@ -193,14 +208,27 @@ fn main() -> ExitCode {
     };
     let Some(seed) = seed else { return ExitCode::SUCCESS };
     bugs::plant(bug.as_ref());
-    match sim::story(seed) {
-        Some(story) => {
+    match tried(|| (0, sim::story(seed).map(|story| story.to_string()))) {
+        (_, Some(story)) => {
             println!("{story}");
             ExitCode::FAILURE
         }
-        None => {
+        (_, None) => {
             println!("seed {seed} breaks nothing");
             ExitCode::SUCCESS
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_that_panics_is_a_finding_of_its_own() {
+        assert_eq!(tried(|| (3, None)), (3, None));
+        let broken = |words: &str| (0, Some(format!("it panicked: {words}")));
+        assert_eq!(tried(|| panic!("no host {}", 1)), broken("no host 1"));
+        assert_eq!(tried(|| panic!("no host")), broken("no host"));
     }
 }
