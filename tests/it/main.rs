@@ -30,6 +30,7 @@ mod logs;
 mod main_job;
 #[cfg(test)]
 mod podman;
+mod quickstart;
 #[cfg(test)]
 mod registry;
 #[cfg(test)]
