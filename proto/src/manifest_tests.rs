@@ -204,3 +204,10 @@ fn a_slip_is_mended_and_another_name_is_not() {
     assert_eq!(nearest("x", known), None);
     assert_eq!(nearest("vision", known), None);
 }
+
+#[test]
+fn the_example_of_every_option_is_taken_and_a_number_in_env_becomes_text() {
+    let text = include_str!("../../deploy/examples/all-options.yaml");
+    let written = parse(text, "all-options.yaml").unwrap();
+    assert_eq!(written[0].spec.env["BERTH_MAX_BATCH"], "32");
+}
