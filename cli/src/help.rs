@@ -57,6 +57,7 @@ was, without lines twice.";
 pub const SCALE: &str = "\
 Examples:
   berth scale iris 5
+  berth scale iris 3 --wait      until three are ready
   berth scale iris 0             nothing runs, the deployment stays";
 
 pub const RM: &str = "\
@@ -179,7 +180,9 @@ not sent again; an upload that breaks off goes on where it was, also by the same
 
 pub const IMAGE: &str = "\
 Examples:
-  berth image push my-runtime:latest runtimes/onnx:latest";
+  berth image push my-runtime:latest runtimes/onnx:latest
+  berth image list                       what the registry has, also models
+  berth image tags runtimes/onnx";
 
 pub const USER: &str = "\
 Examples:

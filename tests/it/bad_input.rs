@@ -179,3 +179,34 @@ fn what_takes_something_away_is_asked_about_and_nobody_to_ask_is_a_no() {
     cluster.berth_ok(&["user", "revoke", "vera", "--yes"]).unwrap();
     assert!(revoked());
 }
+
+#[test]
+fn a_version_that_never_changes_ends_with_1_and_a_role_that_may_not_push_with_4() {
+    let cluster = Cluster::start().unwrap();
+    let file = cluster.dir.path().join("weights.bin");
+    let file = file.to_str().unwrap();
+    std::fs::write(file, "one").unwrap();
+    let push = ["model", "push", "iris:1", file];
+    cluster.berth_ok(&push).unwrap();
+    std::fs::write(file, "two").unwrap();
+    told(&cluster.berth(&push).unwrap(), 1, &["never changes"]);
+
+    let context = cluster.berth_ok(&["user", "create", "vera", "--role", "viewer"]).unwrap();
+    let config = cluster.dir.path().join("vera.toml");
+    std::fs::write(&config, context).unwrap();
+    let vera = |args: &[&str]| {
+        command("berth").unwrap().env("BERTH_CONFIG", &config).args(args).output().unwrap()
+    };
+    // Every byte is there already, so that the manifest alone is refused.
+    std::fs::write(file, "one").unwrap();
+    told(&vera(&push), 4, &["vera", "may not push"]);
+    assert!(vera(&["image", "list"]).status.success());
+
+    let repository = serde_json::json!({"namespace": "default", "repository": "models/iris"});
+    assert_eq!(cluster.berth_json(&["image", "list"]).unwrap(), serde_json::json!([repository]));
+    let elsewhere = cluster.berth_json(&["image", "list", "-n", "vision"]).unwrap();
+    assert_eq!(elsewhere, serde_json::json!([]));
+    let tags = cluster.berth_json(&["image", "tags", "models/iris"]).unwrap();
+    assert_eq!(tags, serde_json::json!({"repository": "models/iris", "tags": ["1"]}));
+    told(&cluster.berth(&["image", "tags", "nowhere"]).unwrap(), 1, &["nowhere"]);
+}

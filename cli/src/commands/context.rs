@@ -4,7 +4,7 @@ use super::{ask, confirm, connect};
 use crate::args::{ContextCommand, Global, Output, Registry, Server};
 use crate::client;
 use crate::error::{Error, Kind, Result};
-use crate::output::{moment, print, say};
+use crate::output::{counted, moment, print, say};
 use berth_proto::api::*;
 use berth_proto::manifest;
 use berth_proto::quantity::human_bytes;
@@ -128,7 +128,7 @@ pub async fn registry(global: &Global, verb: Registry) -> Result<()> {
     let done =
         ask(global, client.system().collect_garbage(CollectGarbageRequest { dry_run })).await?;
     let verb = if dry_run { "would be removed" } else { "removed" };
-    let words = format!("{} blobs, {}: {verb}", done.count, human_bytes(done.size_bytes));
+    let words = format!("{}, {}: {verb}", counted(done.count, "blob"), human_bytes(done.size_bytes));
     let value = json!({"dryRun": dry_run, "count": done.count, "sizeBytes": done.size_bytes, "digests": done.digests});
     if global.output == Output::Wide {
         eprintln!("{}", done.digests.join("\n"));
