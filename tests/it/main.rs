@@ -29,6 +29,7 @@ mod logs;
 #[cfg(test)]
 mod main_job;
 #[cfg(test)]
+mod numbers;
 mod podman;
 mod quickstart;
 #[cfg(test)]

@@ -473,10 +473,12 @@ impl Following<'_> {
             .hint("`berth ps` shows which; --timeout sets how long to wait for them"),
             Verdict::Done { .. } | Verdict::Wait | Verdict::Failed(_) => Error::new(
                 Kind::RolloutFailed,
-                format!(
-                    "not complete in time ({}/{} ready); the rollout goes on",
-                    status.updated_ready, status.wanted
-                ),
+                for_terminal(&format!(
+                    "not complete in time ({}/{} ready{}); the rollout goes on",
+                    status.updated_ready,
+                    status.wanted,
+                    status.pending.first().map(|p| format!("; {}", p.message)).unwrap_or_default()
+                )),
             )
             .hint("`berth deployment rollout status` shows where it is, `berth ps` why"),
         }

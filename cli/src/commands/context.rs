@@ -128,7 +128,8 @@ pub async fn registry(global: &Global, verb: Registry) -> Result<()> {
     let done =
         ask(global, client.system().collect_garbage(CollectGarbageRequest { dry_run })).await?;
     let verb = if dry_run { "would be removed" } else { "removed" };
-    let words = format!("{}, {}: {verb}", counted(done.count, "blob"), human_bytes(done.size_bytes));
+    let words =
+        format!("{}, {}: {verb}", counted(done.count, "blob"), human_bytes(done.size_bytes));
     let value = json!({"dryRun": dry_run, "count": done.count, "sizeBytes": done.size_bytes, "digests": done.digests});
     if global.output == Output::Wide {
         eprintln!("{}", done.digests.join("\n"));
