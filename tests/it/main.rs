@@ -29,8 +29,12 @@ mod logs;
 #[cfg(test)]
 mod main_job;
 #[cfg(test)]
+mod network;
+#[cfg(test)]
 mod numbers;
+#[cfg(test)]
 mod podman;
+#[cfg(test)]
 mod quickstart;
 #[cfg(test)]
 mod registry;

@@ -281,6 +281,27 @@ impl Host {
         }
     }
 
+    /// Loses so many of a hundred packets that reach the host; `None`: none any more.
+    ///
+    /// # Errors
+    /// When the kernel does not take it.
+    pub fn lose(&self, percent: Option<u32>) -> Result<()> {
+        let iptables = |args: &[&str]| run(&mut self.inside(Command::new("iptables").args(args)));
+        let chain = "BERTH-LOSS";
+        if let Some(percent) = percent {
+            iptables(&["-N", chain])?;
+            let part = format!("0.{percent:02}");
+            let random = ["-m", "statistic", "--mode", "random", "--probability", &part];
+            iptables(&[&["-A", chain, "-i", "eth0"], &random[..], &["-j", "DROP"]].concat())?;
+            iptables(&["-I", "INPUT", "-j", chain])?;
+        } else {
+            iptables(&["-D", "INPUT", "-j", chain])?;
+            iptables(&["-F", chain])?;
+            iptables(&["-X", chain])?;
+        }
+        Ok(())
+    }
+
     /// Bytes that have reached the host over the wire since it was powered on.
     ///
     /// # Errors
