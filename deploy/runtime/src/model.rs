@@ -340,7 +340,8 @@ fn trial_shapes(signature: &Signature, rows: usize, size: usize) -> Vec<Vec<usiz
 
 /// Inputs of the signature's data types and shapes, the same for the same arguments.
 ///
-/// Their shapes are those of [`trial_shapes`]. Real numbers lie between -1 and 1; whole ones are 0 or 1, which any table that is looked up has.
+/// Their shapes are those of [`trial_shapes`]. Real numbers lie between -1 and 1; whole ones are 0 or
+/// 1, which any table that is looked up has.
 fn trial_inputs(signature: &Signature, rows: usize, size: usize, seed: u32) -> Vec<Tensor> {
     let mut state = seed.wrapping_mul(2_654_435_761) | 1;
     let mut next = move || {
