@@ -210,3 +210,25 @@ fn a_version_that_never_changes_ends_with_1_and_a_role_that_may_not_push_with_4(
     assert_eq!(tags, serde_json::json!({"repository": "models/iris", "tags": ["1"]}));
     told(&cluster.berth(&["image", "tags", "nowhere"]).unwrap(), 1, &["nowhere"]);
 }
+
+#[test]
+fn a_model_is_pushed_whole_before_the_server_is_asked_to_register_it() {
+    let cluster = Cluster::start().unwrap();
+    let file = cluster.dir.path().join("weights.bin");
+    std::fs::write(&file, "one").unwrap();
+    // The registry's door is there, the other one is not.
+    let admin = std::fs::read_to_string(cluster.server_dir().join("admin.toml")).unwrap();
+    let config = cluster.dir.path().join("half.toml");
+    let door = cluster.door("control").unwrap();
+    assert!(admin.contains(&door), "{door} is not in the context");
+    std::fs::write(&config, admin.replace(&door, "127.0.0.1:1")).unwrap();
+    let half = command("berth")
+        .unwrap()
+        .env("BERTH_CONFIG", &config)
+        .args(["model", "push", "iris:1", file.to_str().unwrap()])
+        .output()
+        .unwrap();
+    told(&half, 3, &["127.0.0.1:1"]);
+    let tags = cluster.berth_json(&["image", "tags", "models/iris"]).unwrap();
+    assert_eq!(tags["tags"], serde_json::json!(["1"]));
+}

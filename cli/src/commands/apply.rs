@@ -465,6 +465,7 @@ impl Following<'_> {
     /// The time is over.
     fn late(&self, last: Option<&Deployment>) -> Error {
         let status = last.and_then(|d| d.status.clone()).unwrap_or_default();
+        let why = status.pending.iter().find(|p| !p.message.is_empty());
         match judge(&status, self.release, self.adjusted) {
             Verdict::Done { deferred } if deferred > 0 => Error::new(
                 Kind::Deferred,
@@ -477,7 +478,7 @@ impl Following<'_> {
                     "not complete in time ({}/{} ready{}); the rollout goes on",
                     status.updated_ready,
                     status.wanted,
-                    status.pending.first().map(|p| format!("; {}", p.message)).unwrap_or_default()
+                    why.map(|p| format!("; {}", p.message)).unwrap_or_default()
                 )),
             )
             .hint("`berth deployment rollout status` shows where it is, `berth ps` why"),
