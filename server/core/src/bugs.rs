@@ -27,7 +27,6 @@ pub enum Bug {
     CordonUnasked,
     LabelsUnasked,
     FloorIgnored,
-    BegunUncounted,
     SurgeIgnored,
     OldHealthCounted,
     RollbackForgotten,
@@ -50,7 +49,6 @@ pub enum Bug {
     RoomWakeLost,
     ReadinessNotStored,
     TwoBootsWelcome,
-    ReturnedBootNewest,
     WantedForgotten,
     SurplusUnasked,
 }
@@ -83,10 +81,6 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::CordonUnasked, "replicas are placed on cordoned hosts"),
     (Bug::LabelsUnasked, "the labels that a deployment requires are not asked"),
     (Bug::FloorIgnored, "a rollout stops what is old whatever its floor is"),
-    (
-        Bug::BegunUncounted,
-        "the last that serves changes back its place while what is missing is only just started (mended)",
-    ),
     (Bug::SurgeIgnored, "a rollout starts as many as it likes at once"),
     (Bug::OldHealthCounted, "a rollout is complete when the old release is healthy"),
     (Bug::RollbackForgotten, "a rollout that fails is paused where it should roll back"),
@@ -109,7 +103,6 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::RoomWakeLost, "room that is given back wakes nobody"),
     (Bug::ReadinessNotStored, "the first readiness of a replica is not written to disk"),
     (Bug::TwoBootsWelcome, "two boots of one identity take the session from each other for ever"),
-    (Bug::ReturnedBootNewest, "a boot that came back is welcome when it asks once more (mended)"),
     (Bug::WantedForgotten, "a wanted replica is forgotten when its host has nothing of it"),
     (Bug::SurplusUnasked, "of two in one slot one is stopped whatever the floor is (mended)"),
 ];

@@ -38,11 +38,6 @@ impl Boots {
         match self.heard.iter().position(|(held, _)| held == nonce) {
             Some(at) => {
                 self.heard[at].1 = now;
-                if at < newest && !bug!(ReturnedBootNewest) {
-                    return Takeover::TwoBoots;
-                }
-                let boot = self.heard.remove(at);
-                self.heard.extend(boot);
                 if at < newest { Takeover::TwoBoots } else { Takeover::Fine }
             }
             None => {

@@ -76,14 +76,18 @@ impl World<'_> {
         let Some(process) = &self.server.process else { return };
         let found = audit::everything(process.machine.durable(), &process.live);
         // A host that came back after its replica was placed elsewhere leaves one too many. It goes when
-        // the floor lets it go.
+        // the floor lets it go, and not of a rollout that is paused: that waits, as all of it does, for a
+        // person.
         let waits = |finding: &&Finding| {
             let (Finding::BeyondSurge { deployment, .. } | Finding::SlotTwice { deployment, .. }) =
                 finding
             else {
                 return false;
             };
-            self.floor_holds(process.machine.durable(), &process.live, deployment)
+            let view = process.machine.durable();
+            let held = view.deployment(deployment);
+            held.is_some_and(|d| d.rollout() == RolloutState::Paused)
+                || self.floor_holds(view, &process.live, deployment)
         };
         if let Some(finding) = found.iter().find(|finding| !waits(finding)) {
             self.broke(format!("at the end {finding}"));

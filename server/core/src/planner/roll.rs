@@ -338,7 +338,6 @@ impl<'a> Planning<'a> {
         let mut spare = healthy.saturating_sub(if bug!(FloorIgnored) { 0 } else { floor });
         // Slots that come back to one that was displaced, or have just been given one; as many at once as
         // may change places.
-        let begun = if bug!(BegunUncounted) { 0 } else { begun };
         let mut recovering = begun
             + count(work.iter().filter(|item| {
                 item.old.is_empty() && item.new.iter().any(|(_, h)| matches!(h, Health::NotYet(_)))
