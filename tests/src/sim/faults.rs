@@ -240,7 +240,9 @@ impl World<'_> {
             self.end_clones(host);
         }
         self.server.arm = None;
-        (self.server.full_until, self.server.slow_until) = (0, 0);
+        // What it refused just now is planned again in a moment.
+        self.server.full_until = self.server.full_until.min(now);
+        self.server.slow_until = 0;
         if !self.server.is_up() {
             self.events.push(now + 1, Event::ServerStarts);
         }

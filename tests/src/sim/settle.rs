@@ -75,23 +75,24 @@ impl World<'_> {
     fn full_audit(&mut self) {
         let Some(process) = &self.server.process else { return };
         let found = audit::everything(process.machine.durable(), &process.live);
-        // A host that came back after its replica was placed elsewhere leaves one too many. It goes when
-        // the floor lets it go, and not of a rollout that is paused: that waits, as all of it does, for a
-        // person.
-        let waits = |finding: &&Finding| {
-            let (Finding::BeyondSurge { deployment, .. } | Finding::SlotTwice { deployment, .. }) =
-                finding
-            else {
-                return false;
-            };
-            let view = process.machine.durable();
-            let held = view.deployment(deployment);
-            held.is_some_and(|d| d.rollout() == RolloutState::Paused)
-                || self.floor_holds(view, &process.live, deployment)
-        };
-        if let Some(finding) = found.iter().find(|finding| !waits(finding)) {
+        if let Some(finding) = found.iter().find(|finding| !self.waits(finding)) {
             self.broke(format!("at the end {finding}"));
         }
+    }
+
+    /// A host that came back after its replica was placed elsewhere leaves one too many. It goes when the
+    /// floor lets it go, and not of a rollout that is paused: that waits, as all of it does, for a person.
+    fn waits(&self, finding: &Finding) -> bool {
+        let (Finding::BeyondSurge { deployment, .. } | Finding::SlotTwice { deployment, .. }) =
+            finding
+        else {
+            return false;
+        };
+        let Some(process) = &self.server.process else { return false };
+        let view = process.machine.durable();
+        let held = view.deployment(deployment);
+        held.is_some_and(|d| d.rollout() == RolloutState::Paused)
+            || self.floor_holds(view, &process.live, deployment)
     }
 
     /// No more of a deployment serve than its floor asks for: nothing that serves may go.
@@ -162,7 +163,8 @@ impl World<'_> {
                     node.disk.memory.get(&replica.uid).is_some_and(|m| {
                         m.replacement_begun && !m.replacement_done && !m.rolled_back
                     });
-                if under_way && !replica.failed {
+                // One that was adopted after a restore takes nobody's place any more.
+                if under_way && !replica.failed && replica.replaces.is_some() {
                     return Some(format!(
                         "{} has begun to take another's place on {uid} and has neither taken it nor \
                          given it back",
@@ -229,6 +231,10 @@ impl World<'_> {
             let plan = planner::plan(view, live, uid, now, &mut mint);
             if !plan.is_empty() {
                 return Some(format!("there is something left to plan for {uid}"));
+            }
+            let found = audit::deployment(view, live, uid);
+            if let Some(finding) = found.iter().find(|finding| !self.waits(finding)) {
+                return Some(finding.to_string());
             }
             if let Some(wanted) = deployment.wanted()
                 && deployment.rollout() == RolloutState::Complete
