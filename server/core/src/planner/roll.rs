@@ -48,6 +48,10 @@ impl<'a> SlotWork<'a> {
         self.old.iter().filter(move |(r, _)| !self.new.is_empty() && r.release == number)
     }
 
+    fn old_serves(&self) -> bool {
+        self.old.iter().any(|(_, health)| *health == Health::Healthy)
+    }
+
     fn all_deferred(&self) -> bool {
         !(self.new.is_empty() && self.old.is_empty())
             && self.all().all(|(_, health)| *health == Health::Deferred)
@@ -73,7 +77,7 @@ struct Started {
     healthy: u32,
     /// What may still be started.
     surge_room: u32,
-    /// Slots that had nothing to be stopped and got one.
+    /// Slots in which nothing serves and that got one.
     begun: u32,
 }
 
@@ -271,7 +275,7 @@ impl<'a> Planning<'a> {
             match chosen {
                 Ok(host) => {
                     self.place(item.slot, host, release, None, stand_in_for);
-                    begun += u32::from(item.old.is_empty());
+                    begun += u32::from(!item.old_serves());
                     if stand_in_for.is_none() {
                         surge_room = surge_room.saturating_sub(1);
                     }
@@ -340,7 +344,7 @@ impl<'a> Planning<'a> {
         // may change places.
         let mut recovering = begun
             + count(work.iter().filter(|item| {
-                item.old.is_empty() && item.new.iter().any(|(_, h)| matches!(h, Health::NotYet(_)))
+                !item.old_serves() && item.new.iter().any(|(_, h)| matches!(h, Health::NotYet(_)))
             }));
         // Mostly of the same slot; one that a slot has too many gives way to one of another.
         let successors: BTreeMap<&ReplicaUid, Health> = work

@@ -7,6 +7,7 @@ use crate::decide::{self, Asked};
 use crate::miniature::World;
 use berth_proto::api::{self, RolloutState};
 use berth_proto::ids::Revision;
+use berth_proto::values::Phase;
 
 #[test]
 fn a_deployment_is_placed_spread_and_complete() {
@@ -809,6 +810,42 @@ fn the_last_that_serves_keeps_its_place_while_what_is_missing_is_only_just_start
     assert!(floor(&stopped).is_some(), "else nobody serves");
     w.settle();
     assert_eq!(w.releases_running(), [1, 1]);
+}
+
+#[test]
+fn the_last_that_serves_keeps_its_place_while_the_others_change_theirs() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    // One fills a host.
+    spec.resources = Some(api::Resources { memory_bytes: 600 << 20, ..Default::default() });
+    w.apply(spec.clone());
+    w.settle();
+    spec.source = World::spec("two").source;
+    w.apply(spec);
+    w.plan();
+    w.agents();
+    // What is old in the other slot serves no more, and the one that takes its place does not yet.
+    let serves = w.view.replicas().find(|r| r.replaces.is_some()).unwrap().clone();
+    let other = w.view.replicas().find(|r| r.slot != serves.slot).unwrap().clone();
+    w.report(&other.uid, Phase::Running, false);
+    let release = w.view.release(&w.uid(), serves.release).unwrap().number;
+    let old = Replica { release, ..Replica::clone(&other) };
+    let next = Replica {
+        uid: "next".parse().unwrap(),
+        replaces: Some(other.uid.clone()),
+        first_ready: None,
+        ..Replica::clone(&other)
+    };
+    let back = w.deployment().edited(|r| {
+        (r.release, r.rollout) = (1, RolloutState::Rolling as i32);
+    });
+    w.change(vec![
+        Change::PutReplica(Arc::new(old)),
+        Change::PutReplica(Arc::new(next)),
+        Change::PutDeployment(Arc::new(back)),
+    ]);
+    let stopped: Vec<_> = w.plan().steps.iter().map(|s| (s.kind, s.slot)).collect();
+    assert!(!stopped.contains(&(PlannedStepKind::Stop, serves.slot)), "{stopped:?}");
 }
 
 #[test]
