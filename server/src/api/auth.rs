@@ -9,8 +9,8 @@ use crate::identity::ca::BACKDATE_SECONDS;
 use crate::identity::roles::{self, Needs};
 use crate::identity::tokens;
 use crate::registry::access::{
-    Access, AccessError, Action, Credentials, Noted, PeerCertificates, Principal, Protected, Reach,
-    credentials,
+    Access, AccessError, Action, Credentials, Noted, Noting, PeerCertificates, Principal,
+    Protected, Reach, credentials,
 };
 use crate::registry::names::{Reference, RepoName};
 use axum::extract::{Request, State};
@@ -421,16 +421,23 @@ impl Access for Doorkeeper {
     }
 
     async fn note(&self, noted: Noted<'_>) -> Result<(), AccessError> {
-        let method = match noted.action {
-            Action::Push => "registry/PutManifest",
-            Action::Delete => "registry/DeleteManifest",
-            Action::Pull => return Ok(()),
+        let method = match (noted.action, &noted.what) {
+            (Action::Push, Noting::Manifest(..)) => "registry/PutManifest",
+            (Action::Delete, Noting::Manifest(..)) => "registry/DeleteManifest",
+            (Action::Delete, Noting::Blob(_)) => "registry/DeleteBlob",
+            // Blobs that no manifest names come to nothing.
+            (Action::Push, Noting::Blob(_)) | (Action::Pull, _) => return Ok(()),
         };
         let repository = noted.repository;
-        let object = match (noted.reference, &noted.digest) {
-            (Reference::Tag(tag), Some(digest)) => format!("image/{repository}:{tag}@{digest}"),
-            (Reference::Tag(tag), None) => format!("image/{repository}:{tag}"),
-            (Reference::Digest(digest), _) => format!("image/{repository}@{digest}"),
+        let object = match &noted.what {
+            Noting::Manifest(Reference::Tag(tag), Some(digest)) => {
+                format!("image/{repository}:{tag}@{digest}")
+            }
+            Noting::Manifest(Reference::Tag(tag), None) => format!("image/{repository}:{tag}"),
+            Noting::Manifest(Reference::Digest(digest), _) => {
+                format!("image/{repository}@{digest}")
+            }
+            Noting::Blob(digest) => format!("blob/{repository}@{digest}"),
         };
         let peer = noted.extensions.get::<PeerAddr>().map(|a| a.0.to_string()).unwrap_or_default();
         let subject = noted.principal.subject.clone();

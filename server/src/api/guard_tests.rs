@@ -8,7 +8,7 @@ use super::tests::{call, served};
 use crate::doors::{PeerAddr, PeerCerts};
 use crate::gateway::http::{Forbidden, Guard};
 use crate::registry::access::{
-    Access, Action, Credentials, Noted, PeerCertificates, Principal, Reach,
+    Access, Action, Credentials, Noted, Noting, PeerCertificates, Principal, Reach,
 };
 use crate::registry::names::{Reference, RepoName};
 use berth_proto::api::deployment_service_server::DeploymentService as _;
@@ -236,7 +236,7 @@ async fn a_deployment_names_only_what_its_writer_may_read() {
 }
 
 #[tokio::test]
-async fn who_puts_or_removes_a_manifest_is_in_the_audit_log() {
+async fn who_puts_or_removes_something_is_in_the_audit_log() {
     let (_dir, api) = served();
     let principal = Principal { subject: "user/anna".into(), only: None };
     let mut extensions = http::Extensions::new();
@@ -245,20 +245,20 @@ async fn who_puts_or_removes_a_manifest_is_in_the_audit_log() {
     let digest = berth_proto::ids::Digest::of(b"m");
     let by_digest = Reference::parse(digest.as_str()).unwrap();
     let tag = Reference::parse("1.2").unwrap();
-    for (action, reference, put) in [
-        (Action::Push, &tag, Some(digest.clone())),
-        (Action::Push, &by_digest, Some(digest.clone())),
-        (Action::Delete, &tag, None),
-        (Action::Delete, &by_digest, None),
-        (Action::Pull, &tag, None),
+    for (action, what) in [
+        (Action::Push, Noting::Manifest(&tag, Some(digest.clone()))),
+        (Action::Push, Noting::Manifest(&by_digest, Some(digest.clone()))),
+        (Action::Delete, Noting::Manifest(&tag, None)),
+        (Action::Delete, Noting::Manifest(&by_digest, None)),
+        (Action::Delete, Noting::Blob(&digest)),
+        (Action::Pull, Noting::Manifest(&tag, None)),
     ] {
         let noted = Noted {
             principal: &principal,
             extensions: &extensions,
             action,
             repository: &repository,
-            reference,
-            digest: put,
+            what,
         };
         Doorkeeper(Arc::clone(&api.0)).note(noted).await.unwrap();
     }
@@ -267,11 +267,18 @@ async fn who_puts_or_removes_a_manifest_is_in_the_audit_log() {
     let told: Vec<(&str, &str)> =
         all.entries.iter().map(|e| (e.method.as_str(), e.objects[0].as_str())).collect();
     let whole = format!("image/models/iris@{digest}");
+    let blob = format!("blob/models/iris@{digest}");
     let tagged = format!("image/models/iris:1.2@{digest}");
     let (put, delete) = ("registry/PutManifest", "registry/DeleteManifest");
     assert_eq!(
         told,
-        [(put, &*tagged), (put, &*whole), (delete, "image/models/iris:1.2"), (delete, &*whole)]
+        [
+            (put, &*tagged),
+            (put, &*whole),
+            (delete, "image/models/iris:1.2"),
+            (delete, &*whole),
+            ("registry/DeleteBlob", &*blob),
+        ]
     );
     assert!(all.entries.iter().all(|e| (&*e.actor, &*e.peer) == ("user/anna", "192.0.2.7:5")));
 }

@@ -100,7 +100,16 @@ pub enum AccessError {
     Unavailable,
 }
 
-/// A manifest is about to be put or removed.
+/// What is about to be put or removed.
+#[derive(Debug)]
+pub enum Noting<'a> {
+    /// A manifest, under which tag or by which digest; what is put.
+    Manifest(&'a Reference, Option<Digest>),
+    /// A blob.
+    Blob(&'a Digest),
+}
+
+/// Something is about to be put or removed.
 #[derive(Debug)]
 pub struct Noted<'a> {
     /// By whom.
@@ -111,10 +120,8 @@ pub struct Noted<'a> {
     pub action: Action,
     /// Where.
     pub repository: &'a RepoName,
-    /// Under which tag, or by which digest.
-    pub reference: &'a Reference,
-    /// What is put.
-    pub digest: Option<Digest>,
+    /// What.
+    pub what: Noting<'a>,
 }
 
 /// Who may do what; asked at every request, so that a revocation counts at once.
@@ -126,7 +133,7 @@ pub trait Access: Send + Sync + 'static {
     fn allows(&self, principal: &Principal, repository: &RepoName, action: Action) -> bool;
     /// How much of it `principal` reads, once it may pull. Never waits.
     fn reach(&self, principal: &Principal, repository: &RepoName) -> Reach;
-    /// Writes down who puts or removes a manifest, before it is done; not done when that fails.
+    /// Writes down who puts or removes something, before it is done; not done when that fails.
     async fn note(&self, noted: Noted<'_>) -> Result<(), AccessError>;
 }
 

@@ -173,14 +173,8 @@ impl Registry {
         reader: impl AsyncRead + Unpin,
         expected: Option<&Digest>,
     ) -> Result<(Digest, u64), RegistryError> {
-        let id = self.begin_upload(repo).await?;
         let body = ReaderStream::with_capacity(reader, 128 << 10);
-        let stored = self.finish_upload(repo, id, Placement::default(), body, expected).await;
-        if stored.is_err() {
-            // Nobody else knows the upload, so nobody would go on with it.
-            let _ = self.cancel_upload(repo, id).await;
-        }
-        stored
+        self.take_whole(repo, None, Placement::default(), body, expected).await
     }
 
     /// A place among the blobs that are sent at once, in turn.

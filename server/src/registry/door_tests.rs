@@ -600,3 +600,72 @@ async fn what_cannot_be_written_down_is_neither_put_nor_removed() {
     assert_eq!(gone.status, StatusCode::SERVICE_UNAVAILABLE);
     assert!(client.registry.manifest(&repo, &tag).await.is_ok());
 }
+
+/// Tag `1.2` and its digest become a registered version once they were asked about so many times.
+struct Soon(std::sync::atomic::AtomicUsize);
+
+impl Protected for Soon {
+    fn protects(&self, _: &RepoName, reference: &Reference) -> Option<String> {
+        let asked = self.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        let named = matches!(reference, Reference::Tag(tag) if tag.as_str() == "1.2");
+        (asked > 0 && (named || matches!(reference, Reference::Digest(_))))
+            .then(|| format!("iris:1.2 as {reference}"))
+    }
+}
+
+#[tokio::test]
+async fn a_version_that_is_registered_while_its_manifest_is_put_or_deleted_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let (digest, manifest) = {
+        let client = Client::open(dir.path(), Settings::default());
+        client.image("a", "1.2", "layer").await
+    };
+    let mut other = manifest.clone();
+    other["annotations"] = json!({"x": "y"});
+    for call in ["PUT", "DELETE tag", "DELETE digest"] {
+        let client = Client::with(dir.path(), Settings::default(), Arc::new(Soon(0.into())));
+        let reply = match call {
+            "PUT" => client.put("a", "1.2", IMAGE, &other).await,
+            "DELETE tag" => client.send("DELETE /v2/a/manifests/1.2", &[], "").await,
+            _ => client.send(&format!("DELETE /v2/a/manifests/{digest}"), &[], "").await,
+        };
+        assert_eq!(reply.status, StatusCode::FORBIDDEN, "{call}");
+        let tag = names::Tag::parse("1.2").unwrap();
+        let repo = RepoName::parse("a").unwrap();
+        let held = client.registry.resolve_tag(&repo, &tag).await.unwrap();
+        assert_eq!(held, Some(digest.clone()), "{call}");
+    }
+}
+
+#[tokio::test]
+async fn one_user_cannot_take_all_uploads_and_a_whole_push_that_is_dropped_leaves_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = Settings { uploads_max: 4, uploads_of_one: 2, ..Settings::default() };
+    let client = Client::open(dir.path(), settings);
+    let begin = async |user: &str| {
+        let shown = format!("Bearer {user}");
+        client.send("POST /v2/b/blobs/uploads/", &[("authorization", &shown)], "").await.status
+    };
+    for status in [StatusCode::ACCEPTED, StatusCode::ACCEPTED, StatusCode::TOO_MANY_REQUESTS] {
+        assert_eq!(begin("all").await, status);
+    }
+    // One that stalls in the middle and goes away, for as long as anybody likes.
+    let digest = Digest::of(b"never whole");
+    for _ in 0..5 {
+        let stuck = Body::from_stream(tokio_stream::pending::<Result<bytes::Bytes, io::Error>>());
+        let request = Request::post(format!("/v2/b/blobs/uploads/?digest={digest}"))
+            .header("authorization", "Bearer other")
+            .body(stuck)
+            .unwrap();
+        let push = client.router.clone().oneshot(request);
+        assert!(tokio::time::timeout(Duration::from_millis(20), push).await.is_err());
+        // Its place is given back.
+        let free = async {
+            while client.registry.0.uploads.lock().len() > 2 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), free).await.unwrap();
+    }
+    assert_eq!(begin("other").await, StatusCode::ACCEPTED);
+}

@@ -1,10 +1,10 @@
 //! What each path does, in the words of HTTP.
 
-use super::access::Action;
+use super::access::{Action, Noting};
 use super::errors::{RegistryError, held_range};
 use super::listing::Page;
 use super::manifests::{MANIFEST_BYTES_MAX, Manifest, media_types};
-use super::names::{Reference, RepoName, Tag, parse_digest};
+use super::names::{Reference, RepoName, parse_digest};
 use super::router::{Caller, Door, Params};
 use super::uploads::{Placement, upload_location};
 use axum::body::Body;
@@ -16,6 +16,7 @@ use http::header::{
     LINK, LOCATION, RANGE,
 };
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use std::sync::Arc;
 use uuid::Uuid;
 
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
@@ -225,23 +226,37 @@ async fn put_manifest(
                 RegistryError::BodyBroken
             }
         })?;
-    if let Reference::Tag(tag) = &reference
-        && let Some(version) = door.protected.protects(repo, &reference)
-    {
-        let digest = Digest::of(&bytes);
-        // Pushing a version again as it is harms nothing, and clients do it.
-        let same = door.registry.resolve_tag(repo, tag).await? == Some(digest.clone())
-            || door.protected.protects(repo, &Reference::Digest(digest)) == Some(version.clone());
-        if !same {
-            return Err(RegistryError::Denied(format!(
-                "{version} is a registered version and never changes: push {repo} under another \
-                 tag"
-            )));
+    let digest = Digest::of(&bytes);
+    let keep = {
+        let (protected, repo) = (Arc::clone(&door.protected), repo.clone());
+        let (reference, digest) = (reference.clone(), digest.clone());
+        move |held: Option<Digest>| {
+            let Reference::Tag(_) = &reference else { return None };
+            let version = protected.protects(&repo, &reference)?;
+            // Pushing a version again as it is harms nothing, and clients do it.
+            let same = held.as_ref() == Some(&digest)
+                || protected.protects(&repo, &Reference::Digest(digest.clone()))
+                    == Some(version.clone());
+            (!same).then(|| {
+                format!(
+                    "{version} is a registered version and never changes: push {repo} under \
+                     another tag"
+                )
+            })
         }
+    };
+    // Now, so that what is not done is not written down, and again when it is done: a version may be
+    // registered while this is.
+    let held = match &reference {
+        Reference::Tag(tag) => door.registry.resolve_tag(repo, tag).await?,
+        Reference::Digest(_) => None,
+    };
+    if let Some(why) = keep(held) {
+        return Err(RegistryError::Denied(why));
     }
-    let (what, digest) = ((repo, &reference), Some(Digest::of(&bytes)));
-    caller.note(&request.extensions, Action::Push, what, digest).await?;
-    let put = door.registry.put_manifest(repo, &reference, &media_type, bytes).await?;
+    let noted = Noting::Manifest(&reference, Some(digest));
+    caller.note(&request.extensions, Action::Push, repo, noted).await?;
+    let put = door.registry.put_manifest_if(repo, &reference, &media_type, bytes, keep).await?;
     let mut headers = vec![
         (LOCATION, format!("/v2/{repo}/manifests/{}", put.digest)),
         (CONTENT_DIGEST, put.digest.to_string()),
@@ -259,25 +274,34 @@ async fn delete_manifest(
     reference: &Reference,
     extensions: &http::Extensions,
 ) -> Result<(), RegistryError> {
-    let words = |version: String| {
-        format!("{version} is a registered version: remove it with `berth model rm` first")
-    };
-    if let Some(version) = door.protected.protects(repo, reference) {
-        return Err(RegistryError::Denied(words(version)));
-    }
-    caller.note(extensions, Action::Delete, (repo, reference), None).await?;
-    match reference {
-        Reference::Tag(tag) => door.registry.delete_tag(repo, tag).await,
-        Reference::Digest(digest) => {
-            let (protected, of) = (std::sync::Arc::clone(&door.protected), repo.clone());
-            let keep =
-                move |tag: &Tag| protected.protects(&of, &Reference::Tag(tag.clone())).map(words);
-            door.registry.delete_manifest(repo, digest, keep).await
+    let keep = {
+        let (protected, repo) = (Arc::clone(&door.protected), repo.clone());
+        move |reference: &Reference| {
+            let version = protected.protects(&repo, reference)?;
+            Some(format!(
+                "{version} is a registered version: remove it with `berth model rm` first"
+            ))
         }
+    };
+    // Now, so that what is not done is not written down, and again when it is done: a version may be
+    // registered while this is.
+    if let Some(why) = keep(reference) {
+        return Err(RegistryError::Denied(why));
+    }
+    caller.note(extensions, Action::Delete, repo, Noting::Manifest(reference, None)).await?;
+    match reference {
+        Reference::Tag(tag) => door.registry.delete_tag_if(repo, tag, keep).await,
+        Reference::Digest(digest) => door.registry.delete_manifest(repo, digest, keep).await,
     }
 }
 
-pub(super) async fn blob(door: &Door, repo: &RepoName, digest: &str, request: Request) -> Answer {
+pub(super) async fn blob(
+    door: &Door,
+    caller: &Caller<'_>,
+    repo: &RepoName,
+    digest: &str,
+    request: Request,
+) -> Answer {
     // The body, which nobody reads, must not be held while we wait.
     let (request, _) = request.into_parts();
     let digest = parse_digest(digest)?;
@@ -312,6 +336,10 @@ pub(super) async fn blob(door: &Door, repo: &RepoName, digest: &str, request: Re
             Ok(respond(status, headers, Body::from_stream(body)))
         }
         Method::DELETE => {
+            // What is not here is not written down as deleted.
+            door.registry.blob_size(repo, &digest, false).await?;
+            let noted = Noting::Blob(&digest);
+            caller.note(&request.extensions, Action::Delete, repo, noted).await?;
             door.registry.delete_blob(repo, &digest).await?;
             Ok(empty(StatusCode::ACCEPTED, Vec::new()))
         }
@@ -368,17 +396,13 @@ pub(super) async fn begin(
     }
     let expected = params.digest.as_deref().map(parse_digest).transpose()?;
     let at = Placement { start: None, length: content_length(request.headers()) };
-    let id = door.registry.begin_upload(repo).await?;
+    let by = Some(caller.subject());
     if let (Some(expected), None) = (&expected, &params.mount) {
         let body = request.into_body().into_data_stream();
-        let stored = door.registry.finish_upload(repo, id, at, body, Some(expected)).await;
-        if let Err(error) = stored {
-            // The client was never told of the upload, so it cannot go on with it.
-            let _ = door.registry.cancel_upload(repo, id).await;
-            return Err(error);
-        }
+        door.registry.take_whole(repo, by, at, body, Some(expected)).await?;
         return Ok(created_blob(repo, expected));
     }
+    let id = door.registry.begin_upload_by(repo, by).await?;
     Ok(empty(StatusCode::ACCEPTED, upload_headers(repo, id, 0)))
 }
 

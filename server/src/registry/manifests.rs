@@ -251,15 +251,31 @@ impl Registry {
     /// that is a rule of the door.
     ///
     /// # Errors
-    /// [`RegistryError::ManifestInvalid`], [`RegistryError::ManifestTooLarge`],
-    /// [`RegistryError::ManifestBlobUnknown`], [`RegistryError::DigestMismatch`],
-    /// [`RegistryError::Io`].
+    /// Those of [`Self::put_manifest_if`].
     pub async fn put_manifest(
         &self,
         repo: &RepoName,
         reference: &Reference,
         media_type: &str,
         bytes: Bytes,
+    ) -> Result<Put, RegistryError> {
+        self.put_manifest_if(repo, reference, media_type, bytes, |_| None).await
+    }
+
+    /// The same, unless `keep` says why not, given what the tag stands for just before it would be
+    /// moved.
+    ///
+    /// # Errors
+    /// [`RegistryError::ManifestInvalid`], [`RegistryError::ManifestTooLarge`],
+    /// [`RegistryError::ManifestBlobUnknown`], [`RegistryError::DigestMismatch`],
+    /// [`RegistryError::Denied`] with the words of `keep`, [`RegistryError::Io`].
+    pub async fn put_manifest_if(
+        &self,
+        repo: &RepoName,
+        reference: &Reference,
+        media_type: &str,
+        bytes: Bytes,
+        keep: impl Fn(Option<Digest>) -> Option<String> + Send + 'static,
     ) -> Result<Put, RegistryError> {
         if bytes.len() > MANIFEST_BYTES_MAX {
             return Err(RegistryError::ManifestTooLarge { limit: MANIFEST_BYTES_MAX });
@@ -270,6 +286,13 @@ impl Registry {
         let put = self
             .blocking_with("storing a manifest", move |inner| {
                 let _gate = gate;
+                let held = match &reference {
+                    Reference::Tag(tag) => inner.tagged(&repo, tag).map_err(io("reading a tag"))?,
+                    Reference::Digest(_) => None,
+                };
+                if let Some(why) = keep(held) {
+                    return Err(RegistryError::Denied(why));
+                }
                 inner.put_manifest(&repo, &reference, &media_type, &bytes)
             })
             .await?;
@@ -280,12 +303,29 @@ impl Registry {
     /// Removes a tag; the manifest stays.
     ///
     /// # Errors
-    /// [`RegistryError::ManifestUnknown`], [`RegistryError::Io`].
+    /// Those of [`Self::delete_tag_if`].
     pub async fn delete_tag(&self, repo: &RepoName, tag: &Tag) -> Result<(), RegistryError> {
+        self.delete_tag_if(repo, tag, |_| None).await
+    }
+
+    /// The same, unless `keep` says why it must stay.
+    ///
+    /// # Errors
+    /// [`RegistryError::ManifestUnknown`], [`RegistryError::Denied`] with the words of `keep`,
+    /// [`RegistryError::Io`].
+    pub async fn delete_tag_if(
+        &self,
+        repo: &RepoName,
+        tag: &Tag,
+        keep: impl Fn(&Reference) -> Option<String> + Send + 'static,
+    ) -> Result<(), RegistryError> {
         let gate = self.alone().await;
         let (repo, tag) = (repo.clone(), tag.clone());
         self.blocking_with("deleting a tag", move |inner| {
             let _gate = gate;
+            if let Some(why) = keep(&Reference::Tag(tag.clone())) {
+                return Err(RegistryError::Denied(why));
+            }
             if inner.disk.remove(&inner.disk.tag(&repo, &tag)).map_err(io("deleting a tag"))? {
                 Ok(())
             } else {
@@ -295,7 +335,7 @@ impl Registry {
         .await
     }
 
-    /// Removes a manifest and the tags that stand for it, unless `keep` says why one of these tags
+    /// Removes a manifest and the tags that stand for it, unless `keep` says why it or one of these tags
     /// must stay. The bytes go with the next collection.
     ///
     /// # Errors
@@ -305,7 +345,7 @@ impl Registry {
         &self,
         repo: &RepoName,
         digest: &Digest,
-        keep: impl Fn(&Tag) -> Option<String> + Send + 'static,
+        keep: impl Fn(&Reference) -> Option<String> + Send + 'static,
     ) -> Result<(), RegistryError> {
         let gate = self.alone().await;
         let (repo, digest) = (repo.clone(), digest.clone());
@@ -319,7 +359,9 @@ impl Registry {
                 )));
             }
             let tags = inner.tags_of(&repo, &digest).map_err(io("reading tags"))?;
-            if let Some(why) = tags.iter().find_map(keep) {
+            let all = tags.iter().cloned().map(Reference::Tag);
+            let all = [Reference::Digest(digest.clone())].into_iter().chain(all);
+            if let Some(why) = all.into_iter().find_map(|one| keep(&one)) {
                 return Err(RegistryError::Denied(why));
             }
             let subject = found.map(|parsed| parsed.subject()).transpose()?.flatten();

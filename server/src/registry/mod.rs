@@ -32,7 +32,8 @@ mod door_tests;
 mod gc_tests;
 
 pub use access::{
-    Access, AccessError, Action, Credentials, Noted, PeerCertificates, Principal, Protected, Reach,
+    Access, AccessError, Action, Credentials, Noted, Noting, PeerCertificates, Principal,
+    Protected, Reach,
 };
 pub use errors::{RegistryError, ended};
 pub use names::{Reference, RepoName, Tag};
@@ -65,6 +66,8 @@ pub struct Settings {
     pub stall: Duration,
     /// Uploads under way at once; each costs a folder and some hundred bytes of memory.
     pub uploads_max: usize,
+    /// The same of one user: nobody can take all of them. A client has about five.
+    pub uploads_of_one: usize,
     /// Disk operations at once: more do not make a disk faster, and each may hold a thread.
     pub disk_jobs_max: usize,
 }
@@ -77,6 +80,7 @@ impl Default for Settings {
             lease: Duration::from_secs(24 * 3600),
             stall: Duration::from_secs(60),
             uploads_max: 1000,
+            uploads_of_one: 200,
             disk_jobs_max: 32,
         }
     }
@@ -147,7 +151,7 @@ struct Inner {
     /// deletes. Never held while a client is waited for.
     gate: Arc<RwLock<()>>,
     /// All uploads under way, also those of before the start; the map is the truth about which are.
-    uploads: parking_lot::Mutex<HashMap<Uuid, uploads::Slot>>,
+    uploads: parking_lot::Mutex<HashMap<Uuid, uploads::UnderWay>>,
     /// Places for disk jobs.
     jobs: Arc<Semaphore>,
     /// Memory for bytes received and not yet written, in KiB, over all uploads.
@@ -172,7 +176,7 @@ impl Registry {
         let mut uploads = HashMap::new();
         for name in disk::names_in(&disk.uploads())? {
             if let Ok(id) = Uuid::try_parse(&name) {
-                uploads.insert(id, uploads::Slot::default());
+                uploads.insert(id, uploads::UnderWay::default());
             }
         }
         Ok(Self(Arc::new(Inner {

@@ -3,10 +3,10 @@
 //! A repository's name has slashes in it, so paths are read from their end.
 
 use super::access::{
-    self, Access, AccessError, Action, Noted, PeerCertificates, Principal, Protected, Reach,
+    self, Access, AccessError, Action, Noted, Noting, PeerCertificates, Principal, Protected, Reach,
 };
 use super::errors::RegistryError;
-use super::names::{Place, Reference, RepoName, parse_digest};
+use super::names::{Place, RepoName, parse_digest};
 use super::{Registry, add, handlers};
 use axum::extract::{Query, Request, State};
 use axum::response::{IntoResponse as _, Response};
@@ -82,16 +82,21 @@ impl Caller<'_> {
             && self.access.allows(&self.principal, repo, action)
     }
 
-    /// Writes down what is done to a manifest, before it is.
+    /// Who it is.
+    pub(super) fn subject(&self) -> &str {
+        &self.principal.subject
+    }
+
+    /// Writes down what is put or removed, before it is.
     pub(super) async fn note(
         &self,
         extensions: &http::Extensions,
         action: Action,
-        (repository, reference): (&RepoName, &Reference),
-        digest: Option<Digest>,
+        repository: &RepoName,
+        what: Noting<'_>,
     ) -> Result<(), RegistryError> {
         let principal = &self.principal;
-        let noted = Noted { principal, extensions, action, repository, reference, digest };
+        let noted = Noted { principal, extensions, action, repository, what };
         self.access.note(noted).await.map_err(|_| {
             RegistryError::Unavailable("the server cannot write down who does this, try again")
         })
@@ -163,7 +168,7 @@ async fn serve(door: &Door, request: Request) -> Result<Response, RegistryError>
                 Part::Manifest(reference) => {
                     handlers::manifest(door, &caller, &repo, &reference, request).await
                 }
-                Part::Blob(digest) => handlers::blob(door, &repo, &digest, request).await,
+                Part::Blob(digest) => handlers::blob(door, &caller, &repo, &digest, request).await,
                 Part::Uploads => handlers::begin(door, &caller, &repo, params, request).await,
                 Part::Upload(id) => handlers::upload(door, &repo, &id, params, request).await,
             }

@@ -38,6 +38,14 @@ const LOCK_WAIT: Duration = Duration::from_secs(10);
 pub(super) type Slot = Arc<Mutex<State>>;
 type Guard = OwnedMutexGuard<State>;
 
+/// An upload under way.
+#[derive(Debug, Default)]
+pub(super) struct UnderWay {
+    slot: Slot,
+    /// Who began it; nobody of those from before the start, and of the server's own.
+    by: Option<String>,
+}
+
 /// What this process knows of an upload.
 #[derive(Debug, Default)]
 pub(super) enum State {
@@ -85,11 +93,23 @@ enum Writer {
 }
 
 impl Registry {
-    /// Begins an upload into `repo`.
+    /// Begins an upload of the server's own into `repo`.
+    ///
+    /// # Errors
+    /// Those of [`Self::begin_upload_by`].
+    pub async fn begin_upload(&self, repo: &RepoName) -> Result<Uuid, RegistryError> {
+        self.begin_upload_by(repo, None).await
+    }
+
+    /// Begins an upload into `repo`, by whom.
     ///
     /// # Errors
     /// [`RegistryError::DiskFull`], [`RegistryError::TooMany`], [`RegistryError::Io`].
-    pub async fn begin_upload(&self, repo: &RepoName) -> Result<Uuid, RegistryError> {
+    pub async fn begin_upload_by(
+        &self,
+        repo: &RepoName,
+        by: Option<&str>,
+    ) -> Result<Uuid, RegistryError> {
         let id = Uuid::new_v4();
         let session = Session {
             repo: repo.clone(),
@@ -105,7 +125,15 @@ impl Registry {
             if uploads.len() >= self.0.settings.uploads_max {
                 return Err(RegistryError::TooMany("too many uploads are under way, try again"));
             }
-            uploads.insert(id, Arc::new(Mutex::new(State::Open(session))));
+            let own = |held: &&UnderWay| by.is_some() && held.by.as_deref() == by;
+            if uploads.values().filter(own).count() >= self.0.settings.uploads_of_one {
+                return Err(RegistryError::TooMany(
+                    "too many uploads of yours are under way; end some, or wait until they are \
+                     given up",
+                ));
+            }
+            let slot = Arc::new(Mutex::new(State::Open(session)));
+            uploads.insert(id, UnderWay { slot, by: by.map(str::to_owned) });
         }
         let meta = serde_json::json!(Meta { repository: repo.as_str().to_owned() }).to_string();
         let made = self
@@ -203,6 +231,32 @@ impl Registry {
         Ok((digest, size))
     }
 
+    /// Takes a whole blob at once, with an upload that nobody else knows of: it is given up when the
+    /// blob is not taken, also when this is dropped in the middle.
+    ///
+    /// # Errors
+    /// Those of [`Self::begin_upload_by`] and [`Self::finish_upload`].
+    pub async fn take_whole<S, E>(
+        &self,
+        repo: &RepoName,
+        by: Option<&str>,
+        at: Placement,
+        body: S,
+        expected: Option<&Digest>,
+    ) -> Result<(Digest, u64), RegistryError>
+    where
+        S: Stream<Item = Result<Bytes, E>> + Unpin,
+    {
+        let id = self.begin_upload_by(repo, by).await?;
+        let mut unfinished = Unfinished(Some((self.clone(), repo.clone(), id)));
+        let stored = self.finish_upload(repo, id, at, body, expected).await;
+        let _ = unfinished.0.take();
+        if stored.is_err() {
+            let _ = self.cancel_upload(repo, id).await;
+        }
+        stored
+    }
+
     /// Gives an upload up.
     ///
     /// # Errors
@@ -218,7 +272,7 @@ impl Registry {
     /// [`RegistryError::Io`].
     pub async fn end_abandoned_uploads(&self) -> Result<u64, RegistryError> {
         let all: Vec<(Uuid, Slot)> =
-            self.0.uploads.lock().iter().map(|(id, slot)| (*id, Arc::clone(slot))).collect();
+            self.0.uploads.lock().iter().map(|(id, held)| (*id, Arc::clone(&held.slot))).collect();
         let limit = self.0.settings.abandoned_after;
         let mut ended = 0;
         for (id, slot) in all {
@@ -249,7 +303,8 @@ impl Registry {
 
     /// The upload's lock, with its state read from disk when this process has not yet.
     async fn lock_upload(&self, repo: &RepoName, id: Uuid) -> Result<Guard, RegistryError> {
-        let slot = self.0.uploads.lock().get(&id).cloned().ok_or(RegistryError::UploadUnknown)?;
+        let slot = self.0.uploads.lock().get(&id).map(|held| Arc::clone(&held.slot));
+        let slot = slot.ok_or(RegistryError::UploadUnknown)?;
         let guard = tokio::time::timeout(LOCK_WAIT, slot.lock_owned())
             .await
             .map_err(|_| RegistryError::TooMany("another request writes to this upload"))?;
@@ -305,7 +360,10 @@ impl Registry {
             });
         }
         if let Some(coming) = at.length {
-            self.0.check_room(coming)?;
+            self.blocking_with("asking how much disk is free", move |inner| {
+                inner.check_room(coming)
+            })
+            .await?;
         }
         let mut writer = Writer::Idle(guard);
         let mut batch = Batch::default();
@@ -419,6 +477,22 @@ impl Registry {
             Ok((Digest::from_sha256(&hasher.finalize().into()), offset))
         })
         .await
+    }
+}
+
+/// Gives an upload up with whoever would have finished it.
+struct Unfinished(Option<(Registry, RepoName, Uuid)>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some((registry, repo, id)) = self.0.take()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(async move {
+                // One that is stored by now is no upload any more.
+                let _ = registry.cancel_upload(&repo, id).await;
+            });
+        }
     }
 }
 
