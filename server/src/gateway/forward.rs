@@ -23,8 +23,9 @@ const DIAL_DEADLINE: Duration = Duration::from_secs(5);
 const REQUEST_DEADLINE: Duration = Duration::from_secs(300);
 /// Replicas tried for one request at the most: beyond that the deployment has another problem.
 const MAX_TRIES: usize = 16;
-/// Waits for a ready replica while a rollout, or a restart of an agent or of this server, leaves none
-/// for a moment: an agent is back and has looked at its containers within some seconds.
+/// Waits for a replica that is ready and can be reached while a rollout, or a restart of an agent or of
+/// this server, leaves none for a moment: an agent is back and has looked at its containers within some
+/// seconds. Reaching the last one may take its own time beyond that.
 const WAIT_FOR_READY: Duration = Duration::from_secs(20);
 /// Pause before replicas that could not be reached are tried once more, when the table stays as it is.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
@@ -165,7 +166,7 @@ impl Forwarder {
         let mut tried: Vec<ReplicaUid> = Vec::new();
         let mut tries = 0;
         let mut last: Option<ForwardError> = None;
-        let patience = Instant::now() + WAIT_FOR_READY;
+        let mut patience = Instant::now() + WAIT_FOR_READY;
         let mut table = self.routes.changes();
         while tries < MAX_TRIES {
             table.borrow_and_update();
@@ -191,11 +192,18 @@ impl Forwarder {
             match self.attempt(&backend, chosen, &mut onward).await {
                 Ok(response) => return Ok(response),
                 Err(Failure::Final(why)) => return Err(why),
-                // Reaching is tried for as long as patience lasts; what was sent counts.
-                Err(Failure::NotReached(why)) => last = Some(why),
+                // Reaching is tried for as long as patience lasts, however many there are.
+                Err(Failure::NotReached(why)) => {
+                    last = Some(why);
+                    if Instant::now() >= patience {
+                        break;
+                    }
+                }
+                // What was sent counts, and its time is the replica's own.
                 Err(Failure::MayRepeat(why)) => {
                     tries += 1;
                     last = Some(why);
+                    patience = Instant::now() + WAIT_FOR_READY;
                 }
             }
             tracing::debug!(%replica, error = last.as_ref().map(tracing::field::display), "again");

@@ -138,6 +138,30 @@ impl Scene {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn replicas_that_cannot_be_reached_are_not_all_tried_past_a_callers_patience() {
+    let scene = Scene::start(Does::Answers, Does::Answers);
+    // Many, on a host that is told to dial and does not.
+    let (tickets, _asked) = mpsc::channel(64);
+    scene.hub.attach("h3".parse().unwrap(), 1, tickets);
+    let backend = Backend {
+        namespace: "default".into(),
+        deployment: "app".into(),
+        http_port: "http".into(),
+        ..Backend::default()
+    };
+    let ready = (10..40).map(|n| Ready {
+        replica: format!("r{n}").parse().unwrap(),
+        host: "h3".parse().unwrap(),
+        version: String::new(),
+    });
+    scene.routes.replace([(backend, ready.collect())]);
+    let begun = tokio::time::Instant::now();
+    let answer = scene.ask(Repeat::Never, Body::from("body"), Some(4)).await;
+    assert!(matches!(answer, Answer::Other(_)), "{answer:?}");
+    assert!(begun.elapsed() <= Duration::from_secs(26), "{:?}", begun.elapsed());
+}
+
 /// What the caller gets.
 #[derive(Debug, PartialEq, Eq)]
 enum Answer {
