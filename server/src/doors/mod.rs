@@ -15,7 +15,7 @@ use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use rustls::server::WebPkiClientVerifier;
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -185,12 +185,24 @@ pub fn accept(
 #[derive(Debug, Default)]
 struct Crowd(Mutex<HashMap<IpAddr, usize>>);
 
+/// What counts as one address: of IPv6 its first 64 bits, of which whoever has one has all.
+fn household(from: IpAddr) -> IpAddr {
+    match from.to_canonical() {
+        IpAddr::V6(v6) => {
+            let [a, b, c, d, ..] = v6.segments();
+            IpAddr::V6(Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0))
+        }
+        v4 @ IpAddr::V4(_) => v4,
+    }
+}
+
 /// One of them.
 struct Guest(Arc<Crowd>, IpAddr);
 
 impl Crowd {
     /// `None`: this address has its share.
     fn enter(self: &Arc<Self>, from: IpAddr) -> Option<Guest> {
+        let from = household(from);
         let mut all = self.0.lock();
         let held = all.entry(from).or_default();
         if *held >= HANDSHAKES_OF_ONE {

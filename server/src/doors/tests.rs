@@ -152,3 +152,23 @@ async fn a_server_is_known_by_its_root_and_its_uri_and_by_no_name() {
     let mixed = format!("{theirs_pem}{}", ours.root_pem());
     takes(pin(), (mixed, theirs_key)).await.unwrap_err();
 }
+
+#[test]
+fn addresses_of_one_household_share_their_handshakes() {
+    let crowd = Arc::new(Crowd::default());
+    let address = |text: &str| text.parse::<IpAddr>().unwrap();
+    let one = |n: usize| address(&format!("2001:db8:0:7::{n:x}"));
+    let held: Vec<Guest> = (0..HANDSHAKES_OF_ONE).filter_map(|n| crowd.enter(one(n))).collect();
+    assert_eq!(held.len(), HANDSHAKES_OF_ONE);
+    assert!(crowd.enter(one(9999)).is_none(), "another address of the same network is another");
+    assert!(crowd.enter(address("2001:db8:0:8::1")).is_some());
+    assert!(crowd.enter(address("192.0.2.1")).is_some());
+    drop(held);
+    assert!(crowd.0.lock().is_empty(), "a place was not given back");
+    // The same, however it is written.
+    let held: Vec<Guest> =
+        (0..HANDSHAKES_OF_ONE).filter_map(|_| crowd.enter(address("192.0.2.1"))).collect();
+    assert!(crowd.enter(address("::ffff:192.0.2.1")).is_none());
+    assert!(crowd.enter(address("192.0.2.2")).is_some());
+    drop(held);
+}
