@@ -188,13 +188,18 @@ pub async fn space(cluster: Arc<Cluster>, folder: Arc<Folder>, mut stop: watch::
     let mut refused = false;
     loop {
         let cramped = cluster.cramped.load(Ordering::Relaxed);
-        let tried = if cramped {
-            folder.ballast(bytes).map(|there| there.then_some(false))
-        } else if refused {
-            folder.release_ballast().map(|released| released.then_some(true))
-        } else {
-            Ok(None)
-        };
+        let folder = Arc::clone(&folder);
+        // A full disk takes its time for either.
+        let tried = tokio::task::spawn_blocking(move || {
+            if cramped {
+                folder.ballast(bytes).map(|there| there.then_some(false))
+            } else if refused {
+                folder.release_ballast().map(|released| released.then_some(true))
+            } else {
+                Ok(None)
+            }
+        });
+        let Ok(tried) = tried.await else { return };
         match tried {
             Ok(Some(true)) => {
                 tracing::error!(

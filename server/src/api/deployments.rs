@@ -15,6 +15,7 @@ use berth_server_core::batching::{Precondition, Proposal, Refusal};
 use berth_server_core::change::audited;
 use berth_server_core::decide::{self, Asked, Decision, Refused, Wanted};
 use berth_server_core::objects::Deployment as Held;
+use berth_server_core::objects::Replica as HeldReplica;
 use berth_server_core::status;
 use berth_server_core::view::{ObjectKey, View};
 use prost::Message as _;
@@ -27,8 +28,8 @@ use tonic::{Request, Response, Status};
 
 /// Deployments in one call, as the contract says.
 const MAX_APPLY: usize = 500;
-/// Between two messages of a watch: at most 10 a second.
-const WATCH_PAUSE: Duration = Duration::from_millis(100);
+/// Between two messages of a watch, or two looks of one: at most 10 a second.
+pub(super) const WATCH_PAUSE: Duration = Duration::from_millis(100);
 /// Replicas in one message of a watch.
 const WATCH_REPLICAS: usize = 1000;
 
@@ -600,30 +601,44 @@ impl DeploymentService for Api {
         let view = Arc::clone(&listing.view);
         let live = self.0.live.load();
         let now = self.0.time().mono;
-        let mut all: Vec<Replica> = view
-            .replicas()
-            .map(|replica| status::replica(&view, &live, replica, now))
-            .filter(|s| r.namespace.is_empty() || s.namespace == r.namespace)
-            .filter(|s| r.deployment.is_empty() || s.deployment == r.deployment)
-            .filter(|s| r.host.is_empty() || s.host == r.host)
-            .filter(|s| caller.sees(&s.namespace))
-            .filter(|s| {
-                listing.wants(|field| match field {
-                    "deployment" => Some(&s.deployment),
-                    "host" => Some(&s.host),
-                    _ => Some(&s.namespace),
+        // What is not on the page is only looked at.
+        let named = |held: &Arc<HeldReplica>| -> (&str, &str, &str) {
+            let owner = view.deployment(&held.deployment);
+            let host = view.host(&held.host);
+            (
+                owner.map_or("", |d| d.namespace.as_str()),
+                owner.map_or("", |d| d.name.as_str()),
+                host.map_or("", |h| h.name.as_str()),
+            )
+        };
+        let wanted = |held: &&Arc<HeldReplica>| {
+            let (namespace, deployment, host) = named(held);
+            (r.namespace.is_empty() || namespace == r.namespace)
+                && (r.deployment.is_empty() || deployment == r.deployment)
+                && (r.host.is_empty() || host == r.host)
+                && caller.sees(namespace)
+                && listing.wants(|field| match field {
+                    "deployment" => Some(deployment),
+                    "host" => Some(host),
+                    _ => Some(namespace),
                 })
-            })
-            .collect();
-        all.sort_by(|a, b| {
-            (&a.namespace, &a.deployment, a.slot, &a.uid).cmp(&(
-                &b.namespace,
-                &b.deployment,
-                b.slot,
-                &b.uid,
-            ))
-        });
-        let (replicas, next_page_token) = self.page(listing, all, |replica| replica);
+        };
+        let of_one = match (r.namespace.parse::<Namespace>(), r.deployment.parse::<Name>()) {
+            (Ok(namespace), Ok(name)) => Some(view.deployment_by_name(&namespace, &name)),
+            _ => None,
+        };
+        let mut all: Vec<Arc<HeldReplica>> = match of_one {
+            Some(Some(one)) => view.replicas_of(&one.uid).filter(wanted).cloned().collect(),
+            // One that is gone may have replicas that are not, yet.
+            Some(None) | None => view.replicas().filter(wanted).cloned().collect(),
+        };
+        let order = |held: &Arc<HeldReplica>| {
+            let (namespace, deployment, _) = named(held);
+            (namespace.to_owned(), deployment.to_owned(), held.slot, held.uid.clone())
+        };
+        all.sort_by_cached_key(order);
+        let (replicas, next_page_token) =
+            self.page(listing, all, |held| status::replica(&view, &live, &held, now));
         Ok(Response::new(ListReplicasResponse { replicas, next_page_token }))
     }
 }

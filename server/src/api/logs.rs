@@ -1,5 +1,6 @@
 //! Events, logs and commands.
 
+use super::deployments::WATCH_PAUSE;
 use super::lists::{Asked, LogPage};
 use super::{Api, audit, auth, namespace};
 use crate::error::{Error, Kind};
@@ -376,6 +377,7 @@ impl Wanted {
         let mut all: Vec<Arc<Held>> = view
             .replicas_of(&self.deployment)
             .filter(|held| held.uid.as_str().starts_with(&r.replica))
+            .filter(|held| !self.begun.contains(&held.uid))
             .cloned()
             .collect();
         all.sort_by_key(|held| held.slot);
@@ -384,9 +386,8 @@ impl Wanted {
             if (!r.host.is_empty() && r.host != host) || !self.begun.insert(held.uid.clone()) {
                 continue;
             }
-            let seen = r.resume.iter().take(RESUMES).find(|(uid, _)| **uid == held.uid.as_str());
-            let (since, tail) = match seen {
-                Some((_, time)) => (Some(*time), None),
+            let (since, tail) = match r.resume.get(held.uid.as_str()) {
+                Some(time) => (Some(*time), None),
                 // What is new is wanted whole.
                 None => (r.since, r.tail.filter(|_| first)),
             };
@@ -425,6 +426,8 @@ impl Wanted {
                 changed = published.changed() => if changed.is_err() { return },
                 () = out.closed() => return,
             }
+            // However fast the ledger is written, the deployment is looked through now and then only.
+            tokio::time::sleep(WATCH_PAUSE).await;
         }
     }
 }
@@ -497,9 +500,12 @@ impl LogService for Api {
         request: Request<StreamLogsRequest>,
     ) -> Result<Response<Self::StreamLogsStream>, Status> {
         let caller = auth::of(&request);
-        let r = request.into_inner();
+        let mut r = request.into_inner();
         caller.require(Role::Viewer, namespace(&r.namespace)?.as_str())?;
         let deployment = self.deployment_of(&r.namespace, &r.deployment)?;
+        if r.resume.len() > RESUMES {
+            r.resume = r.resume.into_iter().take(RESUMES).collect();
+        }
         if !r.replica.is_empty() && !r.follow {
             self.replica_for(&r.namespace, &r.deployment, &r.replica)?;
         }

@@ -213,7 +213,10 @@ impl SystemService for Api {
                     .to_owned(),
             );
         }
-        let free = crate::store::folder::free_bytes(&self.0.settings.data_dir).unwrap_or(u64::MAX);
+        // A disk may take long to say it.
+        let folder = self.0.settings.data_dir.clone();
+        let free = tokio::task::spawn_blocking(move || crate::store::folder::free_bytes(&folder));
+        let free = free.await.ok().and_then(Result::ok).unwrap_or(u64::MAX);
         if free < 1 << 30 {
             warnings.push(format!("the disk has only {} MiB left", free >> 20));
         }
@@ -336,6 +339,10 @@ impl SystemService for Api {
         }
         let done =
             self.0.registry.collect(roots, Vec::new(), r.dry_run).await.map_err(not_collected)?;
+        if !done.missing_roots.is_empty() {
+            let missing: Vec<&str> = done.missing_roots.iter().map(|d| d.as_str()).collect();
+            tracing::warn!(?missing, "versions or releases name what is not in the registry");
+        }
         Ok(Response::new(CollectGarbageResponse {
             digests: done.blobs.iter().map(|(digest, _)| digest.to_string()).collect(),
             count: done.blobs_total,
