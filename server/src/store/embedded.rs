@@ -22,8 +22,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Batches between two checkpoints.
-const CHECKPOINT_EVERY: u64 = 10_000;
+/// Bytes committed between two checkpoints at the least, a segment of the journal; and as many as the
+/// ledger has, so that what a checkpoint costs is spread over as much that was written. A start replays
+/// no more than that.
+const CHECKPOINT_BYTES: u64 = 16 * 1024 * 1024;
 /// Exports kept: the newest may be the one that is damaged.
 const EXPORTS: usize = 2;
 /// sled takes so many times the bytes it holds while it is filled (measured: up to 30 in the long run).
@@ -90,7 +92,10 @@ pub struct Embedded {
     behind: Behind,
     /// What sled holds, for reading: the ledger is small, and sled's reads are not needed twice.
     entries: Memory,
-    checkpointed: Revision,
+    /// Bytes committed since a checkpoint was made or tried.
+    since: u64,
+    /// Bytes after which the next one is due.
+    due: u64,
 }
 
 fn broken(error: impl std::fmt::Display) -> StoreError {
@@ -147,8 +152,8 @@ impl Embedded {
             entries.apply(batch);
         }
         opened.fell_back = read.damaged_from.or(marked(&mark)?);
-        let checkpointed = held;
-        let mut store = Self { folder: folder.to_owned(), journal, behind, entries, checkpointed };
+        let due = entries.size_bytes().max(CHECKPOINT_BYTES);
+        let mut store = Self { folder: folder.to_owned(), journal, behind, entries, since: 0, due };
         if opened.rebuilt.is_some() || opened.fell_back.is_some() || !read.batches.is_empty() {
             match store.checkpoint() {
                 // The journal holds; a start with a full disk is one all the same.
@@ -224,8 +229,8 @@ impl Embedded {
         entries.set_revision(revision);
         let behind = anew(&folder.join("sled"), &entries)?;
         let (journal, _) = Journal::open(&folder.join("journal"), revision, |_| Ok(()))?;
-        let mut store =
-            Self { folder: folder.to_owned(), journal, behind, entries, checkpointed: revision };
+        let due = entries.size_bytes().max(CHECKPOINT_BYTES);
+        let mut store = Self { folder: folder.to_owned(), journal, behind, entries, since: 0, due };
         store.checkpoint()?;
         Ok(store)
     }
@@ -273,13 +278,16 @@ impl Store for Embedded {
         for batch in batches {
             self.behind.with(|follower| follower.push(batch.clone()));
             self.entries.apply(batch);
+            let size = |(key, value): &(Vec<u8>, Option<Vec<u8>>)| {
+                key.len() + value.as_ref().map_or(0, Vec::len)
+            };
+            self.since += batch.ops.iter().map(size).sum::<usize>() as u64;
         }
-        if self.journal.revision().0.saturating_sub(self.checkpointed.0) >= CHECKPOINT_EVERY
+        if self.since >= self.due
             && let Err(error) = self.checkpoint()
         {
             // The journal holds; the next checkpoint may have room.
             tracing::warn!(error = %crate::error::Chain(&error), "a checkpoint failed");
-            self.checkpointed = self.journal.revision();
         }
         Ok(())
     }
@@ -302,6 +310,8 @@ impl Store for Embedded {
     }
 
     fn checkpoint(&mut self) -> Result<(), StoreError> {
+        self.since = 0;
+        self.due = self.entries.size_bytes().max(CHECKPOINT_BYTES);
         // Without sled the export holds what it would; a start then makes sled anew from it.
         if let Err(error) = self.materialise() {
             tracing::error!(error = %crate::error::Chain(&error), "there is no materialised store");
@@ -311,8 +321,8 @@ impl Store for Embedded {
         let revision = self.entries.revision();
         let path = folder.join(format!("{:020}.export", revision.0));
         write_whole(&path, &export::encode(&self.entries)?)?;
-        let good = fs::read(&path).ok().as_deref().and_then(export::decode);
-        if good.map(|e| e.revision()) != Some(revision) {
+        // By its checksum: what was encoded from memory need not be read into it again.
+        if fs::read(&path).ok().as_deref().and_then(export::revision) != Some(revision) {
             return Err(StoreError::Materialised("an export does not read back".to_owned()));
         }
         let all = export::list(&folder)?;
@@ -327,7 +337,6 @@ impl Store for Embedded {
         {
             self.journal.forget(*oldest)?;
         }
-        self.checkpointed = revision;
         Ok(())
     }
 }
@@ -361,6 +370,34 @@ mod tests {
         let mut bytes = fs::read(path).unwrap();
         bytes[at] ^= 1;
         fs::write(path, bytes).unwrap();
+    }
+
+    #[test]
+    fn a_checkpoint_comes_with_the_bytes_that_were_written_and_not_with_their_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = Embedded::open(dir.path()).unwrap();
+        let exports = || export::list(&dir.path().join("exports")).unwrap().len();
+        let write = |revision, size| Batch {
+            revision: Revision(revision),
+            ops: vec![(format!("k/{}", revision % 9).into_bytes(), Some(vec![7; size]))],
+        };
+        let many: Vec<Batch> = (1..=20_000).map(|n| write(n, 9)).collect();
+        store.commit(&many).unwrap();
+        assert_eq!(exports(), 0);
+        let mut last = 20_000;
+        let mut large = |store: &mut Embedded, count| {
+            let some: Vec<Batch> = (last + 1..=last + count).map(|n| write(n, 1 << 20)).collect();
+            store.commit(&some).unwrap();
+            last += count;
+        };
+        large(&mut store, 15);
+        assert_eq!(exports(), 0);
+        large(&mut store, 1);
+        assert_eq!(exports(), 1);
+        large(&mut store, 15);
+        assert_eq!(exports(), 1, "it counts from the last one");
+        large(&mut store, 1);
+        assert_eq!(exports(), 2);
     }
 
     #[test]

@@ -32,8 +32,8 @@ pub(super) fn encode(entries: &Memory) -> Result<Vec<u8>, StoreError> {
     Ok(out)
 }
 
-/// What an export holds; `None`: it is damaged.
-pub(super) fn decode(bytes: &[u8]) -> Option<Memory> {
+/// The entries of an export's file, before they are read; `None`: it is damaged.
+fn plain(bytes: &[u8]) -> Option<Vec<u8>> {
     let head = bytes.get(..20)?;
     if &head[..8] != MAGIC {
         return None;
@@ -41,9 +41,18 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Memory> {
     let crc = u32::from_le_bytes(head[8..12].try_into().ok()?);
     let length = usize::try_from(u64::from_le_bytes(head[12..20].try_into().ok()?)).ok()?;
     let plain = zstd::bulk::decompress(&bytes[20..], length).ok()?;
-    if crc32c::crc32c(&plain) != crc {
-        return None;
-    }
+    (crc32c::crc32c(&plain) == crc).then_some(plain)
+}
+
+/// The revision of an export that is whole; `None`: it is damaged.
+pub(super) fn revision(bytes: &[u8]) -> Option<Revision> {
+    let plain = plain(bytes)?;
+    Some(Revision(u64::from_le_bytes(plain.get(..8)?.try_into().ok()?)))
+}
+
+/// What an export holds; `None`: it is damaged.
+pub(super) fn decode(bytes: &[u8]) -> Option<Memory> {
+    let plain = plain(bytes)?;
     let mut rest = &plain[..];
     let mut take = |n: usize| -> Option<Vec<u8>> {
         let (head, tail) = rest.split_at_checked(n)?;
