@@ -1,8 +1,8 @@
 //! Feeds one session's machine and carries out its effects.
 //!
-//! One task a session. What is to be sent waits in a queue of the task's own (bounded by one set and
-//! a handful of small messages, because the machine sends one set at a time), so that reading never
-//! waits for writing and two full windows cannot lock each other.
+//! One task a session. What is to be sent waits in a queue of the task's own (one set at a time, and
+//! what is answered), so that reading never waits for writing and two full windows cannot lock each
+//! other; an agent that lets it grow beyond its bound is sent away.
 
 use super::desk::{Desk, Ended, Later};
 use crate::error::Error;
@@ -20,6 +20,10 @@ use tonic::Status;
 const WIRE_QUEUE: usize = 8;
 /// Statuses being kept, and answers of the desk under way; the machine bounds what it leaves untaken.
 const TAKEN_QUEUE: usize = 32;
+
+/// Messages for an agent that wait for the wire. A set has some hundred pages; more means that the agent
+/// says things which ask for an answer, and reads none.
+const UNSENT: usize = 2048;
 
 /// What a session's response stream is fed from.
 pub type Outgoing = mpsc::Receiver<Result<SessionResponse, Status>>;
@@ -86,11 +90,10 @@ async fn run<S>(
     while pump.over.is_none() {
         let due = pump.machine.deadline().map(|at| at.since_ms(desk.now().mono));
         tokio::select! {
+            // The time comes last: where a write took long, what the agent said meanwhile waits here,
+            // and is no silence. Messages come before it alone, so that they hold up nothing else.
+            biased;
             // Cancel-safe, all of them: what was not taken stays where it is.
-            message = incoming.next() => match message {
-                Some(Ok(message)) => pump.step(Input::Message(Box::new(message))).await,
-                Some(Err(_)) | None => pump.over = Some(Ended::Lost),
-            },
             permit = out.reserve(), if !pump.queue.is_empty() => match permit {
                 Ok(permit) => {
                     if let Some(message) = pump.queue.pop_front() {
@@ -118,6 +121,10 @@ async fn run<S>(
             Some(order) = lines.orders.recv() => match order {
                 super::desk::Order::Removed { wipe } => pump.step(Input::Removed { wipe }).await,
                 super::desk::Order::End(why) => pump.over = Some(why),
+            },
+            message = incoming.next() => match message {
+                Some(Ok(message)) => pump.step(Input::Message(Box::new(message))).await,
+                Some(Err(_)) | None => pump.over = Some(Ended::Lost),
             },
             () = wait(due) => pump.step(Input::Tick).await,
         }
@@ -157,7 +164,13 @@ impl Pump {
         let host = self.machine.host().clone();
         for effect in self.machine.step(now, input) {
             match effect {
-                Effect::Send(message) => self.queue.push_back(*message),
+                Effect::Send(message) => {
+                    self.queue.push_back(*message);
+                    if self.queue.len() > UNSENT {
+                        self.over = Some(Ended::Machine(Closed::Overrun));
+                        return;
+                    }
+                }
                 Effect::Register(registration) => {
                     match self.desk.register(&host, self.id, *registration).await {
                         Ok(()) => self.registered = true,
@@ -272,15 +285,44 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
     use tokio::sync::{oneshot, watch};
 
-    /// A desk of a full disk: it keeps no more than the hello.
-    struct Full {
+    /// A desk that keeps all it is told, after a while, or no more than the hello.
+    struct Told {
+        begun: tokio::time::Instant,
+        keeps: bool,
+        /// How long facts take.
+        facts: Duration,
         lines: parking_lot::Mutex<Option<Lines>>,
+        /// The other ends of what a session listens to.
+        _held: Box<dyn std::any::Any + Send + Sync>,
+    }
+
+    impl Told {
+        fn new(keeps: bool, facts: Duration) -> Arc<Self> {
+            let set = HostSet::new(
+                SetNumber { epoch: Epoch(1), generation: Generation(1) },
+                Vec::new(),
+                BTreeMap::new(),
+            );
+            let newest: Newest = Some(Ok(Arc::new(set)));
+            let (sets_tx, sets) = watch::channel(newest);
+            let (tickets_tx, tickets) = mpsc::channel(1);
+            let (orders_tx, orders) = mpsc::channel(1);
+            let lines = Lines { id: 1, sets, tickets, orders };
+            Arc::new(Self {
+                begun: tokio::time::Instant::now(),
+                keeps,
+                facts,
+                lines: parking_lot::Mutex::new(Some(lines)),
+                _held: Box::new((sets_tx, tickets_tx, orders_tx)),
+            })
+        }
     }
 
     #[async_trait::async_trait]
-    impl Desk for Full {
+    impl Desk for Told {
         fn now(&self) -> Now {
-            Now { mono: Mono(0), wall: Wall(0) }
+            let ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap();
+            Now { mono: Mono(ms + 1), wall: Wall(0) }
         }
         fn open(&self, _: &HostUid) -> Lines {
             self.lines.lock().take().unwrap()
@@ -296,10 +338,12 @@ mod tests {
             _: Vec<ReplicaReport>,
             _: Vec<String>,
         ) -> Later<bool> {
-            Box::pin(async { false })
+            let keeps = self.keeps;
+            Box::pin(async move { keeps })
         }
         async fn facts(&self, _: &HostUid, _: u64, _: api::HostFacts) -> bool {
-            false
+            tokio::time::sleep(self.facts).await;
+            self.keeps
         }
         async fn acknowledged(
             &self,
@@ -308,14 +352,37 @@ mod tests {
             _: SetNumber,
             _: Option<BTreeSet<String>>,
         ) -> bool {
-            false
+            self.keeps
         }
         fn refused(&self, _: &HostUid, _: u64, _: SetNumber, _: Option<SetNumber>, _: SetVerdict) {}
         async fn trusts(&self, _: &HostUid, _: u64) -> bool {
-            false
+            self.keeps
         }
         fn clock(&self, _: &HostUid, _: u64, _: i64) {}
         async fn close(&self, _: &HostUid, _: u64) {}
+    }
+
+    fn terms() -> Terms {
+        Terms {
+            epoch: Epoch(1),
+            cluster: String::new(),
+            ping_interval_ms: 10_000,
+            idle_timeout_ms: 30_000,
+            status_interval_ms: 100,
+            reconnect_window_ms: 0,
+            version: String::new(),
+            features: Vec::new(),
+            trust: agent::Trust::default(),
+        }
+    }
+
+    fn hello() -> session_request::Item {
+        let hello = agent::Hello { host_uid: "h1".into(), ..agent::Hello::default() };
+        session_request::Item::Hello(hello)
+    }
+
+    fn ping(id: u64) -> session_request::Item {
+        session_request::Item::Ping(agent::Ping { id, ..agent::Ping::default() })
     }
 
     #[tokio::test]
@@ -332,33 +399,11 @@ mod tests {
             Item::SetAck(taken),
             Item::TrustAck(agent::TrustAck { version: 1 }),
         ] {
-            let set = HostSet::new(
-                SetNumber { epoch: Epoch(1), generation: Generation(1) },
-                Vec::new(),
-                BTreeMap::new(),
-            );
-            let newest: Newest = Some(Ok(Arc::new(set)));
-            let (_sets, sets) = watch::channel(newest);
-            let (_tickets, tickets) = mpsc::channel(1);
-            let (_orders, orders) = mpsc::channel(1);
-            let lines = Lines { id: 1, sets, tickets, orders };
-            let desk = Arc::new(Full { lines: parking_lot::Mutex::new(Some(lines)) });
-            let terms = Terms {
-                epoch: Epoch(1),
-                cluster: String::new(),
-                ping_interval_ms: 10_000,
-                idle_timeout_ms: 30_000,
-                status_interval_ms: 100,
-                reconnect_window_ms: 0,
-                version: String::new(),
-                features: Vec::new(),
-                trust: agent::Trust::default(),
-            };
+            let desk = Told::new(false, Duration::ZERO);
             let (says, said_rx) = mpsc::channel(4);
             let incoming = tokio_stream::wrappers::ReceiverStream::new(said_rx);
-            let mut out = start(desk, "h1".parse().unwrap(), terms, incoming);
-            let hello = agent::Hello { host_uid: "h1".into(), ..agent::Hello::default() };
-            says.send(Ok(SessionRequest { item: Some(Item::Hello(hello)) })).await.unwrap();
+            let mut out = start(desk, "h1".parse().unwrap(), terms(), incoming);
+            says.send(Ok(SessionRequest { item: Some(hello()) })).await.unwrap();
             // The set is on its way from its end on.
             while let Some(message) = out.recv().await {
                 if matches!(message.unwrap().item, Some(session_response::Item::SetEnd(_))) {
@@ -369,6 +414,42 @@ mod tests {
             says.send(Ok(SessionRequest { item: Some(said) })).await.unwrap();
             let last = out.recv().await.map(|message| message.map_err(|s| s.code()));
             assert_eq!(last, Some(Err(tonic::Code::Unavailable)), "{words}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_write_that_takes_longer_than_silence_may_last_does_not_make_an_agent_silent() {
+        // Often, because what is ready together is taken in any order where none is said.
+        for _ in 0..16 {
+            let desk = Told::new(true, Duration::from_secs(40));
+            let (agent, incoming) = mpsc::channel(8);
+            let say = |item| agent.try_send(Ok(SessionRequest { item: Some(item) })).unwrap();
+            say(hello());
+            say(session_request::Item::Facts(api::HostFacts::default()));
+            say(ping(7));
+            let incoming = tokio_stream::wrappers::ReceiverStream::new(incoming);
+            let mut out = start(desk, "h1".parse().unwrap(), terms(), incoming);
+            loop {
+                let said = out.recv().await.expect("the session ended").expect("it ended");
+                if let Some(session_response::Item::Pong(pong)) = said.item {
+                    assert_eq!(pong.id, 7);
+                    break;
+                }
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_agent_that_asks_and_never_reads_is_sent_away() {
+        let desk = Told::new(true, Duration::ZERO);
+        let (agent, incoming) = mpsc::channel(8);
+        let incoming = tokio_stream::wrappers::ReceiverStream::new(incoming);
+        let _unread = start(desk, "h1".parse().unwrap(), terms(), incoming);
+        agent.send(Ok(SessionRequest { item: Some(hello()) })).await.unwrap();
+        let mut asked = 0;
+        while agent.send(Ok(SessionRequest { item: Some(ping(1)) })).await.is_ok() {
+            asked += 1;
+            assert!(asked < 2 * UNSENT, "its answers pile up");
         }
     }
 
