@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedMutexGuard, mpsc};
+use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
@@ -141,17 +141,19 @@ impl Api {
         written.map(|_| ()).map_err(|why| refused(why, Kind::User, &caller.subject))
     }
 
-    /// Writes a backup into a file of the server's.
+    /// Writes a backup into a file of the server's. `asked` is closed when nobody waits for it.
     async fn back_up_to(
         &self,
         caller: &auth::Caller,
         path: PathBuf,
         new_key: bool,
+        asked: &oneshot::Sender<()>,
     ) -> Result<BackupResponse, Error> {
         let Taken { contents, recovery, running } = self.take_backup(new_key).await?;
         self.note_backup(caller, "SystemService/Backup").await?;
         let revision = contents.header.revision;
         let recipient = recovery.recipient.clone();
+        let file = path.clone();
         let written = tokio::task::spawn_blocking(move || {
             let mut out = PrivateFile::create(&path)?;
             let size = backup::write(&contents, &recipient, &mut out).map_err(|source| {
@@ -164,6 +166,12 @@ impl Api {
             .await
             .map_err(|e| Error::internal("cannot write the backup", e))?
             .map_err(not_written)?;
+        if recovery.shown.is_some() && asked.is_closed() {
+            // A key that nobody was shown must not count, and opens this backup alone.
+            let removed = tokio::fs::remove_file(&file).await;
+            tracing::warn!(?removed, "whoever asked for a backup with a new key has gone");
+            return Err(Error::unavailable("CALLER_GONE", "whoever asked has gone"));
+        }
         self.keep_key(caller, &recovery).await?;
         drop(running);
         Ok(BackupResponse {
@@ -258,8 +266,11 @@ impl SystemService for Api {
         // A task of its own: with a caller that goes away the file is written to its end, and nobody
         // takes another backup meanwhile.
         let api = self.clone();
+        let (asked, _waits) = oneshot::channel();
         let made =
-            tokio::spawn(async move { api.back_up_to(&caller, path, r.new_recovery_key).await });
+            tokio::spawn(
+                async move { api.back_up_to(&caller, path, r.new_recovery_key, &asked).await },
+            );
         let made = made.await.map_err(|e| Error::internal("cannot write the backup", e))?;
         Ok(Response::new(made?))
     }
@@ -337,8 +348,7 @@ impl SystemService for Api {
                 roots.extend(release.source.artifact.as_ref().map(|a| a.digest.clone()));
             }
         }
-        let done =
-            self.0.registry.collect(roots, Vec::new(), r.dry_run).await.map_err(not_collected)?;
+        let done = self.0.registry.collect(roots, r.dry_run).await.map_err(not_collected)?;
         if !done.missing_roots.is_empty() {
             let missing: Vec<&str> = done.missing_roots.iter().map(|d| d.as_str()).collect();
             tracing::warn!(?missing, "versions or releases name what is not in the registry");
@@ -384,6 +394,26 @@ mod tests {
         let asked = BackupRequest { path, ..Default::default() };
         assert!(api.backup(call(asked)).await.is_err());
         assert_eq!(audited(&api).await.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_backups_new_key_that_nobody_was_shown_does_not_count() {
+        let (dir, api) = served();
+        let path = dir.path().join("b.age");
+        let ask = || {
+            let path = path.display().to_string();
+            api.backup(call(BackupRequest { path, ..BackupRequest::default() }))
+        };
+        // Begun, and nobody waits for it any more.
+        assert!(tokio::time::timeout(Duration::ZERO, ask()).await.is_err());
+        tokio::task::yield_now().await;
+        drop(Arc::clone(&api.0.backing_up).lock_owned().await);
+        assert_eq!(audited(&api).await, ["SystemService/Backup"]);
+        assert_eq!(api.0.ledger.view().cluster.recovery_recipient, "");
+        assert!(!path.exists());
+        let made = ask().await.unwrap().into_inner();
+        assert!(!made.recovery_key.is_empty() && path.exists());
+        assert_eq!(api.0.ledger.view().cluster.recovery_recipient, made.recovery_recipient);
     }
 
     #[test]

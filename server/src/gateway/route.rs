@@ -160,12 +160,6 @@ impl Routes {
             .is_some_and(|b| b.targets.binary_search_by(|t| t.replica.cmp(replica)).is_ok())
     }
 
-    /// Names of all deployments that can be asked.
-    #[must_use]
-    pub fn names(&self) -> Vec<String> {
-        self.table.load().keys().cloned().collect()
-    }
-
     /// The replica with the fewest requests outstanding, of `version` when that is not empty, but
     /// none of `tried`. Among equals the next one in turn.
     #[must_use]

@@ -79,8 +79,7 @@ struct Inventory {
 impl Registry {
     /// Ends abandoned uploads and deletes what neither `roots`, a tag nor a lease keeps.
     ///
-    /// `leases`: manifests that somebody is fetching; kept like roots, and not missed when they are
-    /// not here. One collection at a time.
+    /// One collection at a time.
     ///
     /// # Errors
     /// [`RegistryError::TooMany`] while another one runs; [`RegistryError::Io`]. When marking failed
@@ -88,7 +87,6 @@ impl Registry {
     pub async fn collect(
         &self,
         roots: Vec<Digest>,
-        leases: Vec<Digest>,
         dry_run: bool,
     ) -> Result<Collected, RegistryError> {
         let Ok(_one) = self.0.collecting.try_lock() else {
@@ -101,7 +99,7 @@ impl Registry {
         let (dead, mut done) = self
             .blocking_with("marking what is in use", move |inner| {
                 let inventory = inner.inventory().map_err(io("reading the repositories"))?;
-                let marked = inner.mark(&inventory, roots, leases, &mut done)?;
+                let marked = inner.mark(&inventory, roots, &mut done)?;
                 let mut dead = inner.dead(&inventory, &marked, &mut done)?;
                 dead.stray = inventory.stray;
                 Ok((dead, done))
@@ -193,13 +191,11 @@ impl Inner {
         &self,
         inventory: &Inventory,
         roots: Vec<Digest>,
-        leases: Vec<Digest>,
         done: &mut Collected,
     ) -> Result<BTreeSet<Digest>, RegistryError> {
         let missing = |root: &&Digest| !inventory.manifests.contains_key(*root);
         done.missing_roots = roots.iter().filter(missing).take(LISTED_MAX).cloned().collect();
         let mut open = roots;
-        open.extend(leases);
         open.extend(inventory.tagged.iter().cloned());
         for digest in inventory.manifests.keys() {
             // A leased manifest keeps what is below it, however old that is.

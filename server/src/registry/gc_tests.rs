@@ -55,11 +55,10 @@ async fn roots_tags_and_what_they_reach_stay_and_the_rest_goes() {
     let loose = client.blob("a", "loose").await;
 
     let nowhere = Digest::of(b"nowhere");
-    let roots = vec![root.clone(), nowhere.clone()];
-    let leases = vec![fetched.clone()];
-    let would = client.registry.collect(roots.clone(), leases.clone(), true).await.unwrap();
+    let roots = vec![root.clone(), fetched.clone(), nowhere.clone()];
+    let would = client.registry.collect(roots.clone(), true).await.unwrap();
     assert!(whole(&client.registry, &dead).await);
-    let done = client.registry.collect(roots, leases, false).await.unwrap();
+    let done = client.registry.collect(roots, false).await.unwrap();
     assert_eq!(would, gc::Collected { dry_run: true, ..done.clone() });
     assert_eq!(done.missing_roots, [nowhere]);
     assert_eq!(done.manifests, [(a(), dead.clone())]);
@@ -97,7 +96,7 @@ async fn a_lease_keeps_what_no_root_reaches_and_head_and_mount_renew_it() {
     registry.blob_size(&a(), &head, true).await.unwrap();
     let b = RepoName::parse("b").unwrap();
     assert!(registry.mount_blob(&a(), &b, &mounted).await.unwrap());
-    let done = registry.collect(Vec::new(), Vec::new(), false).await.unwrap();
+    let done = registry.collect(Vec::new(), false).await.unwrap();
     assert_eq!(done.blobs, [(old, 3)]);
     assert!(whole(registry, &manifest).await);
     assert!(registry.open_blob(&b, &mounted).await.is_ok());
@@ -109,7 +108,7 @@ async fn a_leased_manifest_keeps_its_parts_however_old_they_are() {
     let client = Client::open(dir.path(), Settings::default());
     let (manifest, _) = client.image("a", "", "layer").await;
     age(&client.registry, &Digest::of(b"layer"), 2 * DAY);
-    let done = client.registry.collect(Vec::new(), Vec::new(), false).await.unwrap();
+    let done = client.registry.collect(Vec::new(), false).await.unwrap();
     assert_eq!(done.blobs_total, 0);
     assert!(whole(&client.registry, &manifest).await);
 }
@@ -135,7 +134,7 @@ async fn a_push_never_loses_to_a_collection() {
     }
     let collector = tokio::spawn({
         let registry = registry.clone();
-        async move { registry.collect(Vec::new(), Vec::new(), false).await.unwrap() }
+        async move { registry.collect(Vec::new(), false).await.unwrap() }
     });
     let (mut kept, mut refused) = (0, 0);
     // From the far end, so that some are ahead of the collection.
@@ -196,7 +195,7 @@ async fn doubt_ends_a_collection_before_it_deletes() {
     client.blob("a", "loose").await;
     std::fs::write(client.registry.blob_path(&tagged), "damaged").unwrap();
     let before = client.registry.usage().await.unwrap().blobs;
-    assert!(client.registry.collect(Vec::new(), Vec::new(), false).await.is_err());
+    assert!(client.registry.collect(Vec::new(), false).await.is_err());
     assert_eq!(client.registry.usage().await.unwrap().blobs, before);
 }
 
@@ -247,7 +246,7 @@ async fn a_crash_leaves_nothing_that_is_shown_and_nothing_that_stays() {
     let found = client.registry.referrers(&a(), &tagged, None, None).await.unwrap();
     assert!(found.descriptors.is_empty());
     assert!(!root.join("tmp/half").exists());
-    let done = client.registry.collect(Vec::new(), Vec::new(), false).await.unwrap();
+    let done = client.registry.collect(Vec::new(), false).await.unwrap();
     assert_eq!((done.blobs, done.uploads), (vec![(unlinked, 8)], 1));
     assert!(!upload.exists());
     assert!(!entry.exists());
@@ -308,7 +307,7 @@ async fn story(registry: &Registry, acknowledged: &mut Vec<Digest>) -> Result<()
     if let [first, _] = acknowledged.as_slice() {
         registry.delete_manifest(&a(), first, |_| None).await?;
     }
-    registry.collect(Vec::new(), Vec::new(), false).await.map(drop)
+    registry.collect(Vec::new(), false).await.map(drop)
 }
 
 #[tokio::test]
