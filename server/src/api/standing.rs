@@ -10,7 +10,7 @@
 //! The gateway and the registry judge their callers themselves; [`keep`] ends what is under way there,
 //! a transfer either way or an answer that is waited for.
 //!
-//! An answer is passed on by a task of its own ([`super::passing`]): while a caller takes nothing its
+//! An answer is passed on by a task of its own (`passing`): while a caller takes nothing its
 //! connection asks its body for nothing either, and a body that is not asked could not end.
 
 use super::auth::{self, Caller};
