@@ -118,7 +118,7 @@ fn two_hundred_containers_on_one_host_are_adopted_by_an_agent_that_was_killed() 
     events::nothing_twice(&all).unwrap();
     assert!(all.iter().all(|e| e.action != "die"), "something has ended");
     // They go as they came.
-    fleet.cluster.berth_ok(&["scale", "app", "0", "--no-wait"]).unwrap();
+    fleet.cluster.berth_ok(&["scale", "app", "0"]).unwrap();
     eventually("nothing runs any more", Duration::from_secs(300), || {
         let left = fleet.running()?.len();
         ensure!(left == 0, "{left} run");
