@@ -385,7 +385,7 @@ mod tests {
         session_request::Item::Ping(agent::Ping { id, ..agent::Ping::default() })
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_session_ends_when_anything_it_was_told_cannot_be_kept() {
         use session_request::Item;
         let taken = agent::SetAck {
@@ -412,8 +412,9 @@ mod tests {
             }
             let words = format!("{said:?}");
             says.send(Ok(SessionRequest { item: Some(said) })).await.unwrap();
-            let last = out.recv().await.map(|message| message.map_err(|s| s.code()));
-            assert_eq!(last, Some(Err(tonic::Code::Unavailable)), "{words}");
+            let last = tokio::time::timeout(Duration::from_secs(5), out.recv()).await;
+            let code = last.map(|message| message.unwrap().map_err(|s| s.code()));
+            assert_eq!(code, Ok(Err(tonic::Code::Unavailable)), "{words}");
         }
     }
 
