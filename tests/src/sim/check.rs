@@ -163,6 +163,7 @@ impl World<'_> {
         };
         if set.entries.contains_key(replica)
             && !self.book.pruned
+            && !self.book.by_hand.contains(replica)
             && let Some(successor) = set.entries.keys().find(by_successor)
             && (begun(successor) || !unhealthy)
             && let Some(image) = image(successor)
