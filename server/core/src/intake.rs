@@ -100,7 +100,9 @@ pub fn registration(view: &View, host: &HostUid, said: &Registration, now: Wall)
         changes.extend(gone.map(|r| Change::DeleteReplica(r.uid.clone())));
     }
     let first_look = said.engine_observed && view.is_unobserved(host);
-    if first_look {
+    // Not on the first look alone: a disk may have been cloned before the restore, and each copy runs what
+    // the other one does not.
+    if said.engine_observed && view.cluster.observing {
         changes.extend(orphans::found(view, host, &said.observed, now));
     }
     // Last: the host counts as observed when all of its orphans are kept.

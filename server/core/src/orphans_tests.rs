@@ -2,9 +2,11 @@
 
 use super::*;
 use crate::dispatch::host_set;
+use crate::intake::registration;
 use crate::miniature::World;
 use crate::objects::Host;
 use crate::session::Hold;
+use crate::session::Registration;
 use berth_proto::ids::Digest;
 
 fn uid() -> HostUid {
@@ -150,6 +152,30 @@ fn each_reason_against_an_adoption_has_its_name() {
     let deleted = w.deployment().edited(|r| r.meta.as_mut().unwrap().delete_unix_ms = 1);
     w.change(vec![Change::PutDeployment(Arc::new(deleted))]);
     assert_eq!(why(&mut w, report("x", "d", 1, 7, &good)), Some(Unadoptable::Deleting));
+}
+
+#[test]
+fn what_a_clone_runs_is_an_orphan_too_whoever_of_the_two_was_looked_at_first() {
+    let mut w = restored();
+    let body = body(&w);
+    observe(&mut w, &[]);
+    assert!(!held_back(&w));
+    // The other copy of the disk, which the backup does not know of either.
+    let said = Registration {
+        instance: "i".into(),
+        boot_nonce: "of the other boot".into(),
+        agent_start: 1,
+        agent_version: String::new(),
+        facts: None,
+        held: None,
+        observed: vec![report("only-here", "d", 1, 7, &body)],
+        engine_observed: true,
+        trust_version: 0,
+    };
+    let changes = registration(&w.view, &uid(), &said, w.now.wall);
+    w.change(changes);
+    assert_eq!(orphans(&w).len(), 1);
+    assert!(held_back(&w), "or its set would stop it");
 }
 
 #[test]
