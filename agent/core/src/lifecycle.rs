@@ -133,8 +133,13 @@ impl Life {
     /// Whether the end of an attempt has been told.
     #[must_use]
     pub fn tells_end_of(&self, attempt: u32) -> bool {
-        let ended = self.status.phase() == ReplicaPhase::Exited;
-        self.status.attempt > attempt || (self.status.attempt == attempt && ended)
+        self.status.attempt > attempt || self.has_ended(attempt)
+    }
+
+    /// Whether an attempt is the last one known, and has ended.
+    #[must_use]
+    pub fn has_ended(&self, attempt: u32) -> bool {
+        self.status.attempt == attempt && self.status.phase() == ReplicaPhase::Exited
     }
 
     /// Its program has ended.

@@ -274,6 +274,11 @@ impl Reconcile {
             let memory = self.memory.entry(uid.clone()).or_default();
             // An adopted container's bytes are here: it runs.
             memory.bytes_here = true;
+            // Started by somebody after its end was seen, also while nobody wanted it: its end counts as
+            // taken in, since nothing more can be told of that attempt.
+            if self.desks.get(uid).is_some_and(|d| d.life.has_ended(running.attempt)) {
+                memory.exit_taken = memory.exit_taken.max(running.attempt);
+            }
             if unchecked && !memory.ready {
                 memory.ready = true;
                 memory.ready_since = Some(now.mono);

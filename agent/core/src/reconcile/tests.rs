@@ -621,6 +621,31 @@ fn a_container_somebody_removed_is_made_anew_after_a_wait() {
     assert_eq!((w.running(), w.of("a").unwrap().attempt), (vec!["a"], 2));
 }
 
+#[test]
+fn one_that_is_wanted_again_after_somebody_started_it_anew_is_told_of_truly() {
+    let mut w = World::new();
+    w.want(&[want("a")]);
+    w.run_for(10);
+    w.want(&[]);
+    // It is stopped, and the engine goes before it is removed.
+    while w.of("a").unwrap().state == State::Running {
+        let effect = w.asked.remove(0);
+        w.carry_out(effect, Luck::Good);
+    }
+    for answer in std::mem::take(&mut w.answers) {
+        w.tell(answer);
+    }
+    w.up = false;
+    w.run_for(100);
+    let id = w.of("a").unwrap().id.clone();
+    w.containers.get_mut(&id).unwrap().state = State::Running;
+    w.want(&[want("a")]);
+    w.up = true;
+    w.run_for(120_000);
+    assert_eq!((w.running(), w.of("a").unwrap().attempt), (vec!["a"], 2));
+    assert!(w.status("a").ready);
+}
+
 fn replaced() -> [Want; 2] {
     let new = Want { replaces: Some("old"), checked: true, image: "2", ..want("new") };
     [want("old"), new]
