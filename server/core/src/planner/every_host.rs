@@ -149,7 +149,15 @@ impl<'a> Planning<'a> {
             Standing::Deferred => {
                 self.plan.report.deferred.insert(uid.clone());
             }
-            Standing::Left => {}
+            // As when all are looked at: what is old there waits, and too many in the slot are for the
+            // rollout to judge.
+            Standing::Left => {
+                let all = running.iter().all(current);
+                self.plan.report.whole = all && running.len() > 1;
+                if !all {
+                    self.plan.report.deferred.insert(uid.clone());
+                }
+            }
             Standing::Not(_) => {
                 for replica in running {
                     self.stop(replica);

@@ -869,3 +869,23 @@ fn a_slot_that_finds_no_room_keeps_no_other_from_changing_back() {
     w.agents();
     assert_eq!(w.releases_running(), [1]);
 }
+
+#[test]
+fn too_many_on_a_cordoned_host_that_returns_are_looked_at_with_all() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    (spec.replicas, spec.every_host) = (None, true);
+    w.apply(spec);
+    w.settle();
+    // Left by a release that ran several there.
+    let one = w.view.replicas_on(&"h0".parse().unwrap()).next().unwrap().clone();
+    let uid: ReplicaUid = "second".parse().unwrap();
+    w.change(vec![Change::PutReplica(Arc::new(Replica { uid, ..Replica::clone(&one) }))]);
+    w.agents();
+    edit_host(&mut w, 0, |r| r.spec = Some(api::HostSpec { cordoned: true, draining: false }));
+    let host = "h0".parse().unwrap();
+    let on_host = plan_host(&w.view, &w.live, &w.uid(), &host, w.now, &mut || unreachable!());
+    assert!(on_host.report.whole, "it alone says nothing of the floor");
+    w.settle();
+    assert_eq!(w.releases_running(), [1, 1]);
+}
