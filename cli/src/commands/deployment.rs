@@ -1,6 +1,6 @@
 //! Deployments and their releases.
 
-use super::apply::settle;
+use super::follow::settle;
 use super::{ask, confirm, connect, pages, write};
 use crate::args::{Deployment as Verb, Global, Output, Release as ReleaseVerb, Rollout, Scale};
 use crate::error::{Error, Result};

@@ -6,6 +6,7 @@ mod backup;
 mod context;
 mod deployment;
 mod exec;
+mod follow;
 mod host;
 mod image;
 mod infer;

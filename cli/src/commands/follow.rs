@@ -1,0 +1,480 @@
+//! Following what becomes of a deployment, until it is there, has failed or its time is over.
+
+use super::{Patience, ask, broken, connect};
+use crate::args::Global;
+use crate::client::Client;
+use crate::error::{Error, Kind, Result};
+use crate::output::{counted, transfer, waits, word};
+use crate::progress::{Board, Line};
+use crate::style::Ink;
+use berth_proto::api::deployment_service_client::DeploymentServiceClient;
+use berth_proto::api::*;
+use berth_proto::escape::for_terminal;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::time::Duration;
+use tokio::time::Instant;
+use tonic::transport::Channel;
+
+/// Hosts named before they are only counted.
+const NAMED: usize = 8;
+
+/// Waits until a deployment whose number was changed has as many replicas ready.
+pub async fn settle(
+    global: &Global,
+    client: &Client,
+    deployment: &Deployment,
+    timeout: Duration,
+) -> Result<Deployment> {
+    let meta = &deployment.meta.clone().unwrap_or_default();
+    let following = Following {
+        global,
+        shared: &Shared::new(client.deployments()),
+        meta,
+        release: deployment.status.as_ref().map_or(0, |s| s.release),
+        adjusted: true,
+        wait_all: false,
+        end: Instant::now() + timeout,
+        index: 0,
+        board: &RefCell::new(Board::new()),
+    };
+    following.run().await.map_err(|(error, _)| error)
+}
+
+/// A connection that all share who follow a rollout. Whoever finds it broken leaves it, and the next
+/// one who asks makes another.
+pub struct Shared<T> {
+    /// How many were left, and the present one.
+    held: tokio::sync::Mutex<(u64, Option<T>)>,
+}
+
+impl<T: Clone> Shared<T> {
+    pub fn new(first: T) -> Self {
+        Self { held: tokio::sync::Mutex::new((0, Some(first))) }
+    }
+
+    /// The present one with its number, or the one that is made now.
+    async fn get(&self, make: impl Future<Output = Result<T>>) -> Result<(u64, T)> {
+        let mut held = self.held.lock().await;
+        let one = match &held.1 {
+            Some(one) => one.clone(),
+            None => held.1.insert(make.await?).clone(),
+        };
+        Ok((held.0, one))
+    }
+
+    /// That of this number is of no use any more, unless somebody has said so before.
+    async fn leave(&self, number: u64) {
+        let mut held = self.held.lock().await;
+        if held.0 == number {
+            *held = (number + 1, None);
+        }
+    }
+}
+
+/// One rollout that is followed.
+pub struct Following<'a> {
+    pub global: &'a Global,
+    pub shared: &'a Shared<DeploymentServiceClient<Channel>>,
+    pub meta: &'a ObjectMeta,
+    pub release: u64,
+    /// No new release was made: a complete rollout says nothing of the replicas that were added.
+    pub adjusted: bool,
+    pub wait_all: bool,
+    pub end: Instant,
+    pub index: usize,
+    pub board: &'a RefCell<Board>,
+}
+
+/// An error, and the deployment as it was last seen.
+type Lost = (Error, Option<Deployment>);
+
+/// What a state of a deployment means for somebody who waits for one of its releases.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Go on waiting.
+    Wait,
+    /// Done, but for hosts that are away.
+    Done { deferred: u32 },
+    /// Not going to be done.
+    Failed(String),
+}
+
+fn judge(status: &DeploymentStatus, release: u64, adjusted: bool) -> Verdict {
+    let reason = || {
+        let words = for_terminal(&status.reason);
+        if words.is_empty() { "the rollout failed".to_owned() } else { words }
+    };
+    match status.rollout() {
+        RolloutState::RolledBack | RolloutState::Failed | RolloutState::Paused => {
+            Verdict::Failed(reason())
+        }
+        RolloutState::Deleting => Verdict::Failed("it is being deleted".to_owned()),
+        RolloutState::Rolling | RolloutState::Complete | RolloutState::Unspecified
+            if status.release > release =>
+        {
+            Verdict::Failed(format!("release {} took the place of {release}", status.release))
+        }
+        RolloutState::Complete
+            if adjusted && status.deferred_hosts == 0 && status.updated_ready < status.wanted =>
+        {
+            Verdict::Wait
+        }
+        RolloutState::Complete => Verdict::Done { deferred: status.deferred_hosts },
+        RolloutState::Rolling | RolloutState::Unspecified => Verdict::Wait,
+    }
+}
+
+/// What to do about a rollout that has ended like this.
+fn advice(rollout: RolloutState, name: &str) -> Option<String> {
+    match rollout {
+        RolloutState::RolledBack => Some(
+            "mend the manifest and apply it again; `rollout: {onFailure: pause}` keeps what fails \
+             for a look"
+                .to_owned(),
+        ),
+        RolloutState::Paused | RolloutState::Failed => Some(format!(
+            "`berth ps {name}` shows each replica, `berth logs {name}` what its program said; mend \
+             the manifest and apply it again"
+        )),
+        RolloutState::Unspecified
+        | RolloutState::Rolling
+        | RolloutState::Complete
+        | RolloutState::Deleting => None,
+    }
+}
+
+impl Following<'_> {
+    /// To the rollout's end, or to the time's. A stream that broke is opened again, on whatever
+    /// server answers then: each message is complete, so nothing is missed.
+    pub async fn run(&self) -> std::result::Result<Deployment, Lost> {
+        let mut patience = Patience::new(Some(self.end));
+        let mut last: Option<Deployment> = None;
+        loop {
+            match self.watch(&mut last, &mut patience).await {
+                Ok(deployment) => return Ok(deployment),
+                Err(error) => {
+                    let say = |words: String| self.board.borrow_mut().note(&format!("  {words}"));
+                    if let Err(error) = patience.bear(error, say).await {
+                        return Err((error, last));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn watch(
+        &self,
+        last: &mut Option<Deployment>,
+        patience: &mut Patience,
+    ) -> Result<Deployment> {
+        let make = async { Ok(connect(self.global).await?.deployments()) };
+        let (number, deployments) = match tokio::time::timeout_at(self.end, self.shared.get(make))
+            .await
+        {
+            Ok(got) => got?,
+            Err(_) => {
+                return Err(Error::new(Kind::Unavailable, "the server was not reached in time"));
+            }
+        };
+        let result = self.watch_over(deployments, last, patience).await;
+        if result.as_ref().is_err_and(|error| error.kind == Kind::Unavailable) {
+            self.shared.leave(number).await;
+        }
+        result
+    }
+
+    async fn watch_over(
+        &self,
+        mut deployments: DeploymentServiceClient<Channel>,
+        last: &mut Option<Deployment>,
+        patience: &mut Patience,
+    ) -> Result<Deployment> {
+        let request = WatchDeploymentRequest {
+            namespace: self.meta.namespace.clone(),
+            name: self.meta.name.clone(),
+        };
+        let mut stream = ask(self.global, deployments.watch_deployment(request)).await?;
+        loop {
+            let next = match tokio::time::timeout_at(self.end, stream.message()).await {
+                Ok(next) => next.map_err(broken)?,
+                Err(_) => return Err(self.late(last.as_ref())),
+            };
+            let Some(now) = next else {
+                return Err(Error::new(Kind::Unavailable, "the server ended the watch"));
+            };
+            patience.calm();
+            if now.deleted {
+                return Err(Error::new(Kind::RolloutFailed, "it was deleted meanwhile"));
+            }
+            let deployment = now.deployment.clone().unwrap_or_default();
+            let status = deployment.status.clone().unwrap_or_default();
+            *last = Some(deployment.clone());
+            let away = away(&now.replicas);
+            self.board.borrow_mut().show(self.index, self.lines(&now.replicas, &status, &away));
+            match judge(&status, self.release, self.adjusted) {
+                Verdict::Wait => {}
+                Verdict::Done { deferred } if deferred > 0 && self.wait_all => {}
+                Verdict::Done { deferred } => {
+                    let mut words = format!(
+                        "{}: complete, {}/{} ready",
+                        self.meta.name, status.updated_ready, status.wanted
+                    );
+                    if deferred > 0 {
+                        words.push_str(&format!("; deferred: {}", on_return(deferred, &away)));
+                    }
+                    self.board.borrow_mut().end(self.index, &words);
+                    return Ok(deployment);
+                }
+                Verdict::Failed(reason) => {
+                    let error = Error::new(Kind::RolloutFailed, reason);
+                    return Err(match advice(status.rollout(), &self.meta.name) {
+                        Some(hint) => error.hint(hint),
+                        None => error,
+                    });
+                }
+            }
+        }
+    }
+
+    /// The time is over.
+    fn late(&self, last: Option<&Deployment>) -> Error {
+        let status = last.and_then(|d| d.status.clone()).unwrap_or_default();
+        let why = status.pending.iter().find(|p| !p.message.is_empty());
+        match judge(&status, self.release, self.adjusted) {
+            Verdict::Done { deferred } if deferred > 0 => Error::new(
+                Kind::Deferred,
+                format!("complete, but {}", on_return(deferred, &BTreeSet::new())),
+            )
+            .hint("`berth ps` shows which; --timeout sets how long to wait for them"),
+            Verdict::Done { .. } | Verdict::Wait | Verdict::Failed(_) => Error::new(
+                Kind::RolloutFailed,
+                for_terminal(&format!(
+                    "not complete in time ({}/{} ready{}); the rollout goes on",
+                    status.updated_ready,
+                    status.wanted,
+                    why.map(|p| format!("; {}", p.message)).unwrap_or_default()
+                )),
+            )
+            .hint("`berth deployment rollout status` shows where it is, `berth ps` why"),
+        }
+    }
+
+    fn lines(
+        &self,
+        replicas: &[Replica],
+        status: &DeploymentStatus,
+        away: &BTreeSet<&str>,
+    ) -> Vec<Line> {
+        let mut lines = Vec::new();
+        let key = |what: &str| format!("{}/{}/{what}", self.meta.namespace, self.meta.name);
+        for replica in replicas {
+            let (state, coarse, ink) = progress(replica);
+            let text = for_terminal(&format!(
+                "  {}/{} on {} (release {}): {state}",
+                self.meta.name, replica.slot, replica.host, replica.release
+            ));
+            lines.push(Line { key: key(&replica.uid), text, coarse, ink });
+        }
+        for pending in status.pending.iter().filter(|p| p.reason == "NO_HOST_FITS") {
+            let text = for_terminal(&format!(
+                "  {}: waiting: {} ({})",
+                self.meta.name,
+                pending.message,
+                counted(pending.count, "slot")
+            ));
+            lines.push(Line {
+                key: key(&pending.reason),
+                coarse: text.clone(),
+                text,
+                ink: Ink::Busy,
+            });
+        }
+        if status.deferred_hosts > 0 {
+            let text = for_terminal(&format!(
+                "  {}: deferred: {}",
+                self.meta.name,
+                on_return(status.deferred_hosts, away)
+            ));
+            lines.push(Line { key: key("deferred"), coarse: text.clone(), text, ink: Ink::Note });
+        }
+        lines
+    }
+}
+
+/// Hosts that are away, by name.
+fn away(replicas: &[Replica]) -> BTreeSet<&str> {
+    replicas
+        .iter()
+        .filter(|r| matches!(r.host_presence(), HostPresence::Away | HostPresence::Lost))
+        .map(|r| r.host.as_str())
+        .collect()
+}
+
+fn on_return(count: u32, away: &BTreeSet<&str>) -> String {
+    let verb = if count == 1 { "host is away and gets" } else { "hosts are away and get" };
+    let mut words = format!("{count} {verb} it on return");
+    if !away.is_empty() {
+        let mut names: Vec<&str> = away.iter().take(NAMED).copied().collect();
+        if away.len() > NAMED {
+            names.push("...");
+        }
+        words.push_str(&format!(" ({})", names.join(", ")));
+    }
+    for_terminal(&words)
+}
+
+/// What the reasons say that are no trouble: how far a replica is on its way.
+fn on_its_way(reason: &str) -> Option<&'static str> {
+    match reason {
+        "ASSIGNED" => Some("told to its host"),
+        "ACCEPTED" => Some("about to be started"),
+        "FETCHING" => Some("fetching"),
+        "STARTING" => Some("starting"),
+        "NOT_READY" => Some("running, not ready yet"),
+        _ => None,
+    }
+}
+
+/// How a replica is: in full, without what moves all the time, and as a colour.
+fn progress(replica: &Replica) -> (String, String, Ink) {
+    let status = replica.status.clone().unwrap_or_default();
+    let same = |text: String, ink| (text.clone(), text, ink);
+    // A transfer that waits says why instead of how far it is.
+    let moves = status.reason.is_empty() || status.reason == "FETCHING";
+    if !matches!(replica.host_presence(), HostPresence::Present) {
+        let presence = word(replica.host_presence().as_str_name(), "HOST_PRESENCE_");
+        same(format!("host {presence}"), Ink::Note)
+    } else if replica.intent() == ReplicaIntent::Stop {
+        same("stopping".to_owned(), Ink::Note)
+    } else if status.ready {
+        same("ready".to_owned(), Ink::Good)
+    } else if let Some(p) = status.progress.as_ref().filter(|p| p.total_bytes > 0 && moves) {
+        // A line each ten per cent is enough for a file.
+        let tenth = p.done_bytes.saturating_mul(10) / p.total_bytes;
+        let what = if p.what.is_empty() { String::new() } else { format!(" {}", p.what) };
+        let coarse = format!("fetching{what} {tenth}0 %");
+        (format!("fetching{what} {}", transfer(p)), coarse, Ink::Busy)
+    } else if let Some(words) = on_its_way(&status.reason) {
+        let why = if status.reason == "NOT_READY" { waits(&status) } else { String::new() };
+        let text = if why.is_empty() { words.to_owned() } else { format!("{words}: {why}") };
+        (text, words.to_owned(), Ink::Busy)
+    } else if !status.reason.is_empty() {
+        let reason = status.reason.to_ascii_lowercase().replace('_', " ");
+        (format!("{reason}: {}", waits(&status)), reason, Ink::Bad)
+    } else if status.phase() == ReplicaPhase::Running {
+        same("running, not ready yet".to_owned(), Ink::Busy)
+    } else {
+        same(word(status.phase().as_str_name(), "REPLICA_PHASE_"), Ink::Busy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rollout_is_judged_by_its_own_release() {
+        let status = |rollout: RolloutState, release, deferred_hosts| DeploymentStatus {
+            rollout: rollout as i32,
+            release,
+            deferred_hosts,
+            ..DeploymentStatus::default()
+        };
+        use RolloutState as S;
+        let judge = |status: &DeploymentStatus, release| judge(status, release, false);
+        assert_eq!(judge(&status(S::Rolling, 2, 0), 2), Verdict::Wait);
+        assert_eq!(judge(&status(S::Complete, 2, 3), 2), Verdict::Done { deferred: 3 });
+        for failed in [S::Failed, S::RolledBack, S::Paused, S::Deleting] {
+            assert!(matches!(judge(&status(failed, 1, 0), 2), Verdict::Failed(_)), "{failed:?}");
+        }
+        // Somebody else's newer release is not the one that was waited for.
+        assert!(matches!(judge(&status(S::Complete, 3, 0), 2), Verdict::Failed(_)));
+    }
+
+    #[test]
+    fn a_number_that_was_raised_is_not_there_before_its_replicas_are_ready() {
+        let status = |updated_ready, deferred_hosts| DeploymentStatus {
+            rollout: RolloutState::Complete as i32,
+            release: 1,
+            wanted: 50,
+            updated_ready,
+            deferred_hosts,
+            ..DeploymentStatus::default()
+        };
+        assert_eq!(judge(&status(2, 0), 1, true), Verdict::Wait);
+        assert_eq!(judge(&status(50, 0), 1, true), Verdict::Done { deferred: 0 });
+        // As with a new release: hosts that are away are not waited for.
+        assert_eq!(judge(&status(2, 1), 1, true), Verdict::Done { deferred: 1 });
+        // A release that was made has been judged by its rollout.
+        assert_eq!(judge(&status(2, 0), 1, false), Verdict::Done { deferred: 0 });
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_shared_until_it_breaks_and_then_made_anew_once() {
+        let made = RefCell::new(0);
+        let make = || async {
+            *made.borrow_mut() += 1;
+            Ok(*made.borrow())
+        };
+        let shared = Shared::new(0);
+        assert_eq!(shared.get(make()).await.unwrap(), (0, 0));
+        // Two find it broken, one makes the next.
+        for _ in 0..2 {
+            shared.leave(0).await;
+            assert_eq!(shared.get(make()).await.unwrap(), (1, 1));
+        }
+        shared.leave(1).await;
+        let away = async { Err(Error::new(Kind::Unavailable, "away")) };
+        assert!(shared.get(away).await.is_err());
+        assert_eq!(shared.get(make()).await.unwrap(), (2, 2));
+    }
+
+    #[test]
+    fn a_replicas_state_is_told_with_its_progress() {
+        let mut replica = Replica {
+            host_presence: HostPresence::Present as i32,
+            intent: ReplicaIntent::Run as i32,
+            ..Replica::default()
+        };
+        let with = |replica: &Replica, status: ReplicaStatus| {
+            progress(&Replica { status: Some(status), ..replica.clone() })
+        };
+        let fetching = ReplicaStatus {
+            progress: Some(Progress {
+                done_bytes: 43,
+                total_bytes: 100,
+                what: "artifact".into(),
+                ..Progress::default()
+            }),
+            ..ReplicaStatus::default()
+        };
+        let (text, coarse, _) = with(&replica, fetching.clone());
+        assert_eq!(
+            (text.as_str(), coarse.as_str()),
+            ("fetching artifact 43 %", "fetching artifact 40 %")
+        );
+        // The server gives every phase a reason; only trouble is told instead of the progress.
+        let moved = |reason: &str| {
+            let (reason, message) = (reason.to_owned(), "no registry answers".to_owned());
+            with(&replica, ReplicaStatus { reason, message, ..fetching.clone() }).0
+        };
+        assert_eq!(moved("FETCHING"), "fetching artifact 43 %");
+        assert_eq!(moved("FETCH_WAITS"), "fetch waits: no registry answers");
+        let failing = ReplicaStatus {
+            reason: "NOT_READY".into(),
+            message: "its health check fails: 503".into(),
+            ..ReplicaStatus::default()
+        };
+        let (text, coarse, _) = with(&replica, failing);
+        assert_eq!(text, "running, not ready yet: its health check fails: 503");
+        assert_eq!(coarse, "running, not ready yet");
+        let starting =
+            ReplicaStatus { phase: ReplicaPhase::Starting as i32, ..ReplicaStatus::default() };
+        assert_eq!(with(&replica, starting).0, "starting");
+        let ready = ReplicaStatus { ready: true, ..ReplicaStatus::default() };
+        assert_eq!(with(&replica, ready.clone()).0, "ready");
+        replica.host_presence = HostPresence::Away as i32;
+        assert_eq!(with(&replica, ready).0, "host away");
+    }
+}
