@@ -53,8 +53,11 @@ fn pause() {
 /// # Errors
 /// When it cannot be told.
 pub fn bin_dir() -> Result<PathBuf> {
-    let exe = std::env::current_exe().context("where is this test?")?;
-    exe.parent().and_then(Path::parent).map(Path::to_owned).context("a test binary has two parents")
+    let exe = std::env::current_exe().context("where is this program?")?;
+    let folder = exe.parent().context("a program is in a folder")?;
+    // Tests are in a folder of theirs beside the programs.
+    let beside = if folder.ends_with("deps") { folder.parent() } else { Some(folder) };
+    beside.map(Path::to_owned).context("a test's folder has a parent")
 }
 
 /// The project's root.
