@@ -86,6 +86,10 @@ fn is_forgotten(replica: &Replica) -> bool {
 /// What of a hello must be durable, before the host counts as present.
 #[must_use]
 pub fn registration(view: &View, host: &HostUid, said: &Registration, now: Wall) -> Vec<Change> {
+    if view.host(host).is_none_or(|h| h.is_removed()) {
+        // Removed while it said hello: what it runs is nobody's any more.
+        return Vec::new();
+    }
     let mut changes = statuses(view, host, &said.observed, &[], now);
     // An agent that has not seen its engine knows only what its disk tells; one with no set has lost it.
     if said.engine_observed || said.held.is_none() {

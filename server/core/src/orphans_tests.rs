@@ -176,6 +176,11 @@ fn what_a_clone_runs_is_an_orphan_too_whoever_of_the_two_was_looked_at_first() {
     w.change(changes);
     assert_eq!(orphans(&w).len(), 1);
     assert!(held_back(&w), "or its set would stop it");
+    // Of a host that was removed meanwhile nothing is written.
+    let removed = w.view.host(&uid()).unwrap().edited(|r| r.removed = true).unwrap();
+    w.change(vec![Change::PutHost(Arc::new(removed))]);
+    let said = Registration { observed: vec![report("another", "d", 1, 8, &body)], ..said };
+    assert_eq!(registration(&w.view, &uid(), &said, w.now.wall), []);
 }
 
 #[test]
