@@ -220,8 +220,10 @@ fn an_agent_killed_while_it_pulls_goes_on_where_it_was_and_while_it_starts_start
     fleet.hosts[0].start_agent().unwrap();
     fleet.settles_at("app", 1).unwrap();
     let received = fleet.hosts[0].received_bytes().unwrap() - before;
-    // One chunk of 4 MiB, and what sessions and headers say besides.
-    assert!((32 * MIB..38 * MIB).contains(&received), "{received} bytes for 32 MiB");
+    // Twice come a chunk of 4 MiB and what the kernel had received and the agent, held to its rate, had not
+    // read yet. From the beginning again it would be half of it more.
+    let again = (32 + 16) * MIB;
+    assert!((32 * MIB..again - 4 * MIB).contains(&received), "{received} bytes for 32 MiB");
 
     // While it starts: the moment the engine tells of a container that was made.
     let events = fleet.hosts[0].record_events().unwrap();
