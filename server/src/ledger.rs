@@ -419,9 +419,6 @@ pub fn refused(refusal: Refusal, kind: Kind, name: &str) -> Error {
                 found: found.0,
             },
         },
-        Refusal::Epoch { .. } => {
-            Error::unavailable("EPOCH_CHANGED", "the server's epoch has changed; ask again")
-        }
         Refusal::TooLarge { size, limits } => Error::field("", too_large(size, limits)),
         Refusal::Busy => Error::unavailable("LEDGER_BUSY", "too many writes are waiting"),
         Refusal::Full => Error::Exhausted {

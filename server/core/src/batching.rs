@@ -14,7 +14,7 @@ use crate::change::{Change, Encoded};
 use crate::objects::Replica;
 use crate::view::{ObjectKey, View};
 use berth_proto::api::ReplicaIntent;
-use berth_proto::ids::{Epoch, Generation, HostUid, Revision};
+use berth_proto::ids::{Generation, HostUid, Revision};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -75,8 +75,26 @@ pub enum Precondition {
     At(ObjectKey, Revision),
     /// The object is there.
     Exists(ObjectKey),
-    /// The epoch is this one.
-    Epoch(Epoch),
+}
+
+impl Precondition {
+    /// Whether it holds in a view.
+    ///
+    /// # Errors
+    /// [`Refusal::Conflict`] when it does not.
+    pub fn check(&self, view: &View) -> Result<(), Refusal> {
+        let (object, expected) = match self {
+            Self::At(object, expected) => (object, Some(*expected)),
+            Self::Exists(object) => (object, None),
+        };
+        let found = view.revision_of(object);
+        let holds = expected.map_or(found != Revision(0), |expected| found == expected);
+        if holds {
+            return Ok(());
+        }
+        let (object, expected) = (object.clone(), expected.unwrap_or_default());
+        Err(Refusal::Conflict { object, expected, found })
+    }
 }
 
 /// Changes that belong together.
@@ -108,14 +126,6 @@ pub enum Refusal {
         expected: Revision,
         /// What is.
         found: Revision,
-    },
-    /// The epoch has changed.
-    #[error("the epoch is {found}, not {expected}")]
-    Epoch {
-        /// What was expected.
-        expected: Epoch,
-        /// What is.
-        found: Epoch,
     },
     /// More than one commit can hold.
     #[error(
@@ -290,31 +300,7 @@ impl Batching {
         if bug!(PreconditionsUnasked) {
             return Ok(());
         }
-        for precondition in preconditions {
-            match precondition {
-                Precondition::At(object, expected) => {
-                    let found = self.ahead.revision_of(object);
-                    if found != *expected {
-                        let (object, expected) = (object.clone(), *expected);
-                        return Err(Refusal::Conflict { object, expected, found });
-                    }
-                }
-                Precondition::Exists(object) => {
-                    let found = self.ahead.revision_of(object);
-                    if found == Revision(0) {
-                        let object = object.clone();
-                        return Err(Refusal::Conflict { object, expected: Revision(0), found });
-                    }
-                }
-                Precondition::Epoch(expected) => {
-                    let found = self.ahead.epoch();
-                    if found != *expected {
-                        return Err(Refusal::Epoch { expected: *expected, found });
-                    }
-                }
-            }
-        }
-        Ok(())
+        preconditions.iter().try_for_each(|one| one.check(&self.ahead))
     }
 
     fn launch(&mut self) -> Vec<Effect> {

@@ -72,7 +72,6 @@ impl Keeping {
             Some(Refusal::Conflict { .. }) if self.made < TRIES => Next::Make,
             Some(
                 Refusal::Conflict { .. }
-                | Refusal::Epoch { .. }
                 | Refusal::TooLarge { .. }
                 | Refusal::Busy
                 | Refusal::Failed

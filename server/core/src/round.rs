@@ -166,7 +166,7 @@ impl Round {
             again.insert(uid.clone());
             match refusal {
                 // Somebody was faster.
-                Refusal::Conflict { .. } | Refusal::Epoch { .. } => queue.wake(Key::Whole(uid)),
+                Refusal::Conflict { .. } => queue.wake(Key::Whole(uid)),
                 Refusal::TooLarge { .. }
                 | Refusal::Busy
                 | Refusal::Full

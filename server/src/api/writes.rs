@@ -184,29 +184,8 @@ fn running() -> Error {
 
 /// Whether a proposal's preconditions hold in a view, for what is checked and not written.
 pub(super) fn holds(view: &View, proposal: &Proposal, kind: Kind, name: &str) -> Result<(), Error> {
-    for precondition in &proposal.preconditions {
-        let (object, expected, good) = match precondition {
-            Precondition::At(object, expected) => {
-                (object, *expected, view.revision_of(object) == *expected)
-            }
-            Precondition::Exists(object) => {
-                (object, Revision(0), view.revision_of(object) != Revision(0))
-            }
-            Precondition::Epoch(expected) => {
-                if view.epoch() == *expected {
-                    continue;
-                }
-                let refusal = Refusal::Epoch { expected: *expected, found: view.epoch() };
-                return Err(refused(refusal, kind, name));
-            }
-        };
-        if !good {
-            let found = view.revision_of(object);
-            let refusal = Refusal::Conflict { object: object.clone(), expected, found };
-            return Err(refused(refusal, kind, name));
-        }
-    }
-    Ok(())
+    let held = proposal.preconditions.iter().try_for_each(|one| one.check(view));
+    held.map_err(|refusal| refused(refusal, kind, name))
 }
 
 impl Call<'_> {
