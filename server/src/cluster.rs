@@ -353,7 +353,7 @@ impl Desk for ClusterDesk {
         host: &HostUid,
         session: u64,
         registration: Registration,
-    ) -> Result<(), Ended> {
+    ) -> Result<Newest, Ended> {
         let c = &self.0;
         let view = c.ledger.view();
         let now = c.time();
@@ -372,7 +372,7 @@ impl Desk for ClusterDesk {
             Admission::Welcome { .. } => {}
             Admission::Removed { wipe } => {
                 c.order(host, &Order::Removed { wipe });
-                return Ok(());
+                return Ok(None);
             }
             Admission::Unknown => return Err(Ended::Unknown),
             Admission::Quarantined => return Err(Ended::Quarantined),
@@ -387,8 +387,8 @@ impl Desk for ClusterDesk {
         if !c.keep_made(make).await {
             return Err(Ended::Unavailable);
         }
-        // Before this session may offer a set: it must be one that was made knowing all of that.
         c.refresh_sets([host]);
+        let newest = c.sets.lock().get(host).and_then(|line| line.borrow().clone());
         // Asked under the lock of what is known live, so that whichever session is newer has the last
         // word. The view is newer than what was kept just now: it holds the orphans, too.
         let current = c.edit_live(|live| {
@@ -400,7 +400,7 @@ impl Desk for ClusterDesk {
             return Err(Ended::Superseded);
         }
         tracing::info!(%host, session, version = registration.agent_version, "a host is present");
-        Ok(())
+        Ok(newest)
     }
 
     fn take(

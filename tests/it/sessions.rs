@@ -428,6 +428,8 @@ impl World {
                         .into_iter()
                         .map(|r| (r.replica_uid, r.slot))
                         .collect();
+                    let newest = Some(Ok(Arc::clone(self.newest())));
+                    self.server(id, server_end::Input::Registered(newest));
                 }
                 Effect::Take { sequence, reports, absent } => {
                     if id != self.current {

@@ -11,7 +11,9 @@
 //! 3. A body the agent holds is not sent again.
 //! 4. A status is acknowledged only after [`Input::Taken`] has said that it and all before it are kept.
 //! 5. Silence for longer than the idle timeout ends the session, and nothing else.
-//! 6. Whoever has just been heard is not asked whether it is there: an idle session costs one ping of
+//! 6. No set is offered, and nobody is welcome, before the hello is kept: a set that was worked out
+//!    without what the hello has told may lack what only this copy of the host runs.
+//! 7. Whoever has just been heard is not asked whether it is there: an idle session costs one ping of
 //!    the agent and its answer in each interval.
 
 use berth_proto::agent::{
@@ -19,7 +21,7 @@ use berth_proto::agent::{
     session_request, session_response,
 };
 use berth_proto::convert::{timestamp, wall};
-use berth_proto::ids::{Digest, Epoch, Generation, HostUid, Mono, Now, SetNumber};
+use berth_proto::ids::{Digest, Epoch, Generation, HostUid, Mono, Now, SetNumber, Wall};
 use prost::Message as _;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -137,7 +139,10 @@ impl Hold {
 pub enum Input {
     /// The agent said this.
     Message(Box<agent::SessionRequest>),
-    /// The newest set of this host; `None`: it gets no sets for this reason.
+    /// What of the hello must be durable is: answers [`Effect::Register`]. With the host's newest set,
+    /// worked out since; what was told before counts no more. `None`: there is no such host.
+    Registered(Option<Result<Arc<HostSet>, Hold>>),
+    /// The newest set of this host, or why it gets none.
     Newest(Result<Arc<HostSet>, Hold>),
     /// The statuses of this sequence are kept; in whatever order they are.
     Taken(u64),
@@ -157,7 +162,8 @@ pub enum Input {
 pub enum Effect {
     /// Say this to the agent.
     Send(Box<agent::SessionResponse>),
-    /// The agent has introduced itself; comes once, before anything else of it.
+    /// The agent has introduced itself; comes once, before anything else of it. Answer with
+    /// [`Input::Registered`]; until then it is given nothing else to take.
     Register(Box<Registration>),
     /// Keep these; answer with [`Input::Taken`].
     Take {
@@ -251,6 +257,7 @@ pub enum Closed {
 enum State {
     AwaitHello,
     AwaitPages { hello: Box<Hello>, next: u32, bytes: usize },
+    Registering { time: Option<Wall>, trust_version: u64 },
     Live,
     Over,
 }
@@ -324,6 +331,7 @@ impl Session {
             State::AwaitHello | State::AwaitPages { .. } => {
                 idle.min(self.started.plus_ms(HELLO_DEADLINE_MS))
             }
+            State::Registering { .. } => idle,
             State::Live => {
                 let answer = self.flight.as_ref().map(|f| f.since.plus_ms(SET_DEADLINE_MS));
                 idle.min(self.ping_due()).min(answer.unwrap_or(idle))
@@ -347,9 +355,8 @@ impl Session {
                 self.heard = now.mono;
                 self.message(now, *message, &mut out);
             }
-            Input::Newest(newest) => {
-                self.newest = Some(newest);
-            }
+            Input::Registered(newest) => self.registered(now, newest, &mut out),
+            Input::Newest(newest) => self.newest = Some(newest),
             Input::Taken(sequence) => {
                 for (of, taken) in &mut self.untaken {
                     *taken |= *of == sequence;
@@ -427,7 +434,7 @@ impl Session {
                     send(out, session_response::Item::Ping(ping));
                 }
             }
-            State::Over => {}
+            State::Registering { .. } | State::Over => {}
         }
     }
 
@@ -438,7 +445,7 @@ impl Session {
             return;
         };
         match (&mut self.state, item) {
-            (State::AwaitHello, Item::Hello(hello)) => self.hello(now, hello, out),
+            (State::AwaitHello, Item::Hello(hello)) => self.hello(hello, out),
             (State::AwaitHello, _) => {
                 self.close(Closed::Protocol("the first message was not a hello"), out);
             }
@@ -458,18 +465,21 @@ impl Session {
                 *next += 1;
                 if *next > hello.observed_pages {
                     let hello = std::mem::take(hello.as_mut());
-                    self.register(now, hello, out);
+                    self.register(hello, out);
                 }
             }
             (State::AwaitPages { .. }, _) => {
                 self.close(Closed::Protocol("the observed set was interrupted"), out);
+            }
+            (State::Registering { .. }, _) => {
+                self.close(Closed::Protocol("it spoke before its welcome"), out);
             }
             (State::Live, item) => self.live(now, item, out),
             (State::Over, _) => {}
         }
     }
 
-    fn hello(&mut self, now: Now, hello: Hello, out: &mut Vec<Effect>) {
+    fn hello(&mut self, hello: Hello, out: &mut Vec<Effect>) {
         if hello.host_uid != self.host.as_str() {
             return self.close(Closed::WrongHost, out);
         }
@@ -481,15 +491,15 @@ impl Session {
             return self.close(Closed::Protocol("the observed set is too large"), out);
         }
         if hello.observed_pages == 0 {
-            return self.register(now, hello, out);
+            return self.register(hello, out);
         }
         let bytes = hello.encoded_len();
         self.state = State::AwaitPages { hello: Box::new(hello), next: 1, bytes };
     }
 
-    fn register(&mut self, now: Now, hello: Hello, out: &mut Vec<Effect>) {
-        self.state = State::Live;
-        self.pinged = now.mono;
+    fn register(&mut self, hello: Hello, out: &mut Vec<Effect>) {
+        let time = hello.time.as_ref().map(wall);
+        self.state = State::Registering { time, trust_version: hello.trust_version };
         let held = hello.held.as_ref().map(number);
         self.held = held.map(|number| (number, hello.held_digest.clone()));
         self.held_bodies = hello.bodies.into_iter().collect();
@@ -506,8 +516,20 @@ impl Session {
             engine_observed: hello.engine_observed,
             trust_version: hello.trust_version,
         })));
-        if let Some(time) = hello.time {
-            self.clock(wall(&time).0.saturating_sub(now.wall.0), out);
+    }
+
+    fn registered(
+        &mut self,
+        now: Now,
+        newest: Option<Result<Arc<HostSet>, Hold>>,
+        out: &mut Vec<Effect>,
+    ) {
+        let State::Registering { time, trust_version } = self.state else { return };
+        self.state = State::Live;
+        self.pinged = now.mono;
+        self.newest = newest;
+        if let Some(time) = time {
+            self.clock(time.0.saturating_sub(now.wall.0), out);
         }
         let hold = match &self.newest {
             Some(Err(hold)) => Some(*hold),
@@ -529,7 +551,7 @@ impl Session {
                 features: self.terms.features.clone(),
             }),
         );
-        if self.terms.trust.version > hello.trust_version {
+        if self.terms.trust.version > trust_version {
             send(out, session_response::Item::Trust(self.terms.trust.clone()));
         }
     }

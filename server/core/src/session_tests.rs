@@ -90,10 +90,21 @@ fn ack(generation: u64, verdict: SetVerdict) -> Input {
     }))
 }
 
+/// Says hello, which is kept while `newest` is the newest set.
+fn greet(
+    s: &mut Session,
+    ms: u64,
+    hello: Hello,
+    newest: Option<Result<Arc<HostSet>, Hold>>,
+) -> Vec<Effect> {
+    let out = s.step(at(ms), message(session_request::Item::Hello(hello)));
+    assert!(matches!(out.as_slice(), [Effect::Register(_)]), "{out:?}");
+    s.step(at(ms), Input::Registered(newest))
+}
+
 fn live() -> Session {
     let mut s = session();
-    let out = s.step(at(0), message(session_request::Item::Hello(hello())));
-    assert!(out.iter().any(|e| matches!(e, Effect::Register(_))));
+    greet(&mut s, 0, hello(), None);
     s
 }
 
@@ -141,6 +152,42 @@ fn registers_only_when_every_page_is_here_and_in_order() {
 }
 
 #[test]
+fn nobody_is_welcome_and_no_set_is_offered_before_the_hello_is_kept() {
+    let mut s = session();
+    // Worked out before anybody knew what this copy of the host runs.
+    s.step(at(0), Input::Newest(Ok(set(1, &["a"]))));
+    let out = s.step(at(1), message(session_request::Item::Hello(hello())));
+    assert!(matches!(out.as_slice(), [Effect::Register(_)]), "{out:?}");
+    assert!(s.step(at(2), Input::Newest(Ok(set(1, &["a"])))).is_empty());
+    // The ledger's disk may take its time.
+    assert!(s.step(at(20_000), Input::Tick).is_empty());
+    // What the hello has told holds the host back: that counts, and not what was told before.
+    let out = s.step(at(20_001), Input::Registered(Some(Err(Hold::Observing))));
+    assert_eq!(sets_sent(&out), Vec::<u64>::new());
+    let welcomes = out.iter().filter(|e| match e {
+        Effect::Send(m) => {
+            matches!(&m.item, Some(session_response::Item::Welcome(w)) if w.observe_only)
+        }
+        _ => false,
+    });
+    assert_eq!(welcomes.count(), 1);
+    assert_eq!(sets_sent(&s.step(at(20_002), Input::Newest(Ok(set(2, &["a", "b"]))))), [2]);
+    // It is kept once.
+    assert!(s.step(at(20_003), Input::Registered(Some(Err(Hold::Observing)))).is_empty());
+    assert_eq!(sets_sent(&s.step(at(20_004), ack(2, SetVerdict::Broken))), Vec::<u64>::new());
+    assert_eq!(sets_sent(&s.step(at(20_004 + RETRY_SET_MS), Input::Tick)), [2]);
+}
+
+#[test]
+fn who_speaks_before_its_welcome_breaks_the_protocol() {
+    let mut s = session();
+    s.step(at(0), message(session_request::Item::Hello(hello())));
+    let out = s.step(at(1), message(session_request::Item::Statuses(agent::Statuses::default())));
+    assert!(matches!(out.as_slice(), [Effect::Close(Closed::Protocol(_))]), "{out:?}");
+    assert!(s.step(at(2), Input::Registered(Some(Ok(set(1, &[]))))).is_empty());
+}
+
+#[test]
 fn one_set_is_on_its_way_and_only_the_newest_follows() {
     let mut s = live();
     assert_eq!(sets_sent(&s.step(at(1), Input::Newest(Ok(set(1, &["a"]))))), [1]);
@@ -170,13 +217,12 @@ fn a_body_the_agent_holds_is_not_sent_again() {
 fn a_set_that_is_held_already_is_not_sent() {
     let held = set(4, &["a"]);
     let mut s = session();
-    s.step(at(0), Input::Newest(Ok(Arc::clone(&held))));
     let hello = Hello {
         held: Some(SetId { epoch: 7, generation: 4 }),
         held_digest: held.digest.to_string(),
         ..hello()
     };
-    let out = s.step(at(1), message(session_request::Item::Hello(hello)));
+    let out = greet(&mut s, 1, hello, Some(Ok(held)));
     assert!(sets_sent(&out).is_empty());
     assert_eq!(sets_sent(&s.step(at(2), Input::Newest(Ok(set(5, &[]))))), [5]);
 }
@@ -190,8 +236,7 @@ fn the_empty_set_is_sent_to_an_agent_that_holds_none() {
 #[test]
 fn a_held_host_gets_no_set_until_the_hold_ends() {
     let mut s = session();
-    s.step(at(0), Input::Newest(Err(Hold::Observing)));
-    let out = s.step(at(1), message(session_request::Item::Hello(hello())));
+    let out = greet(&mut s, 1, hello(), Some(Err(Hold::Observing)));
     let welcome = out.iter().find_map(|e| match e {
         Effect::Send(m) => match &m.item {
             Some(session_response::Item::Welcome(w)) => Some(w.observe_only),
@@ -358,7 +403,7 @@ fn an_agent_with_older_roots_and_addresses_is_told_the_newer_after_the_welcome()
         let terms = Terms { trust: trust.clone(), ..terms() };
         let mut session = Session::new("h1".parse().unwrap(), terms, Mono(0));
         let hello = Hello { trust_version: held, ..hello() };
-        let out = session.step(at(1), message(session_request::Item::Hello(hello)));
+        let out = greet(&mut session, 1, hello, None);
         let sent: Vec<_> = out
             .into_iter()
             .filter_map(|effect| match effect {
@@ -392,7 +437,7 @@ fn an_acknowledgement_says_all_that_the_agent_may_have_something_of() {
     for engine_observed in [true, false] {
         let mut s = session();
         let hello = Hello { observed: vec![observed.clone()], engine_observed, ..hello() };
-        s.step(at(0), message(session_request::Item::Hello(hello)));
+        greet(&mut s, 0, hello, None);
         s.step(at(1), set_of(1, &["lost"]));
         s.step(at(2), ack(1, SetVerdict::NotDurable));
         s.step(at(3), set_of(2, &["taken"]));

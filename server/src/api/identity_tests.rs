@@ -6,7 +6,9 @@ use crate::cluster::{ClusterDesk, wall_now};
 use crate::doors::PeerCerts;
 use crate::session::desk::{Desk as _, Ended, Order};
 use berth_proto::agent::join_service_server::JoinService as _;
-use berth_proto::agent::{BeginRenewalRequest, JoinRequest, Removed, RenewRequest, RenewResponse};
+use berth_proto::agent::{
+    BeginRenewalRequest, JoinRequest, Removed, RenewRequest, RenewResponse, ReplicaReport,
+};
 use berth_proto::api::host_service_server::HostService as _;
 use berth_proto::api::*;
 use berth_proto::ids::HostUid;
@@ -14,7 +16,7 @@ use berth_proto::record::HostRecord;
 use berth_proto::tls;
 use berth_server_core::batching::Proposal;
 use berth_server_core::change::Change;
-use berth_server_core::session::Registration;
+use berth_server_core::session::{Hold, Registration};
 use std::sync::Arc;
 use tonic::{Request, Status};
 use tonic_types::StatusExt as _;
@@ -132,9 +134,9 @@ async fn two_boots_of_one_identity_are_quarantined_until_an_operator_releases_th
         (desk.register(&host.uid, lines.id, hello(nonce)).await, lines)
     };
     let (first, mut original) = dial("original").await;
-    assert_eq!(first, Ok(()));
+    assert_eq!(first.map(drop), Ok(()));
     let (second, _copy) = dial("copy").await;
-    assert_eq!(second, Ok(()), "a new boot alone may be a restart");
+    assert_eq!(second.map(drop), Ok(()), "a new boot alone may be a restart");
     let told = original.orders.try_recv().unwrap();
     assert!(matches!(told, Order::End(Ended::Superseded)), "{told:?}");
     let (third, _lines) = dial("original").await;
@@ -150,7 +152,32 @@ async fn two_boots_of_one_identity_are_quarantined_until_an_operator_releases_th
     let shown = api.release_quarantine(call(release)).await.unwrap().into_inner().host.unwrap();
     assert!(!shown.status.unwrap().quarantined);
     let (again, _lines) = dial("original").await;
-    assert_eq!(again, Ok(()));
+    assert_eq!(again.map(drop), Ok(()));
+}
+
+#[tokio::test]
+async fn a_hello_is_answered_with_a_set_that_was_made_knowing_what_it_told() {
+    let (_dir, api) = served();
+    let host = join(&api, "edge").await;
+    let mut cluster = api.0.ledger.view().cluster.clone();
+    cluster.observing = true;
+    let changes = vec![Change::PutCluster(cluster)];
+    api.0.ledger.propose(Proposal { preconditions: Vec::new(), changes }).await.unwrap();
+    let desk = ClusterDesk(Arc::clone(&api.0));
+    let (first, second) = (desk.open(&host.uid), desk.open(&host.uid));
+    let seen = |nonce: &str| Registration { engine_observed: true, ..hello(nonce) };
+    let offered = desk.register(&host.uid, first.id, seen("original")).await;
+    assert!(matches!(offered, Ok(Some(Ok(_)))), "{offered:?}");
+    // Its disk was cloned before the restore: this copy runs what the other one does not.
+    let unknown = ReplicaReport {
+        replica_uid: "r1".into(),
+        deployment_uid: "d1".into(),
+        release: 1,
+        ..ReplicaReport::default()
+    };
+    let copy = Registration { observed: vec![unknown], ..seen("copy") };
+    let offered = desk.register(&host.uid, second.id, copy).await;
+    assert_eq!(offered, Ok(Some(Err(Hold::Observing))));
 }
 
 #[tokio::test]
@@ -171,7 +198,7 @@ async fn a_removed_host_is_told_once_keeps_a_tombstone_and_frees_its_name() {
     assert!(view.host_by_name("edge").is_none());
     // It still gets in to be told, and nothing else.
     let mut late = desk.open(&host.uid);
-    assert_eq!(desk.register(&host.uid, late.id, hello("b")).await, Ok(()));
+    assert_eq!(desk.register(&host.uid, late.id, hello("b")).await, Ok(None));
     assert!(matches!(late.orders.try_recv(), Ok(Order::Removed { wipe: true })));
     // One whose certificate has ended gets as far as this only.
     let told = renew(&api, &host, &host.key_pem).await.unwrap().0;

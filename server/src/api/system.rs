@@ -316,6 +316,13 @@ impl SystemService for Api {
                     return;
                 }
             };
+            // What waits in the queue was taken by nobody: a link that breaks would lose it.
+            let taken = tokio::time::timeout(STALL, tx.reserve_many(PIECES)).await;
+            if !matches!(taken, Ok(Ok(_))) {
+                tracing::warn!("a backup's last pieces were not taken by its caller");
+                return;
+            }
+            drop(taken);
             let kept = api.keep_key(&caller, &recovery).await;
             let last = kept.map_err(Status::from).map(|()| StreamBackupResponse {
                 item: Some(Item::Tail(BackupTail { size_bytes })),

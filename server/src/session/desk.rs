@@ -74,13 +74,14 @@ pub trait Desk: Send + Sync + 'static {
     fn now(&self) -> Now;
     /// A session begins; nothing is known of it but the certificate's host.
     fn open(&self, host: &HostUid) -> Lines;
-    /// The agent has introduced itself; older sessions of the host end here.
+    /// The agent has introduced itself; older sessions of the host end here. Answers with the host's
+    /// newest set once what of it must be durable is: one that was made knowing all of that.
     async fn register(
         &self,
         host: &HostUid,
         session: u64,
         registration: Registration,
-    ) -> Result<(), Ended>;
+    ) -> Result<Newest, Ended>;
     /// Keeps statuses; the answer says whether what must be durable is.
     fn take(
         &self,

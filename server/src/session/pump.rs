@@ -162,7 +162,8 @@ impl Pump {
     async fn step(&mut self, input: Input) {
         let now: Now = self.desk.now();
         let host = self.machine.host().clone();
-        for effect in self.machine.step(now, input) {
+        let mut effects = VecDeque::from(self.machine.step(now, input));
+        while let Some(effect) = effects.pop_front() {
             match effect {
                 Effect::Send(message) => {
                     self.queue.push_back(*message);
@@ -173,7 +174,11 @@ impl Pump {
                 }
                 Effect::Register(registration) => {
                     match self.desk.register(&host, self.id, *registration).await {
-                        Ok(()) => self.registered = true,
+                        Ok(newest) => {
+                            self.registered = true;
+                            let kept = Input::Registered(newest);
+                            effects.extend(self.machine.step(self.desk.now(), kept));
+                        }
                         Err(why) => {
                             // Not welcome: the agent must not take what follows for a session.
                             self.over = Some(why);
@@ -291,6 +296,7 @@ mod tests {
         keeps: bool,
         /// How long facts take.
         facts: Duration,
+        newest: Newest,
         lines: parking_lot::Mutex<Option<Lines>>,
         /// The other ends of what a session listens to.
         _held: Box<dyn std::any::Any + Send + Sync>,
@@ -304,7 +310,7 @@ mod tests {
                 BTreeMap::new(),
             );
             let newest: Newest = Some(Ok(Arc::new(set)));
-            let (sets_tx, sets) = watch::channel(newest);
+            let (sets_tx, sets) = watch::channel(newest.clone());
             let (tickets_tx, tickets) = mpsc::channel(1);
             let (orders_tx, orders) = mpsc::channel(1);
             let lines = Lines { id: 1, sets, tickets, orders };
@@ -312,6 +318,7 @@ mod tests {
                 begun: tokio::time::Instant::now(),
                 keeps,
                 facts,
+                newest,
                 lines: parking_lot::Mutex::new(Some(lines)),
                 _held: Box::new((sets_tx, tickets_tx, orders_tx)),
             })
@@ -327,8 +334,8 @@ mod tests {
         fn open(&self, _: &HostUid) -> Lines {
             self.lines.lock().take().unwrap()
         }
-        async fn register(&self, _: &HostUid, _: u64, _: Registration) -> Result<(), Ended> {
-            Ok(())
+        async fn register(&self, _: &HostUid, _: u64, _: Registration) -> Result<Newest, Ended> {
+            Ok(self.newest.clone())
         }
         fn take(
             &self,

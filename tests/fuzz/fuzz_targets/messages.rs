@@ -44,6 +44,7 @@ fuzz_target!(|bytes: &[u8]| {
         let effects = if first % 2 == 0 {
             let Ok(message) = SessionRequest::decode(message) else { continue };
             server.step(now, server_end::Input::Message(Box::new(message))).len()
+                + server.step(now, server_end::Input::Registered(None)).len()
                 + server.step(now, server_end::Input::Tick).len()
         } else {
             let Ok(message) = SessionResponse::decode(message) else { continue };

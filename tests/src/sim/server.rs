@@ -498,6 +498,10 @@ impl World<'_> {
                 });
                 if current == Some(true) {
                     self.check_registered(host, id, &boot);
+                    let newest = |p: &Process| p.sets.get(host).cloned().flatten();
+                    let newest = self.server.process.as_ref().and_then(newest);
+                    let Some(session) = self.server_session(link) else { return };
+                    session.inbox.push_front(Input::Registered(newest));
                     self.go_on(link);
                 } else {
                     self.over(link, Over::Superseded);
