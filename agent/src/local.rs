@@ -9,6 +9,7 @@ use crate::reach;
 use crate::store::Store;
 use anyhow::{Context as _, bail};
 use berth_proto::ids::ReplicaUid;
+use berth_proto::words::counted;
 use futures_util::StreamExt as _;
 use std::io::Write;
 use std::path::Path;
@@ -149,11 +150,9 @@ pub async fn status(
         writeln!(out, "removed:  from its cluster; {left}; `berth-agent leave` frees this host")?;
     }
     match status.set {
-        Some(HeldSet { epoch, generation, replicas: 1 }) => {
-            writeln!(out, "set:      {epoch}.{generation}, 1 replica")?;
-        }
         Some(HeldSet { epoch, generation, replicas }) => {
-            writeln!(out, "set:      {epoch}.{generation}, {replicas} replicas")?;
+            let replicas = counted(replicas, "replica");
+            writeln!(out, "set:      {epoch}.{generation}, {replicas}")?;
         }
         None => writeln!(out, "set:      none was ever received")?,
     }

@@ -219,14 +219,6 @@ pub fn age(time: Option<&prost_types::Timestamp>) -> String {
     }
 }
 
-/// So many of something, in words: `1 slot`, `3 slots`.
-pub fn counted(count: impl Into<u64>, what: &str) -> String {
-    match count.into() {
-        1 => format!("1 {what}"),
-        many => format!("{many} {what}s"),
-    }
-}
-
 /// An enum's name without its prefix, in lower case: `ROLLOUT_STATE_ROLLING` is `rolling`.
 pub fn word(name: &str, prefix: &str) -> String {
     name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase().replace('_', "-")
@@ -309,12 +301,6 @@ mod tests {
             assert!(safe.chars().all(|c| c == '\n' || !c.is_control()), "{safe}");
         }
         assert_eq!((escaped("a\nb\n"), escaped("a")), ("a\nb\n".into(), "a".into()));
-    }
-
-    #[test]
-    fn so_many_of_something_is_told_in_its_number() {
-        let of = |count: u32| counted(count, "slot");
-        assert_eq!([of(0), of(1), of(2)], ["0 slots", "1 slot", "2 slots"]);
     }
 
     #[test]

@@ -52,6 +52,7 @@ pub mod quantity;
 pub mod selector;
 pub mod sets;
 pub mod values;
+pub mod words;
 
 #[cfg(feature = "tls")]
 pub mod tls;

@@ -5,6 +5,7 @@ use crate::cluster::wall_now;
 use crate::config::{LogFormat, Options, Settings};
 use crate::error::Chain;
 use berth_proto::quantity::human_bytes;
+use berth_proto::words::counted;
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::io::BufRead as _;
@@ -81,7 +82,8 @@ fn back_up(data: &Path, file: &Path, new_key: bool) -> Result<(), BackupError> {
     );
     if made.blobs > 0 {
         let registry = data.join("registry");
-        eprintln!("the registry's {} blobs are not in it: copy {}", made.blobs, registry.display());
+        let blobs = counted(made.blobs, "blob");
+        eprintln!("not in it, in the registry: {blobs}; copy {}", registry.display());
     }
     match made.recovery.shown {
         Some(key) => {
@@ -118,13 +120,13 @@ fn restore(data: &Path, file: &Path, key: Option<&Path>) -> Result<(), BackupErr
         done.epoch
     );
     if done.void_tokens > 0 {
-        eprintln!("{} join tokens are void", done.void_tokens);
+        eprintln!("void now: {}", counted(done.void_tokens, "join token"));
     }
     if done.blobs.0 > 0 {
         eprintln!(
-            "the registry held {} blobs, {}: put a copy of its folder at {} before starting, or push \
+            "the registry held {}, {}: put a copy of its folder at {} before starting, or push \
              again what is asked for",
-            done.blobs.0,
+            counted(done.blobs.0, "blob"),
             human_bytes(done.blobs.1),
             data.join("registry").display()
         );

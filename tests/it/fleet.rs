@@ -4,6 +4,7 @@
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::hosts::{Fleet, Seen, can_make_hosts};
 use berth_tests::{PATIENCE, eventually};
+use std::time::Instant;
 
 /// Three replicas that are replaced when their host has been away for five seconds.
 const SPREAD: &str = "  image: stand-in:1\n  replicas: 3\n  ports: [{name: http, container: 8080}]\n  \
@@ -146,7 +147,9 @@ fn a_host_without_a_server_and_without_a_registry_boots_into_serving() {
     fleet.cluster.server().kill();
     let host = &mut fleet.hosts[0];
     host.power_off();
+    let off = Instant::now();
     host.power_on().unwrap();
+    let engine = off.elapsed();
     host.start_agent().unwrap();
     let back = eventually("its replica is back", PATIENCE, || {
         let running = host.running()?;
@@ -154,6 +157,7 @@ fn a_host_without_a_server_and_without_a_registry_boots_into_serving() {
         Ok(running)
     })
     .unwrap();
+    println!("serving {:?} after power came back, its engine up after {engine:?}", off.elapsed());
     assert!(back[0].attempt > 1, "an attempt of its own: {back:?}");
     let ps = host.ask_agent(&["ps"]).unwrap();
     let text = String::from_utf8_lossy(&ps.stdout);

@@ -3,9 +3,11 @@
 
 use crate::clients::{clients, run};
 use anyhow::{Context as _, Result, ensure};
-use berth_tests::samples::{model, onnx_cluster};
+use berth_tests::hosts::{Fleet, can_make_hosts};
+use berth_tests::samples::{model, onnx_cluster, push_runtime};
 use berth_tests::{Cluster, PATIENCE, docker_containers, eventually, has_docker, root};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -140,6 +142,55 @@ fn no_request_fails_while_replicas_are_replaced_and_removed_and_their_agent_is_r
         cluster.start_agent("one", &[]).unwrap();
         settles(&cluster, &uid, 1).unwrap();
     }
+
+    for load in loads {
+        let told = load.end().unwrap();
+        println!("{told}");
+        assert_eq!(told["failed"], 0, "{told}");
+    }
+}
+
+#[test]
+fn no_request_fails_while_a_host_is_cut_off_or_loses_power_and_comes_back() {
+    let name = "no_request_fails_while_a_host_is_cut_off";
+    let Some(bin) = clients(name).filter(|_| has_docker(name) && can_make_hosts(name)) else {
+        return;
+    };
+    let mut fleet = Fleet::start(3).unwrap();
+    push_runtime(&fleet.cluster).unwrap();
+    deploy(&fleet.cluster, "iris", 3).unwrap();
+    let hosts: BTreeSet<String> = fleet
+        .ready("iris", 3)
+        .unwrap()
+        .iter()
+        .map(|r| r["host"].as_str().unwrap_or_default().to_owned())
+        .collect();
+    assert_eq!(hosts.len(), 3, "one on each host: {hosts:?}");
+    let token = token(&fleet.cluster, &["admin"]).unwrap();
+    let loads = ["http", "grpc"]
+        .map(|protocol| Load::start(&fleet.cluster, &bin, &token, protocol).unwrap());
+
+    let away = |fleet: &Fleet, host: &str| {
+        eventually("the host is away", PATIENCE, || {
+            let listed = fleet.ps("iris")?;
+            let one = listed.iter().find(|r| r["host"] == *host).context("it is not listed")?;
+            ensure!(one["state"].as_str().is_some_and(|s| s.starts_with("host ")), "{one}");
+            Ok(())
+        })
+    };
+    // Silently: what is under way there is neither answered nor refused.
+    fleet.hosts[1].cut().unwrap();
+    away(&fleet, "h1").unwrap();
+    fleet.hosts[1].mend().unwrap();
+    fleet.all_present().unwrap();
+    fleet.ready("iris", 3).unwrap();
+
+    fleet.hosts[2].power_off();
+    away(&fleet, "h2").unwrap();
+    fleet.hosts[2].power_on().unwrap();
+    fleet.hosts[2].start_agent().unwrap();
+    fleet.all_present().unwrap();
+    fleet.ready("iris", 3).unwrap();
 
     for load in loads {
         let told = load.end().unwrap();

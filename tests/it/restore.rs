@@ -44,7 +44,7 @@ fn restore(cluster: &Cluster, backup: &Path, key: &Path) -> Result<()> {
         key.to_str().context("a path")?,
     ];
     let output = berthd(&args);
-    told(&output, 0, &["3 join tokens are void", "the registry held", "berth orphan list"]);
+    told(&output, 0, &["void now: 3 join tokens", "the registry held", "berth orphan list"]);
     told(&berthd(&args), 1, &["is not empty"]);
     std::fs::rename(lost.join("registry"), data.join("registry"))?;
     std::fs::copy(lost.join("doors.json"), data.join("doors.json"))?;

@@ -18,6 +18,15 @@ pub fn onnx_cluster() -> Result<Cluster> {
 pub fn onnx_cluster_with(args: &[&str]) -> Result<Cluster> {
     let mut cluster = Cluster::start_with(args)?;
     cluster.add_agent("one", &[])?;
+    push_runtime(&cluster)?;
+    Ok(cluster)
+}
+
+/// Puts the ONNX runtime's image into a cluster's registry, by way of the machine's own engine.
+///
+/// # Errors
+/// When the runtime is not built, or its image cannot be made or pushed.
+pub fn push_runtime(cluster: &Cluster) -> Result<()> {
     let binary = bin_dir()?
         .join(format!("../{}-unknown-linux-musl/release/berth-runtime", std::env::consts::ARCH));
     let context = cluster.dir.path().join("image");
@@ -31,8 +40,7 @@ pub fn onnx_cluster_with(args: &[&str]) -> Result<Cluster> {
     docker(&["build", "-q", "-t", &tag, context.to_str().context("a path")?])?;
     let pushed = cluster.berth_ok(&["image", "push", &tag, "runtimes/onnx:latest"]);
     docker(&["rmi", "-f", &tag])?;
-    pushed?;
-    Ok(cluster)
+    pushed.map(|_| ())
 }
 
 /// The path of a sample model's file.

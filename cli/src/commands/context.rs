@@ -4,10 +4,11 @@ use super::{ask, confirm, connect};
 use crate::args::{ContextCommand, Global, Output, Registry, Server};
 use crate::client;
 use crate::error::{Error, Kind, Result};
-use crate::output::{counted, moment, print, say};
+use crate::output::{moment, print, say};
 use berth_proto::api::*;
 use berth_proto::manifest;
 use berth_proto::quantity::human_bytes;
+use berth_proto::words::counted;
 use serde_json::{Value, json};
 
 /// A context that there is, or an error with the nearest one.

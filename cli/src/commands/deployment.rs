@@ -4,9 +4,10 @@ use super::follow::settle;
 use super::{ask, confirm, connect, pages, write};
 use crate::args::{Deployment as Verb, Global, Output, Release as ReleaseVerb, Rollout, Scale};
 use crate::error::{Error, Result};
-use crate::output::{age, counted, moment, print, put, remote_lines, say, word};
+use crate::output::{age, moment, print, put, remote_lines, say, word};
 use berth_proto::api::*;
 use berth_proto::manifest;
+use berth_proto::words::counted;
 use serde_json::{Value, json};
 
 pub fn to_json(deployment: &Deployment) -> Value {

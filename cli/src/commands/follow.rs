@@ -4,12 +4,13 @@ use super::{Patience, ask, broken, connect};
 use crate::args::Global;
 use crate::client::Client;
 use crate::error::{Error, Kind, Result};
-use crate::output::{counted, transfer, waits, word};
+use crate::output::{transfer, waits, word};
 use crate::progress::{Board, Line};
 use crate::style::Ink;
 use berth_proto::api::deployment_service_client::DeploymentServiceClient;
 use berth_proto::api::*;
 use berth_proto::escape::for_terminal;
+use berth_proto::words::counted;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -80,6 +81,7 @@ pub struct Following<'a> {
     pub release: u64,
     /// No new release was made: a complete rollout says nothing of the replicas that were added.
     pub adjusted: bool,
+    /// Hosts that are away are waited for, too.
     pub wait_all: bool,
     pub end: Instant,
     pub index: usize,
@@ -100,7 +102,8 @@ enum Verdict {
     Failed(String),
 }
 
-fn judge(status: &DeploymentStatus, release: u64, adjusted: bool) -> Verdict {
+/// `adjusted`: how many replicas are out of reach, where no new release was made.
+fn judge(status: &DeploymentStatus, release: u64, adjusted: Option<u32>) -> Verdict {
     let reason = || {
         let words = for_terminal(&status.reason);
         if words.is_empty() { "the rollout failed".to_owned() } else { words }
@@ -116,7 +119,7 @@ fn judge(status: &DeploymentStatus, release: u64, adjusted: bool) -> Verdict {
             Verdict::Failed(format!("release {} took the place of {release}", status.release))
         }
         RolloutState::Complete
-            if adjusted && status.deferred_hosts == 0 && status.updated_ready < status.wanted =>
+            if adjusted.is_some_and(|away| status.updated_ready + away < status.wanted) =>
         {
             Verdict::Wait
         }
@@ -195,10 +198,11 @@ impl Following<'_> {
             name: self.meta.name.clone(),
         };
         let mut stream = ask(self.global, deployments.watch_deployment(request)).await?;
+        let mut adjusted = self.adjusted.then_some(0);
         loop {
             let next = match tokio::time::timeout_at(self.end, stream.message()).await {
                 Ok(next) => next.map_err(broken)?,
-                Err(_) => return Err(self.late(last.as_ref())),
+                Err(_) => return Err(self.late(last.as_ref(), adjusted)),
             };
             let Some(now) = next else {
                 return Err(Error::new(Kind::Unavailable, "the server ended the watch"));
@@ -210,9 +214,11 @@ impl Following<'_> {
             let deployment = now.deployment.clone().unwrap_or_default();
             let status = deployment.status.clone().unwrap_or_default();
             *last = Some(deployment.clone());
-            let away = away(&now.replicas);
+            let out_of_reach = out_of_reach(&now.replicas);
+            let away = out_of_reach.iter().map(|(host, _)| *host).collect();
+            adjusted = self.adjusted.then(|| u32::try_from(out_of_reach.len()).unwrap_or(0));
             self.board.borrow_mut().show(self.index, self.lines(&now.replicas, &status, &away));
-            match judge(&status, self.release, self.adjusted) {
+            match judge(&status, self.release, adjusted) {
                 Verdict::Wait => {}
                 Verdict::Done { deferred } if deferred > 0 && self.wait_all => {}
                 Verdict::Done { deferred } => {
@@ -238,10 +244,10 @@ impl Following<'_> {
     }
 
     /// The time is over.
-    fn late(&self, last: Option<&Deployment>) -> Error {
+    fn late(&self, last: Option<&Deployment>, adjusted: Option<u32>) -> Error {
         let status = last.and_then(|d| d.status.clone()).unwrap_or_default();
         let why = status.pending.iter().find(|p| !p.message.is_empty());
-        match judge(&status, self.release, self.adjusted) {
+        match judge(&status, self.release, adjusted) {
             Verdict::Done { deferred } if deferred > 0 => Error::new(
                 Kind::Deferred,
                 format!("complete, but {}", on_return(deferred, &BTreeSet::new())),
@@ -302,12 +308,13 @@ impl Following<'_> {
     }
 }
 
-/// Hosts that are away, by name.
-fn away(replicas: &[Replica]) -> BTreeSet<&str> {
+/// The slots on hosts that are away, with the hosts' names.
+fn out_of_reach(replicas: &[Replica]) -> BTreeSet<(&str, u32)> {
     replicas
         .iter()
+        .filter(|r| r.intent() == ReplicaIntent::Run)
         .filter(|r| matches!(r.host_presence(), HostPresence::Away | HostPresence::Lost))
-        .map(|r| r.host.as_str())
+        .map(|r| (r.host.as_str(), r.slot))
         .collect()
 }
 
@@ -382,7 +389,7 @@ mod tests {
             ..DeploymentStatus::default()
         };
         use RolloutState as S;
-        let judge = |status: &DeploymentStatus, release| judge(status, release, false);
+        let judge = |status: &DeploymentStatus, release| judge(status, release, None);
         assert_eq!(judge(&status(S::Rolling, 2, 0), 2), Verdict::Wait);
         assert_eq!(judge(&status(S::Complete, 2, 3), 2), Verdict::Done { deferred: 3 });
         for failed in [S::Failed, S::RolledBack, S::Paused, S::Deleting] {
@@ -402,12 +409,33 @@ mod tests {
             deferred_hosts,
             ..DeploymentStatus::default()
         };
-        assert_eq!(judge(&status(2, 0), 1, true), Verdict::Wait);
-        assert_eq!(judge(&status(50, 0), 1, true), Verdict::Done { deferred: 0 });
-        // As with a new release: hosts that are away are not waited for.
-        assert_eq!(judge(&status(2, 1), 1, true), Verdict::Done { deferred: 1 });
+        assert_eq!(judge(&status(2, 0), 1, Some(0)), Verdict::Wait);
+        assert_eq!(judge(&status(50, 0), 1, Some(0)), Verdict::Done { deferred: 0 });
+        // As with a new release: what is on hosts that are away is not waited for, and the rest is.
+        assert_eq!(judge(&status(2, 1), 1, Some(5)), Verdict::Wait);
+        assert_eq!(judge(&status(45, 1), 1, Some(5)), Verdict::Done { deferred: 1 });
         // A release that was made has been judged by its rollout.
-        assert_eq!(judge(&status(2, 0), 1, false), Verdict::Done { deferred: 0 });
+        assert_eq!(judge(&status(2, 0), 1, None), Verdict::Done { deferred: 0 });
+    }
+
+    #[test]
+    fn what_is_out_of_reach_is_what_shall_run_on_hosts_that_are_away() {
+        let replica = |host: &str, slot, intent: ReplicaIntent, presence: HostPresence| Replica {
+            host: host.to_owned(),
+            slot,
+            intent: intent as i32,
+            host_presence: presence as i32,
+            ..Replica::default()
+        };
+        let all = [
+            replica("a", 0, ReplicaIntent::Run, HostPresence::Away),
+            // The same slot's older one, and one that is being stopped.
+            replica("a", 0, ReplicaIntent::Run, HostPresence::Away),
+            replica("a", 1, ReplicaIntent::Stop, HostPresence::Away),
+            replica("b", 2, ReplicaIntent::Run, HostPresence::Lost),
+            replica("c", 3, ReplicaIntent::Run, HostPresence::Present),
+        ];
+        assert_eq!(out_of_reach(&all), BTreeSet::from([("a", 0), ("b", 2)]));
     }
 
     #[tokio::test]

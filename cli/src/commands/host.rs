@@ -4,12 +4,13 @@ use super::{ask, confirm, connect, pages, pair, write};
 use crate::args::{Global, Host as HostVerb, Orphan, Orphans, Token};
 use crate::client::Client;
 use crate::error::{Error, Result};
-use crate::output::{age, counted, moment, print, say, word};
+use crate::output::{age, moment, print, say, word};
 use berth_proto::api::*;
 use berth_proto::convert::duration;
 use berth_proto::escape::for_terminal;
 use berth_proto::manifest;
 use berth_proto::quantity::{format_cpu, human_bytes};
+use berth_proto::words::counted;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -259,7 +260,7 @@ pub async fn orphan(global: &Global, verb: Orphan) -> Result<()> {
         Orphan::Release(which) => {
             let what = match &which.host {
                 Some(host) => format!("stop the orphans of \"{host}\""),
-                None => format!("stop {}", counted(which.replicas.len() as u64, "replica")),
+                None => format!("stop {}", counted(which.replicas.len(), "replica")),
             };
             confirm(global, &what)?;
             (which, OrphanDecision::Release)

@@ -5,10 +5,11 @@ use super::{ask, connect, pages};
 use crate::args::{Global, Output, TopOf};
 use crate::client::Client;
 use crate::error::Result;
-use crate::output::{age, counted, moment, print, transfer, waits, word};
+use crate::output::{age, moment, print, transfer, waits, word};
 use berth_proto::api::*;
 use berth_proto::escape::for_terminal;
 use berth_proto::quantity::{format_cpu, human_bytes};
+use berth_proto::words::counted;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 

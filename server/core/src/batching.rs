@@ -75,6 +75,8 @@ pub enum Precondition {
     At(ObjectKey, Revision),
     /// The object is there.
     Exists(ObjectKey),
+    /// Nothing needs this version of the model with this uid.
+    Unused(String, String),
 }
 
 impl Precondition {
@@ -84,16 +86,19 @@ impl Precondition {
     /// [`Refusal::Conflict`] when it does not.
     pub fn check(&self, view: &View) -> Result<(), Refusal> {
         let (object, expected) = match self {
-            Self::At(object, expected) => (object, Some(*expected)),
-            Self::Exists(object) => (object, None),
+            Self::At(object, expected) => (object.clone(), *expected),
+            Self::Exists(object) => (object.clone(), Revision(0)),
+            Self::Unused(model, version) => {
+                (ObjectKey::Version(model.clone(), version.clone()), Revision(0))
+            }
         };
-        let found = view.revision_of(object);
-        let holds = expected.map_or(found != Revision(0), |expected| found == expected);
-        if holds {
-            return Ok(());
-        }
-        let (object, expected) = (object.clone(), expected.unwrap_or_default());
-        Err(Refusal::Conflict { object, expected, found })
+        let found = view.revision_of(&object);
+        let holds = match self {
+            Self::At(..) => found == expected,
+            Self::Exists(_) => found != Revision(0),
+            Self::Unused(model, version) => view.user_of_version(model, version).is_none(),
+        };
+        if holds { Ok(()) } else { Err(Refusal::Conflict { object, expected, found }) }
     }
 }
 

@@ -13,6 +13,7 @@ use berth_proto::convert::timestamp;
 use berth_proto::ids::{DeploymentUid, Name, Namespace, ReleaseNumber, Revision, Wall};
 use berth_proto::record::{DeploymentRecord, Meta};
 use berth_proto::values::{ResolvedSource, Scale};
+use berth_proto::words::counted;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -321,7 +322,7 @@ pub fn scale(
                 asked,
                 EventSeverity::Info,
                 "DEPLOYMENT_SCALED",
-                format!("from {before} to {replicas} replicas"),
+                format!("from {before} to {}", counted(replicas, "replica")),
             ),
         ]
     };

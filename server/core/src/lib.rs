@@ -46,4 +46,5 @@ pub mod round;
 pub mod session;
 pub mod status;
 pub mod takeover;
+pub mod versions;
 pub mod view;

@@ -10,6 +10,7 @@ use berth_proto::convert::{
 };
 use berth_proto::ids::{Mono, Now, Wall};
 use berth_proto::values::Phase;
+use berth_proto::words::counted;
 use std::collections::BTreeMap;
 
 /// After so long away a host is shown as lost; deployments have their own policies.
@@ -207,8 +208,8 @@ pub fn host(view: &View, live: &Live, host: &Host, now: Now) -> api::Host {
         refusal
     } else if view.is_held_back(&host.uid) && !view.is_unobserved(&host.uid) {
         format!(
-            "{} replicas were found after a restore: berth orphan list",
-            view.orphans_on(&host.uid).count()
+            "found after a restore: {}; berth orphan list",
+            counted(view.orphans_on(&host.uid).count(), "replica")
         )
     } else if !host.facts.engine_available {
         "its engine does not answer".to_owned()

@@ -13,6 +13,7 @@ use berth_proto::convert::{Problems, duration_ms, timestamp};
 use berth_proto::ids::{InvalidId, Revision, Wall};
 use berth_proto::record::{HostRecord, JoinTokenRecord};
 use berth_proto::selector::{MAX_LABELS, check_labels};
+use berth_proto::words::counted;
 use berth_server_core::batching::{Precondition, Proposal};
 use berth_server_core::change::{Change, audited};
 use berth_server_core::decide;
@@ -199,17 +200,18 @@ impl HostService for Api {
                 };
                 let there = view.replicas_on(&held.uid).count();
                 if there > 0 && !r.force {
+                    let there = counted(there, "replica");
                     return Err(Error::precondition(
                         "HOST_HAS_REPLICAS",
                         if held.is_draining() {
                             format!(
-                                "host \"{}\" is draining, and {there} replicas have no other place yet: \
+                                "host \"{}\" is draining, and without another place there: {there}; \
                                  `berth ps` says why; --force does not wait",
                                 r.name
                             )
                         } else {
                             format!(
-                                "host \"{}\" has {there} replicas; drain it first, or use --force",
+                                "host \"{}\" has {there}; drain it first, or use --force",
                                 r.name
                             )
                         },

@@ -326,3 +326,23 @@ async fn a_version_that_is_deployed_must_be_there_when_that_is_written() {
     let late = api.0.ledger.propose(decided[0].1.proposal.clone()).await;
     assert!(late.is_err(), "a version was deployed that had gone");
 }
+
+#[tokio::test]
+async fn a_version_that_is_deployed_while_it_is_deleted_stays() {
+    use berth_server_core::batching::Precondition;
+    let (_dir, api) = served();
+    push(&api).await;
+    let version = register(&api, iris(&api, "1").await, &[]).await.unwrap();
+    // Decided while nobody needed it, and written afterwards.
+    let model = version.model_uid;
+    let decided = Proposal {
+        preconditions: vec![Precondition::Unused(model.clone(), "1".into())],
+        changes: vec![Change::DeleteVersion(model.clone(), "1".into())],
+    };
+    let uid = deploy(&api, deployment_spec::Source::Model("iris:1".into())).await;
+    assert!(api.0.ledger.propose(decided.clone()).await.is_err());
+    assert!(api.0.ledger.view().version(&model, "1").is_some());
+    forget(&api, &uid).await;
+    api.0.ledger.propose(decided).await.unwrap();
+    assert!(api.0.ledger.view().version(&model, "1").is_none());
+}

@@ -201,38 +201,11 @@ fn register(
     Ok(step(call, space, (&name, &uid), found, changes, answer))
 }
 
-/// Whether a version may go; its model's uid.
-fn may_go(view: &View, model: &Kept<ModelRecord>, version: &ModelVersion) -> Result<(), Error> {
+/// Whether a version of the model with this uid may go.
+fn may_go(view: &View, model: &str, version: &ModelVersion) -> Result<(), Error> {
+    let Some(user) = view.user_of_version(model, &version.version) else { return Ok(()) };
     let whole = format!("{}:{}", version.model, version.version);
-    let in_use =
-        |by: String| Error::precondition("VERSION_IN_USE", format!("{whole} is in use by {by}"));
-    let aliases = &model.record.aliases;
-    if let Some((alias, _)) = aliases.iter().find(|(_, to)| **to == version.version) {
-        return Err(in_use(format!("alias @{alias}")));
-    }
-    for deployment in view.deployments() {
-        let used = view.releases_of(&deployment.uid).any(|release| {
-            let artifact = release.source.artifact.as_ref();
-            // A version may be an image of its own as well as a model that a runtime's image loads.
-            let image = &release.source.image.digest;
-            artifact
-                .map(|a| &a.digest)
-                .into_iter()
-                .chain([image])
-                .any(|d| d.as_str() == version.digest)
-        });
-        if used {
-            return Err(in_use(format!("deployment {}", deployment.name)));
-        }
-    }
-    let child = view.versions().filter_map(|kept| kept.record.version.as_ref()).find(|other| {
-        other.namespace == version.namespace
-            && other.lineage.as_ref().is_some_and(|lineage| lineage.parent == whole)
-    });
-    match child {
-        Some(child) => Err(in_use(format!("{}:{}, made from it", child.model, child.version))),
-        None => Ok(()),
-    }
+    Err(Error::precondition("VERSION_IN_USE", format!("{whole} is in use by {user}")))
 }
 
 #[tonic::async_trait]
@@ -388,19 +361,17 @@ impl ModelService for Api {
                 let found = view.model(space.as_str(), &r.name).and_then(|model| {
                     let uid = model.record.meta.as_ref()?.uid.clone();
                     let kept = view.version(&uid, &r.version)?;
-                    Some((model, uid, kept.record.version.clone()?, kept.revision))
+                    Some((uid, kept.record.version.clone()?, kept.revision))
                 });
-                let Some((model, uid, version, revision)) = found else {
+                let Some((uid, version, revision)) = found else {
                     if r.allow_missing {
                         return Ok(Step::nothing(DeleteVersionResponse {}));
                     }
                     return Err(Error::not_found(Kind::Version, &name));
                 };
-                may_go(view, model, &version)?;
+                may_go(view, &uid, &version)?;
                 let at = call.at(ObjectKey::Version(uid.clone(), r.version.clone()), revision);
-                // An alias moved to it meanwhile would have written the model.
-                let key = ObjectKey::ModelName(space.to_string(), r.name.clone());
-                let still = Precondition::At(key, model.revision);
+                let still = Precondition::Unused(uid.clone(), r.version.clone());
                 Ok(Step {
                     proposal: Proposal {
                         preconditions: vec![at, still],

@@ -9,6 +9,7 @@ use crate::store::StoreError;
 use berth_proto::api::system_service_server::SystemService;
 use berth_proto::api::*;
 use berth_proto::convert::timestamp;
+use berth_proto::words::counted;
 use berth_server_core::batching::Proposal;
 use berth_server_core::change::Change;
 use berth_server_core::view::View;
@@ -190,16 +191,20 @@ impl Api {
         }
         let orphans = view.hosts().map(|host| view.orphans_on(&host.uid).count()).sum::<usize>();
         if orphans > 0 {
+            let runs = if orphans == 1 { "runs" } else { "run" };
             words.push(format!(
-                "{orphans} replicas run that the restored ledger does not know: `berth orphan list` \
-                 shows what to decide about"
+                "{} {runs} that the restored ledger does not know: `berth orphan list` shows what to \
+                 decide about",
+                counted(orphans, "replica")
             ));
         }
         let unheard = view.hosts().filter(|host| view.is_unobserved(&host.uid)).count();
         if unheard > 0 {
+            let (have, they) = if unheard == 1 { ("has", "it has") } else { ("have", "they have") };
             words.push(format!(
-                "{unheard} hosts have not said what they run since the ledger was restored; nothing is \
-                 changed there before they have"
+                "{} {have} not said what runs there since the ledger was restored; nothing is changed \
+                 there before {they}",
+                counted(unheard, "host")
             ));
         }
         words

@@ -1,0 +1,21 @@
+//! Words for people that more than one program says.
+
+/// So many of something: `1 slot`, `3 slots`. What does not fit into a `u64` is told as its greatest.
+pub fn counted(count: impl TryInto<u64>, what: &str) -> String {
+    match count.try_into().unwrap_or(u64::MAX) {
+        1 => format!("1 {what}"),
+        many => format!("{many} {what}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::counted;
+
+    #[test]
+    fn one_is_one_and_all_else_are_many() {
+        let told: Vec<String> = [0_usize, 1, 2].map(|n| counted(n, "slot")).into();
+        assert_eq!(told, ["0 slots", "1 slot", "2 slots"]);
+        assert_eq!(counted(-1, "slot"), format!("{} slots", u64::MAX));
+    }
+}
