@@ -1,5 +1,16 @@
 //! Words for people that more than one program says.
 
+/// The reason of a `Pending` for slots that found no host.
+pub const NO_HOST_FITS: &str = "NO_HOST_FITS";
+/// The reason of a `Pending` for slots that get a replica once the one before is gone.
+pub const STOPPING: &str = "STOPPING";
+
+/// Whether a `Pending` with this reason tells of slots that no replica stands for.
+#[must_use]
+pub fn is_of_empty_slots(reason: &str) -> bool {
+    [NO_HOST_FITS, STOPPING].contains(&reason)
+}
+
 /// So many of something: `1 slot`, `3 slots`. What does not fit into a `u64` is told as its greatest.
 pub fn counted(count: impl TryInto<u64>, what: &str) -> String {
     match count.try_into().unwrap_or(u64::MAX) {

@@ -7,7 +7,7 @@
 use crate::cluster::Cluster;
 use berth_proto::ids::ReplicaUid;
 use berth_server_core::change::Change;
-use berth_server_core::live::Moved;
+use berth_server_core::live::{Moved, Unheard};
 use berth_server_core::planner;
 use berth_server_core::queue::{Key, Queue, Why};
 use berth_server_core::round::{Planned, Round, Sent};
@@ -28,6 +28,14 @@ pub async fn run(cluster: Arc<Cluster>, mut stop: watch::Receiver<bool>) {
     let mut live = cluster.live_changes();
     let mut queue = Queue::new(&cluster.ledger.ahead());
     let mut check_at = cluster.time().mono.plus_ms(FULL_PASS_MS);
+    let mut unheard = Unheard::default();
+    let idle = u64::try_from(cluster.settings.idle.as_millis()).unwrap_or(u64::MAX);
+    let mut look = || {
+        let (view, now) = (cluster.ledger.view(), cluster.time().mono);
+        // Wakes what they hold up.
+        cluster.edit_live(|live| unheard.look(&view, live, idle, now));
+    };
+    look();
     let mut first = None;
     loop {
         live.borrow_and_update();
@@ -35,6 +43,7 @@ pub async fn run(cluster: Arc<Cluster>, mut stop: watch::Receiver<bool>) {
         let now = cluster.time().mono;
         if now >= check_at {
             check_at = now.plus_ms(FULL_PASS_MS);
+            look();
             queue.check_all(&cluster.ledger.ahead());
         }
         if round(&cluster, &mut queue).await {

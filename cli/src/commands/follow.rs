@@ -10,7 +10,7 @@ use crate::style::Ink;
 use berth_proto::api::deployment_service_client::DeploymentServiceClient;
 use berth_proto::api::*;
 use berth_proto::escape::for_terminal;
-use berth_proto::words::counted;
+use berth_proto::words::{counted, is_of_empty_slots};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -282,7 +282,7 @@ impl Following<'_> {
             ));
             lines.push(Line { key: key(&replica.uid), text, coarse, ink });
         }
-        for pending in status.pending.iter().filter(|p| p.reason == "NO_HOST_FITS") {
+        for pending in status.pending.iter().filter(|p| is_of_empty_slots(&p.reason)) {
             let text = for_terminal(&format!(
                 "  {}: waiting: {} ({})",
                 self.meta.name,
@@ -290,7 +290,7 @@ impl Following<'_> {
                 counted(pending.count, "slot")
             ));
             lines.push(Line {
-                key: key(&pending.reason),
+                key: key(&format!("{}/{}", pending.reason, pending.message)),
                 coarse: text.clone(),
                 text,
                 ink: Ink::Busy,

@@ -9,7 +9,7 @@ use crate::output::{age, moment, print, transfer, waits, word};
 use berth_proto::api::*;
 use berth_proto::escape::for_terminal;
 use berth_proto::quantity::{format_cpu, human_bytes};
-use berth_proto::words::counted;
+use berth_proto::words::{counted, is_of_empty_slots};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
@@ -29,7 +29,7 @@ fn selected(global: &Global, all: &[Deployment]) -> BTreeSet<(String, String)> {
     chosen.map(|m| (m.namespace.clone(), m.name.clone())).collect()
 }
 
-/// Rows for the slots that have no replica, because no host fits: `deployment list -o json` has them as
+/// Rows for the slots that have no replica, because no host fits or the one before still stops: `deployment list -o json` has them as
 /// `pending`.
 fn placeless(global: &Global, all: &[Deployment]) -> Vec<Vec<String>> {
     let mut rows = Vec::new();
@@ -39,7 +39,7 @@ fn placeless(global: &Global, all: &[Deployment]) -> Vec<Vec<String>> {
             continue;
         }
         let status = deployment.status.clone().unwrap_or_default();
-        for pending in status.pending.iter().filter(|p| p.reason == "NO_HOST_FITS") {
+        for pending in status.pending.iter().filter(|p| is_of_empty_slots(&p.reason)) {
             rows.push(vec![
                 meta.namespace.clone(),
                 meta.name.clone(),

@@ -67,6 +67,8 @@ pub enum Admitted {
 pub struct Desk {
     sessions: BTreeMap<HostUid, Vec<Line>>,
     boots: BTreeMap<HostUid, Boots>,
+    /// The newest session that has said hello, of each host, also when it is over.
+    heard: BTreeMap<HostUid, u64>,
     newest: u64,
 }
 
@@ -97,13 +99,14 @@ impl Desk {
         }
         let list = self.sessions.entry(host.clone()).or_default();
         // Before anything is remembered of it: a hello that comes late is of a boot that may be over.
-        if list.iter().any(|line| line.registered && line.id > session) {
+        if self.heard.get(host).is_some_and(|newest| *newest > session) {
             return Admission::Superseded;
         }
         let boots = self.boots.entry(host.clone()).or_default();
         if boots.judge(boot_nonce, now) == Takeover::TwoBoots && !bug!(TwoBootsWelcome) {
             return Admission::TwoBoots;
         }
+        self.heard.insert(host.clone(), session);
         for line in list.iter_mut() {
             line.registered |= line.id == session;
         }
@@ -314,6 +317,21 @@ mod tests {
         assert_eq!(judge(&mut desk, old, "first"), Admission::Superseded);
         let again = desk.open(&host());
         assert!(matches!(judge(&mut desk, again, "second"), Admission::Welcome { .. }));
+    }
+
+    #[test]
+    fn a_hello_that_comes_after_a_later_session_has_come_and_gone_is_too_late() {
+        let (mut desk, mut live, view) = (Desk::default(), Live::default(), view(|_| {}));
+        let (old, new) = (desk.open(&host()), desk.open(&host()));
+        hello(&mut desk, &mut live, &view, new);
+        desk.closed(&mut live, &host(), new, now(2));
+        assert_eq!(hello(&mut desk, &mut live, &view, old), Admission::Superseded);
+        assert!(!live.is_present(&host()));
+        let next = desk.open(&host());
+        assert_eq!(
+            hello(&mut desk, &mut live, &view, next),
+            Admission::Welcome { ends: Vec::new() }
+        );
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What is known of hosts and replicas and never stored: presence, readiness, progress.
 //!
-//! After a server start every host is unknown, which is neither healthy nor failed. Reports are taken
+//! After a server start every host is unknown, which is neither healthy nor failed; who has not come
+//! after a while is away ([`Unheard`]), and holds up nothing any more. Reports are taken
 //! in an order that cannot be turned back: by (host instance, agent start, sequence) between
 //! messages, by (attempt, phase) within a replica. Everything is in persistent maps, so a copy costs
 //! next to nothing however large the fleet is.
@@ -9,18 +10,23 @@ use crate::view::View;
 use berth_proto::ids::{DeploymentUid, HostUid, Mono, ReleaseNumber, ReplicaUid, SetNumber, Wall};
 use berth_proto::values::{Phase, ReplicaStatus};
 use rpds::RedBlackTreeMapSync as Map;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+
+/// How long an agent may take beyond the session's idle timeout, which tells it that the server has
+/// gone, until it is back: the window over which agents dial again (60 s), and the longest wait between
+/// two dials that fail (30 s).
+const BACK_WITHIN_MS: u64 = 90_000;
 
 /// Whether a host can be spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Presence {
-    /// Not heard of since the server's start.
+    /// Not heard of since the server's start, and not given up.
     #[default]
     Unknown,
     /// A session is live.
     Present,
-    /// No session since then.
+    /// No session since then, or counted as away since then.
     Away(Mono),
 }
 
@@ -74,6 +80,32 @@ pub enum Moved {
     Host(HostUid),
     /// A replica became ready or unready, or nothing is known of it any more.
     Replica(ReplicaUid),
+}
+
+/// Who has not been heard of since the server's start, or since it joined, and since when that is waited
+/// for.
+#[derive(Debug, Default)]
+pub struct Unheard {
+    since: BTreeMap<HostUid, Mono>,
+}
+
+impl Unheard {
+    /// Looks at all hosts; to be called now and then. A host that is waited for so long that its agent
+    /// must have found the server gone and have dialled again is away from now on, whatever it runs: one
+    /// that never comes back would else hold up what runs there, and every rollout, for ever. One that
+    /// must be observed since a restore is waited for as long as it takes.
+    pub fn look(&mut self, view: &View, live: &mut Live, idle_timeout_ms: u64, now: Mono) {
+        let unknown = |host: &HostUid| live.presence(host) == Presence::Unknown;
+        let waited = std::mem::take(&mut self.since);
+        for host in view.hosts().filter(|h| unknown(&h.uid) && !view.is_unobserved(&h.uid)) {
+            let since = waited.get(&host.uid).copied().unwrap_or(now);
+            self.since.insert(host.uid.clone(), since);
+        }
+        let within = idle_timeout_ms.saturating_add(BACK_WITHIN_MS);
+        for (host, _) in self.since.iter().filter(|(_, since)| now.since_ms(**since) >= within) {
+            live.edit_host(host, |h| h.presence = Presence::Away(now));
+        }
+    }
 }
 
 /// All of it; cheap to copy.

@@ -10,7 +10,7 @@ use berth_proto::convert::{
 };
 use berth_proto::ids::{Mono, Now, Wall};
 use berth_proto::values::Phase;
-use berth_proto::words::counted;
+use berth_proto::words::{NO_HOST_FITS, STOPPING, counted};
 use std::collections::BTreeMap;
 
 /// After so long away a host is shown as lost; deployments have their own policies.
@@ -89,7 +89,12 @@ pub fn deployment(
         status.deferred_hosts = u32::try_from(report.deferred.len()).unwrap_or(u32::MAX);
         for (message, count) in &report.pending {
             status.pending_count += count;
-            pending.insert(("NO_HOST_FITS".to_owned(), message.clone()), *count);
+            pending.insert((NO_HOST_FITS.to_owned(), message.clone()), *count);
+        }
+        for (host, count) in &report.until_gone {
+            let name = view.host(host).map(|h| h.name.to_string()).unwrap_or_default();
+            let message = format!("waits until the one before is gone from {name}");
+            pending.insert((STOPPING.to_owned(), message), *count);
         }
     }
     let mut pending: Vec<api::Pending> = pending

@@ -11,6 +11,7 @@ use berth_proto::api::*;
 use berth_proto::convert::{self, Problems};
 use berth_proto::ids::{Name, Namespace, ReleaseNumber};
 use berth_proto::selector::check_labels;
+use berth_proto::words::NO_HOST_FITS;
 use berth_server_core::batching::{Precondition, Proposal, Refusal};
 use berth_server_core::change::audited;
 use berth_server_core::decide::{self, Asked, Decision, Refused, Wanted};
@@ -328,7 +329,7 @@ impl DeploymentService for Api {
                     .pending
                     .iter()
                     .map(|(message, count)| Pending {
-                        reason: "NO_HOST_FITS".to_owned(),
+                        reason: NO_HOST_FITS.to_owned(),
                         message: message.clone(),
                         count: *count,
                     })

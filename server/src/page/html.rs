@@ -5,6 +5,7 @@ use crate::cluster::Cluster;
 use berth_proto::api::{Event, EventSeverity, HostPresence, RolloutState};
 use berth_proto::convert::wall;
 use berth_proto::ids::Wall;
+use berth_proto::words::is_of_empty_slots;
 use berth_server_core::status;
 use std::fmt::Write as _;
 
@@ -156,7 +157,7 @@ pub fn page(cluster: &Cluster, caller: &Caller, events: &[Event]) -> String {
             (false, false) => "wait",
         };
         // Why a replica waits stands in its own row; what has no row is told here.
-        let placeless = state.pending.iter().filter(|p| p.reason == "NO_HOST_FITS");
+        let placeless = state.pending.iter().filter(|p| is_of_empty_slots(&p.reason));
         let mut why: Vec<String> =
             placeless.map(|p| format!("{} waiting: {}", p.count, p.message)).collect();
         if !state.reason.is_empty() {

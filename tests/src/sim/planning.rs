@@ -6,6 +6,7 @@ use super::world::World;
 use berth_proto::ids::{DeploymentUid, Mono, ReplicaUid};
 use berth_server_core::batching::Refusal;
 use berth_server_core::change::Change;
+use berth_server_core::live::Unheard;
 use berth_server_core::planner::Report;
 use berth_server_core::queue::{Key, Queue, Why};
 use berth_server_core::round::{Round, Sent};
@@ -27,6 +28,7 @@ pub(super) struct Planner {
     pub(super) heard: Vec<Change>,
     pub(super) reports: BTreeMap<DeploymentUid, Report>,
     check_at: Mono,
+    unheard: Unheard,
     round: Option<Waiting>,
     tick: u64,
 }
@@ -38,6 +40,7 @@ impl Planner {
             heard: Vec::new(),
             reports: BTreeMap::new(),
             check_at: now.plus_ms(FULL_PASS_MS),
+            unheard: Unheard::default(),
             round: None,
             tick: u64::MAX,
         }
@@ -89,6 +92,11 @@ impl World<'_> {
         }
         if at.mono >= planner.check_at {
             planner.check_at = at.mono.plus_ms(FULL_PASS_MS);
+            let idle = 3 * self.script.ping_ms;
+            planner.unheard.look(process.machine.durable(), &mut process.live, idle, at.mono);
+            for moved in process.live.take_moved() {
+                planner.queue.moved(&ahead, &process.live, &moved);
+            }
             planner.queue.check_all(&ahead);
         }
         // Nor is what a full disk refused forgotten: it is planned again in a moment.

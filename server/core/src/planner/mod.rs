@@ -54,6 +54,8 @@ pub struct Report {
     pub pending: BTreeMap<String, u32>,
     /// Those of them whose slot is a host.
     pub pending_on: BTreeMap<HostUid, String>,
+    /// Slots that get a replica once the one before is gone from this host, which takes its grace.
+    pub until_gone: BTreeMap<HostUid, u32>,
     /// What would have to change of some host for an empty slot to be filled.
     pub waits_for: BTreeSet<WaitsFor>,
     /// Hosts that are away and hold or would get a replica.
@@ -97,6 +99,8 @@ impl Report {
             *self.pending.entry(words.clone()).or_default() += 1;
             self.pending_on.insert(host.clone(), words.clone());
         }
+        self.until_gone.remove(host);
+        self.until_gone.extend(of_host.until_gone.get(host).map(|slots| (host.clone(), *slots)));
         self.waits_for.extend(of_host.waits_for.iter().copied());
     }
 }
@@ -413,3 +417,6 @@ impl<'a> Planning<'a> {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod spread_tests;

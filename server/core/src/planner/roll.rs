@@ -203,13 +203,19 @@ impl<'a> Planning<'a> {
         let mut replacing = tally.replacing;
         let halted =
             matches!(self.deployment.rollout(), RolloutState::Paused | RolloutState::Failed);
-        let stopping_slots: BTreeSet<u32> = stopping.iter().map(|r| r.slot).collect();
-        let stopping_hosts: BTreeSet<&HostUid> = stopping.iter().map(|r| &r.host).collect();
+        let stopping_slots: BTreeMap<u32, &HostUid> =
+            stopping.iter().map(|r| (r.slot, &r.host)).collect();
+        let stopping_hosts: BTreeMap<&HostUid, &HostUid> =
+            stopping.iter().map(|r| (&r.host, &r.host)).collect();
         let mut displaced: BTreeSet<&ReplicaUid> =
             mine.iter().filter_map(|r| r.replaces.as_ref()).collect();
+        // Spread over what stays: beside one that is about to go there is a place, and not a crowd.
         let mut held: BTreeMap<HostUid, u32> = BTreeMap::new();
-        for replica in mine.iter().filter(|r| r.runs()) {
-            *held.entry(replica.host.clone()).or_default() += 1;
+        for item in work {
+            let old = if halted { &item.old[..] } else { &[] };
+            for (replica, _) in item.new.iter().chain(old) {
+                *held.entry(replica.host.clone()).or_default() += 1;
+            }
         }
         let need = Need::new(self.deployment, release);
         let mut pool: Option<Pool<'_>> = None;
@@ -244,16 +250,21 @@ impl<'a> Planning<'a> {
             }
             let empty_slot = first_fill || stand_in_for.is_some();
             let still_stopping = match &item.host {
-                Some(host) => stopping_hosts.contains(host),
-                None => stopping_slots.contains(&item.slot),
+                Some(host) => stopping_hosts.get(host).copied(),
+                None => stopping_slots.get(&item.slot).copied(),
             };
-            if surge_room == 0 && (!empty_slot || still_stopping) {
-                continue;
-            }
             // Where the host is the slot, its place is free once the one before is gone, whatever the
             // surge: the same whether the host is looked at alone or with all.
-            if item.host.is_some() && first_fill && still_stopping {
-                continue;
+            let its_place = item.host.is_some() && first_fill;
+            match still_stopping {
+                Some(on) if its_place || surge_room == 0 => {
+                    if empty_slot {
+                        *self.plan.report.until_gone.entry(on.clone()).or_default() += 1;
+                    }
+                    continue;
+                }
+                None if surge_room == 0 && !empty_slot => continue,
+                Some(_) | None => {}
             }
             let chosen = match (&item.host, &full) {
                 (Some(host), _) => match view.host(host).map(|h| need.fits(view, live, h)) {
