@@ -53,12 +53,14 @@ fn values_out_of_bounds_are_told_beside_unknown_names() {
         .replace("stopGrace: 10s", "stopGrace: 10s\n  imag: x")
         .replace("container: 8080", "container: 99999")
         .replace("cpu: 500m, memory: 256MiB", "cpu: 5m, memory: 4MiB")
+        .replace("readyFor: 10s", "readyFor: 10m")
         .replace("{team: vision}", "{team: a b}");
     let all = parse(&text, "f").unwrap_err().to_string();
     assert!(all.contains("spec.imag: is not known"), "{all}");
     assert!(all.contains("spec.ports[0].container"), "{all}");
     assert!(all.contains("spec.resources.cpu: must be at least 10m"), "{all}");
     assert!(all.contains("spec.resources.memory: must be at least 6MiB"), "{all}");
+    assert!(all.contains("spec.rollout.progressDeadline: must be longer than readyFor"), "{all}");
     assert!(all.contains("metadata.labels.team: label value \"a b\""), "{all}");
 }
 

@@ -360,6 +360,9 @@ pub struct PlatformImage {
     pub size_bytes: u64,
 }
 
+/// Where a model's files are shown to its runtime.
+pub const ARTIFACT_TARGET: &str = "/model";
+
 /// A model's files, pinned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResolvedArtifact {

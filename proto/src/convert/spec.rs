@@ -3,8 +3,9 @@
 use super::{Problems, duration, duration_ms, resources_from_api, resources_to_api};
 use crate::api;
 use crate::values::{
-    DeploymentSpec, HealthCheck, HostLossAction, LogOptions, Mount, OnHostLoss, OnRolloutFailure,
-    Placement, Port, Privileges, Probe, Publish, Restart, RestartCondition, Rollout, Scale, Source,
+    ARTIFACT_TARGET, DeploymentSpec, HealthCheck, HostLossAction, LogOptions, Mount, OnHostLoss,
+    OnRolloutFailure, Placement, Port, Privileges, Probe, Publish, Restart, RestartCondition,
+    Rollout, Scale, Source,
 };
 use std::collections::BTreeSet;
 
@@ -41,6 +42,19 @@ pub fn deployment_spec_to_write(from: &api::DeploymentSpec) -> Result<Deployment
             "engines start no container with less; left out, nothing is reserved and nothing limited",
         );
     }
+    // What cannot be read of these is told by the reading of the whole.
+    let mut unread = Problems::default();
+    let asked = rollout(&mut unread, from.rollout.as_ref());
+    if asked.progress_deadline_ms <= asked.ready_for_ms {
+        let ready_for = crate::quantity::format_duration_ms(asked.ready_for_ms);
+        p.add_hint(
+            "spec.rollout.progressDeadline",
+            format!("must be longer than readyFor, which is {ready_for}"),
+            "no replica becomes healthy sooner than that; leave time to fetch and to start one too",
+        );
+    }
+    published_once(&mut p, &ports(&mut unread, &from.ports));
+    mounted_once(&mut p, from);
     match deployment_spec_from_api(from) {
         Ok(spec) => p.finish(spec),
         Err(found) => {
@@ -203,6 +217,42 @@ fn ports(p: &mut Problems, from: &[api::Port]) -> Vec<Port> {
         ports.push(Port { name: port.name.clone(), container, publish });
     }
     ports
+}
+
+/// An engine binds an address and port of the host once.
+fn published_once(p: &mut Problems, ports: &[Port]) {
+    let overlap = |a: &Publish, b: &Publish| {
+        let whole = a.bind.is_unspecified() || b.bind.is_unspecified();
+        a.port == b.port && (a.bind == b.bind || (whole && a.bind.is_ipv4() == b.bind.is_ipv4()))
+    };
+    for (i, port) in ports.iter().enumerate() {
+        let Some(publish) = &port.publish else { continue };
+        let mut before = ports.iter().take(i).filter_map(|other| other.publish.as_ref());
+        if before.any(|other| overlap(other, publish)) {
+            let address = std::net::SocketAddr::new(publish.bind, publish.port);
+            p.add(format!("spec.ports[{i}].hostPort"), format!("{address} is published twice"));
+        }
+    }
+}
+
+/// An engine mounts one thing at a path, and nothing in the place of the image's root.
+fn mounted_once(p: &mut Problems, from: &api::DeploymentSpec) {
+    let model = matches!(from.source, Some(api::deployment_spec::Source::Model(_)));
+    let mut taken = BTreeSet::new();
+    for (i, mount) in from.mounts.iter().enumerate() {
+        let path = format!("spec.mounts[{i}].target");
+        let parts = mount.target.split('/').filter(|part| !part.is_empty() && *part != ".");
+        let target = parts.fold(String::new(), |path, part| path + "/" + part);
+        if target.is_empty() && mount.target.starts_with('/') {
+            p.add(&path, "must be below /");
+        }
+        if model && target == ARTIFACT_TARGET {
+            p.add(&path, format!("{ARTIFACT_TARGET} is where the model's files are"));
+        }
+        if !taken.insert(target) {
+            p.add(&path, format!("\"{}\" is there twice", mount.target));
+        }
+    }
 }
 
 fn mounts(p: &mut Problems, from: &[api::Mount]) -> Vec<Mount> {
@@ -578,6 +628,103 @@ mod tests {
         for enough in [with(0, 0), with(MIN_CPU_MILLIS, MIN_MEMORY_BYTES)] {
             assert_eq!(deployment_spec_to_write(&enough), deployment_spec_from_api(&enough));
         }
+    }
+
+    /// What is refused when it is written, by path, though it is read when it is stored.
+    fn refused(spec: &api::DeploymentSpec) -> Vec<String> {
+        assert!(deployment_spec_from_api(spec).is_ok(), "an earlier server took it");
+        let problems = deployment_spec_to_write(spec).err().unwrap_or_default();
+        problems.0.into_iter().map(|problem| problem.path).collect()
+    }
+
+    #[test]
+    fn a_deadline_that_ends_before_any_replica_can_be_healthy_is_refused() {
+        let with = |ready_for: Option<u64>, deadline: Option<u64>| api::DeploymentSpec {
+            rollout: Some(api::RolloutPolicy {
+                ready_for: ready_for.map(duration),
+                progress_deadline: deadline.map(duration),
+                ..Default::default()
+            }),
+            ..model()
+        };
+        for (ready_for, deadline) in [
+            (Some(5_000), Some(5_000)),
+            (Some(0), Some(0)),
+            (None, Some(10_000)),
+            (Some(600_000), None),
+        ] {
+            let paths = refused(&with(ready_for, deadline));
+            assert_eq!(paths, ["spec.rollout.progressDeadline"], "{ready_for:?} {deadline:?}");
+        }
+        for (ready_for, deadline) in
+            [(None, None), (Some(0), Some(1)), (Some(5_000), Some(5_001)), (None, Some(11_000))]
+        {
+            let paths = refused(&with(ready_for, deadline));
+            assert!(paths.is_empty(), "{ready_for:?} {deadline:?}: {paths:?}");
+        }
+    }
+
+    #[test]
+    fn an_address_of_the_host_is_published_once() {
+        let with = |binds: [(&str, u32); 2]| api::DeploymentSpec {
+            ports: binds
+                .iter()
+                .zip(["a", "b"])
+                .zip(1..)
+                .map(|(((bind, host_port), name), container)| api::Port {
+                    name: name.into(),
+                    container,
+                    host_port: *host_port,
+                    bind: (*bind).into(),
+                })
+                .collect(),
+            ..model()
+        };
+        for same in [
+            [("127.0.0.1", 80), ("127.0.0.1", 80)],
+            [("127.0.0.1", 80), ("0.0.0.0", 80)],
+            [("::", 80), ("::1", 80)],
+        ] {
+            assert_eq!(refused(&with(same)), ["spec.ports[1].hostPort"], "{same:?}");
+        }
+        for apart in [
+            [("127.0.0.1", 80), ("127.0.0.1", 81)],
+            [("127.0.0.1", 80), ("10.0.0.1", 80)],
+            [("0.0.0.0", 80), ("::", 80)],
+        ] {
+            assert!(refused(&with(apart)).is_empty(), "{apart:?}");
+        }
+    }
+
+    #[test]
+    fn a_path_is_mounted_once_and_neither_the_root_nor_the_models() {
+        let with = |targets: &[&str]| api::DeploymentSpec {
+            mounts: targets
+                .iter()
+                .map(|target| api::Mount {
+                    source: "/srv".into(),
+                    target: (*target).into(),
+                    writable: false,
+                })
+                .collect(),
+            ..model()
+        };
+        for (targets, index) in [
+            (&["/data", "/data"][..], 1),
+            (&["/data", "/./data//"], 1),
+            (&["/"], 0),
+            (&["//."], 0),
+            (&["/model/"], 0),
+        ] {
+            let paths = refused(&with(targets));
+            assert_eq!(paths, [format!("spec.mounts[{index}].target")], "{targets:?}");
+        }
+        assert!(refused(&with(&["/data", "/data/in", "/models", "/model/extra"])).is_empty());
+        let image = api::DeploymentSpec {
+            source: Some(api::deployment_spec::Source::Image("app:1".into())),
+            ..with(&["/model"])
+        };
+        assert!(refused(&image).is_empty(), "an image has no files of ours there");
     }
 
     #[test]

@@ -9,7 +9,8 @@ use berth_proto::convert;
 use berth_proto::ids::{Digest, ReleaseNumber, Wall};
 use berth_proto::record::ReleaseRecord;
 use berth_proto::values::{
-    AssignmentBody, DeploymentSpec, HealthCheck, Port, Probe, ResolvedSource, Source,
+    ARTIFACT_TARGET, AssignmentBody, DeploymentSpec, HealthCheck, Port, Probe, ResolvedSource,
+    Source,
 };
 use prost::Message as _;
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,8 +20,6 @@ pub const FEATURE_ARTIFACT: &str = "artifact";
 /// Features an agent of this version knows.
 pub const FEATURES: [&str; 1] = [FEATURE_ARTIFACT];
 
-/// Where a model's files are shown to its runtime.
-pub const ARTIFACT_TARGET: &str = "/model";
 /// Port of a runtime when the deployment names none.
 pub const DEFAULT_PORT: u16 = 8080;
 
