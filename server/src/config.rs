@@ -34,10 +34,10 @@ pub struct Options {
     /// The operator's own certificate chain (PEM) for the registry door, so that docker needs no
     /// extra root. Without it the cluster's own CA signs one; agents and `berth` are shown that one
     /// in any case. A file that changes is read again within the hour.
-    #[arg(long, env = "BERTHD_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    #[arg(long, env = "BERTHD_TLS_CERT", value_name = "FILE")]
     pub tls_cert: Option<PathBuf>,
     /// Key (PEM) of `--tls-cert`.
-    #[arg(long, env = "BERTHD_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    #[arg(long, env = "BERTHD_TLS_KEY", value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
     /// How logs are written: `text` or `json`.
     #[arg(long, env = "BERTHD_LOG_FORMAT", value_name = "FORMAT")]
@@ -143,6 +143,23 @@ pub enum ConfigError {
         /// Its address.
         addr: SocketAddr,
     },
+    /// What agents and clients would be told is neither a name nor an address.
+    #[error(
+        "--advertise \"{text}\" is neither a host name nor an address; give it without scheme and \
+         port, which the doors add, e.g. --advertise berth.example.org"
+    )]
+    Advertise {
+        /// As it was given.
+        text: String,
+    },
+    /// A certificate without its key, or the other way round.
+    #[error("--{given} is given without --{missing}; the registry's certificate needs both")]
+    TlsHalf {
+        /// The option there is.
+        given: &'static str,
+        /// The option there is not.
+        missing: &'static str,
+    },
     /// Two doors on one address.
     #[error("{first} and {second} both listen on {addr}")]
     SameDoor {
@@ -226,6 +243,21 @@ impl Options {
             ("--page-listen", page_listen),
         ];
         let advertise = self.advertise.unwrap_or_default();
+        let is_host = |text: &str| rustls_pki_types::ServerName::try_from(text).is_ok();
+        if let Some(text) = advertise.iter().find(|text| !is_host(text)) {
+            return Err(ConfigError::Advertise { text: text.clone() });
+        }
+        // Each may come from elsewhere: a flag, the environment, the file.
+        let registry_tls = match (self.tls_cert, self.tls_key) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (None, None) => None,
+            (Some(_), None) => {
+                return Err(ConfigError::TlsHalf { given: "tls-cert", missing: "tls-key" });
+            }
+            (None, Some(_)) => {
+                return Err(ConfigError::TlsHalf { given: "tls-key", missing: "tls-cert" });
+            }
+        };
         for (i, (first, addr)) in doors.iter().enumerate() {
             if let Some((second, _)) =
                 doors[i + 1..].iter().find(|(_, other)| other == addr && addr.port() != 0)
@@ -271,7 +303,7 @@ impl Options {
             gateway_listen,
             page_listen,
             advertise,
-            registry_tls: self.tls_cert.zip(self.tls_key),
+            registry_tls,
             log_format: self.log_format.unwrap_or(LogFormat::Text),
             log,
             ballast_bytes: ballast << 20,
@@ -317,6 +349,52 @@ mod tests {
         ));
         let named = Options { advertise: Some(vec!["berth.example".into()]), ..open };
         assert_eq!(named.settle().unwrap().advertise, ["berth.example"]);
+    }
+
+    #[test]
+    fn what_is_told_is_a_name_or_an_address_without_a_port() {
+        let told = |text: &str| {
+            let advertise = Some(vec!["berth.example".to_owned(), text.to_owned()]);
+            Options { advertise, ..Options::default() }.settle().map(|settings| settings.advertise)
+        };
+        for good in ["berth-1.example.org", "localhost", "192.0.2.7", "2001:db8::7"] {
+            assert_eq!(told(good).unwrap()[1], good);
+        }
+        for bad in [
+            "",
+            "berth.example.org:7443",
+            "192.0.2.7:7443",
+            "[2001:db8::7]",
+            "https://berth.example.org",
+            "a b",
+        ] {
+            let error = told(bad).unwrap_err();
+            assert!(error.to_string().contains(&format!("--advertise \"{bad}\"")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_certificate_and_its_key_may_come_from_two_places_but_not_one_alone() {
+        /// A command line with the options of this file, as `berthd` has them.
+        #[derive(clap::Parser)]
+        struct Flags {
+            #[command(flatten)]
+            options: Options,
+        }
+        let settle = |flags: &[&str], file: &str| {
+            let flags = <Flags as clap::Parser>::try_parse_from(flags).unwrap().options;
+            flags.over(toml::from_str(file).unwrap()).settle()
+        };
+        let flag = ["berthd", "--tls-cert", "flag.crt"];
+        let both = settle(&flag, "tls-cert = 'file.crt'\ntls-key = 'file.key'").unwrap();
+        assert_eq!(both.registry_tls, Some(("flag.crt".into(), "file.key".into())));
+        let half = |flags: &[&str], file| match settle(flags, file) {
+            Err(ConfigError::TlsHalf { given, missing }) => (given, missing),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(half(&flag, ""), ("tls-cert", "tls-key"));
+        assert_eq!(half(&["berthd"], "tls-cert = 'file.crt'"), ("tls-cert", "tls-key"));
+        assert_eq!(half(&["berthd"], "tls-key = 'file.key'"), ("tls-key", "tls-cert"));
     }
 
     #[test]
