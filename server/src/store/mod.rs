@@ -72,7 +72,10 @@ pub enum StoreError {
     #[error("the materialised store failed: {0}")]
     Materialised(String),
     /// Neither the materialised store nor an export can be read.
-    #[error("no good copy of the ledger is left in {}: {why}", path.display())]
+    #[error(
+        "no good copy of the ledger is left in {}: {why}; restore a backup into an empty folder \
+         (berthd restore FILE --data-dir DIR)", path.display()
+    )]
     Lost {
         /// The folder.
         path: PathBuf,
