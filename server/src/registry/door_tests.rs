@@ -554,9 +554,17 @@ async fn a_registered_version_is_neither_overwritten_nor_deleted() {
 }
 
 #[tokio::test]
-async fn a_nearly_full_disk_takes_no_uploads_and_says_what_to_do() {
+async fn a_nearly_full_disk_takes_no_uploads_and_no_manifests_and_says_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let digest = fresh_blob(dir.path()).await;
+    let manifest = |artifact: &str| {
+        json!({
+            "schemaVersion": 2, "mediaType": IMAGE, "artifactType": artifact, "layers": [],
+            "config": describe(&digest, 4),
+        })
+    };
+    let before = Client::open(dir.path(), Settings::default());
+    assert_eq!(before.put("a", "1", IMAGE, &manifest("x/old")).await.status, StatusCode::CREATED);
     let client =
         Client::open(dir.path(), Settings { min_free_percent: 101, ..Settings::default() });
     let refused = client.send("POST /v2/a/blobs/uploads/", &[], "").await;
@@ -564,7 +572,11 @@ async fn a_nearly_full_disk_takes_no_uploads_and_says_what_to_do() {
     assert_eq!(refused.code(), "DENIED");
     assert!(String::from_utf8_lossy(&refused.body).contains("berth registry gc"));
     assert_eq!(client.get(&format!("/v2/a/blobs/{digest}")).await.body, "kept");
-    assert_eq!(client.registry.stats().uploads_refused.load(Ordering::Relaxed), 1);
+    let refused = client.put("a", "2", IMAGE, &manifest("x/new")).await;
+    assert_eq!(refused.status, StatusCode::INSUFFICIENT_STORAGE);
+    assert_eq!(client.registry.stats().uploads_refused.load(Ordering::Relaxed), 2);
+    // One that is here takes no room under another name.
+    assert_eq!(client.put("a", "2", IMAGE, &manifest("x/old")).await.status, StatusCode::CREATED);
 }
 
 async fn fresh_blob(root: &Path) -> Digest {

@@ -268,7 +268,8 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::ManifestInvalid`], [`RegistryError::ManifestTooLarge`],
     /// [`RegistryError::ManifestBlobUnknown`], [`RegistryError::DigestMismatch`],
-    /// [`RegistryError::Denied`] with the words of `keep`, [`RegistryError::Io`].
+    /// [`RegistryError::Denied`] with the words of `keep`, [`RegistryError::DiskFull`] for one that is
+    /// not stored yet, [`RegistryError::Io`].
     pub async fn put_manifest_if(
         &self,
         repo: &RepoName,
@@ -405,6 +406,9 @@ impl Inner {
             return Err(RegistryError::ManifestBlobUnknown(missing));
         }
         let size = bytes.len() as u64;
+        if self.disk.size(&digest).map_err(io("storing a manifest"))?.is_none() {
+            self.check_room(size)?;
+        }
         let describe = subject.is_some().then(|| parsed.describe(media_type, &digest, size));
         let stored = (|| {
             // What is there may be damaged, also at the same size: a push mends it.

@@ -95,7 +95,7 @@ pub struct RegistryStats {
     pub uploads_finished: AtomicU64,
     /// Uploads cancelled, given up, or whose content was not what the digest said.
     pub uploads_ended: AtomicU64,
-    /// Uploads refused because the disk is near full.
+    /// Uploads and manifests refused because the disk is near full.
     pub uploads_refused: AtomicU64,
     /// Blob bytes received.
     pub bytes_in: AtomicU64,
