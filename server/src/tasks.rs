@@ -7,6 +7,7 @@ use crate::api::writes::REQUEST_KEPT_MS;
 use crate::cluster::Cluster;
 use crate::doors::certificates::Certificates;
 use crate::gateway::route::{Backend, Ready, Routes};
+use crate::store::StoreError;
 use crate::store::folder::Folder;
 use berth_proto::api::ReplicaIntent;
 use berth_proto::ids::Wall;
@@ -175,10 +176,21 @@ pub async fn certificates(
     }
 }
 
-/// Between two looks for room on a full disk.
+/// Between two looks for room on a full disk, or for a ballast that found none.
 const ROOM_AGAIN: Duration = Duration::from_secs(2);
 
-/// Gives the ballast up when the disk is full, and makes it again when there is room, until `stop`.
+/// What a look at the disk has left.
+enum Ballast {
+    /// It is there.
+    There,
+    /// It gave its room.
+    GivenUp,
+    /// There is no room for it.
+    Missing,
+}
+
+/// Gives the ballast up when the disk is full, and makes it when there is none and room for it, until
+/// `stop`.
 /// Meanwhile agents and plans are still written, in the room that the ballast has left, and of what
 /// people ask for only what makes room.
 pub async fn space(cluster: Arc<Cluster>, folder: Arc<Folder>, mut stop: watch::Receiver<bool>) {
@@ -186,33 +198,51 @@ pub async fn space(cluster: Arc<Cluster>, folder: Arc<Folder>, mut stop: watch::
     let bytes = cluster.settings.ballast_bytes;
     // Only a write that was refused since the ballast was made says that the disk is full.
     let mut refused = false;
+    // There should be a ballast, and is none.
+    let mut missing = false;
     loop {
         let cramped = cluster.cramped.load(Ordering::Relaxed);
         let folder = Arc::clone(&folder);
         // A full disk takes its time for either.
         let tried = tokio::task::spawn_blocking(move || {
-            if cramped {
-                folder.ballast(bytes).map(|there| there.then_some(false))
-            } else if refused {
-                folder.release_ballast().map(|released| released.then_some(true))
+            if refused && folder.release_ballast()? {
+                Ok(Ballast::GivenUp)
+            } else if folder.ballast(bytes)? {
+                Ok(Ballast::There)
             } else {
-                Ok(None)
+                Ok::<_, StoreError>(Ballast::Missing)
             }
         });
         let Ok(tried) = tried.await else { return };
         match tried {
-            Ok(Some(true)) => {
+            Ok(Ballast::GivenUp) => {
                 tracing::error!(
                     "the ballast is given up: only deleting and cleaning are taken until there is room"
                 );
                 cluster.cramped.store(true, Ordering::Relaxed);
             }
-            Ok(Some(false)) => {
+            Ok(Ballast::There) if cramped => {
                 tracing::info!("there is room again, and the ballast; everything is taken");
                 cluster.cramped.store(false, Ordering::Relaxed);
                 full.mark_unchanged();
+                missing = false;
             }
-            Ok(None) => {}
+            Ok(Ballast::There) => {
+                if missing {
+                    tracing::info!("there is room for the ballast, and it is made");
+                }
+                missing = false;
+            }
+            Ok(Ballast::Missing) => {
+                if !missing && !cramped {
+                    tracing::warn!(
+                        bytes,
+                        "there is no room for the ballast beside as much again: if the disk fills \
+                         now, not even deleting is taken; make room, or give a smaller --ballast-mib"
+                    );
+                }
+                missing = true;
+            }
             Err(error) => {
                 tracing::warn!(error = %crate::error::Chain(&error), "the ballast cannot be changed");
             }
@@ -225,7 +255,7 @@ pub async fn space(cluster: Arc<Cluster>, folder: Arc<Folder>, mut stop: watch::
                 Ok(()) => refused = *full.borrow(),
                 Err(_) => return,
             },
-            () = tokio::time::sleep(ROOM_AGAIN), if cramped => {}
+            () = tokio::time::sleep(ROOM_AGAIN), if cramped || missing => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
     }

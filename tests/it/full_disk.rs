@@ -78,3 +78,48 @@ fn a_full_disk_refuses_writes_and_loses_nothing_and_the_server_goes_on_when_ther
     assert!(log.contains("the disk is full; writes are refused"), "{log}");
     cluster.server().kill();
 }
+
+#[test]
+fn a_ballast_that_finds_no_room_at_the_start_is_told_of_and_made_once_there_is() {
+    const BALLAST: u64 = 1 << 20;
+    let mut disk = None;
+    let cluster = Cluster::start_on(&[], |server| {
+        disk = Disk::mount("a_ballast_that_finds_no_room", server, 64);
+        ensure!(disk.is_some(), "skipped");
+        Ok(())
+    });
+    let Some(disk) = disk else { return };
+    let mut cluster = cluster.unwrap();
+    let ballast = cluster.server_dir().join("ballast");
+    cluster.server().kill();
+    std::fs::remove_file(&ballast).unwrap();
+    // Enough to start and to write, too little for a ballast beside as much again.
+    disk.fill_but(BALLAST + BALLAST / 2).unwrap();
+    cluster.start_server().unwrap();
+    let log = cluster.server().log.clone();
+    eventually("the missing ballast is told of", PATIENCE, || {
+        ensure!(std::fs::read_to_string(&log)?.contains("there is no room for the ballast"));
+        Ok(())
+    })
+    .unwrap();
+    assert!(!ballast.exists());
+    let token = cluster.berth_json(&["host", "token", "create"]).unwrap();
+    disk.free().unwrap();
+    eventually("the ballast is made", PATIENCE, || {
+        ensure!(std::fs::metadata(&ballast)?.len() == BALLAST);
+        Ok(())
+    })
+    .unwrap();
+    // So that what makes room is taken when the disk fills.
+    cluster.server().freeze().unwrap();
+    disk.fill().unwrap();
+    cluster.server().thaw().unwrap();
+    eventually("the ballast is given up", PATIENCE, || {
+        let made = cluster.berth(&["host", "token", "create"])?;
+        ensure!(!made.status.success() && !ballast.exists());
+        Ok(())
+    })
+    .unwrap();
+    cluster.berth_ok(&["host", "token", "rm", token["id"].as_str().unwrap()]).unwrap();
+    cluster.server().kill();
+}

@@ -67,6 +67,17 @@ impl Disk {
         Ok(())
     }
 
+    /// Fills it but for so many bytes.
+    ///
+    /// # Errors
+    /// As [`Disk::fill`].
+    pub fn fill_but(&self, bytes: u64) -> Result<()> {
+        self.fill()?;
+        let file = File::options().write(true).open(self.filler())?;
+        let filled = file.metadata()?.len();
+        file.set_len(filled.saturating_sub(bytes)).context("cannot leave room on the disk")
+    }
+
     /// Gives back what [`Disk::fill`] took.
     ///
     /// # Errors
