@@ -125,7 +125,7 @@ fn runs(served: &Served, id: &str, port: u16) {
                 digest: berth_proto::ids::Digest::of(b"i").to_string(),
                 ..Default::default()
             }),
-            artifact: None,
+            ..Default::default()
         }),
         spec: Some(api::DeploymentSpec {
             source: Some(api::deployment_spec::Source::Image("i".into())),

@@ -377,7 +377,7 @@ mod tests {
             release: 1,
             source: Some(api::ResolvedSource {
                 image: Some(api::ResolvedImage { digest, ..Default::default() }),
-                artifact: None,
+                ..Default::default()
             }),
             spec: Some(api::DeploymentSpec {
                 source: Some(api::deployment_spec::Source::Image("i".into())),

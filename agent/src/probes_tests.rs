@@ -18,7 +18,7 @@ fn running(port: u16, id: &str) -> Running {
                 digest: berth_proto::ids::Digest::of(b"i").to_string(),
                 ..Default::default()
             }),
-            artifact: None,
+            ..Default::default()
         }),
         spec: Some(api::DeploymentSpec {
             source: Some(api::deployment_spec::Source::Image("i".into())),

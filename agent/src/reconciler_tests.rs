@@ -105,7 +105,7 @@ impl Agent {
                     platforms: vec![platform],
                     ..Default::default()
                 }),
-                artifact: None,
+                ..Default::default()
             }),
             spec: Some(spec),
             ..Default::default()

@@ -330,6 +330,8 @@ pub struct ResolvedSource {
     pub image: ResolvedImage,
     /// The model's artifact.
     pub artifact: Option<ResolvedArtifact>,
+    /// Name of the model's registered version, whatever its kind.
+    pub model_version: Option<String>,
 }
 
 /// An image pinned for each platform.

@@ -165,7 +165,8 @@ pub async fn source(
             let image = image(&cluster.registry, Some(caller), &own, &field).await?;
             let image = image.ok_or_else(|| pushed(reference))?;
             let words = format!("{}@{}", image.repository, image.digest);
-            Ok(Found { resolved: ResolvedSource { image, artifact: None }, words, version: None })
+            let resolved = ResolvedSource { image, artifact: None, model_version: None };
+            Ok(Found { resolved, words, version: None })
         }
         Source::Model(reference) => {
             let field = format!("{path}spec.model");
@@ -197,7 +198,8 @@ pub async fn source(
                 let own = format!("{}@{digest}", version.repository);
                 let image = image(&cluster.registry, Some(caller), &own, &field).await?;
                 let image = image.ok_or_else(|| pushed(&own))?;
-                let resolved = ResolvedSource { image, artifact: None };
+                let model_version = Some(version.version);
+                let resolved = ResolvedSource { image, artifact: None, model_version };
                 return Ok(Found { resolved, words, version: Some(key) });
             }
             let runtime = spec.runtime.clone().unwrap_or_else(|| version.format.clone());
@@ -231,7 +233,8 @@ pub async fn source(
                 size_bytes: version.size_bytes,
                 format: version.format.clone(),
             };
-            let resolved = ResolvedSource { image, artifact: Some(artifact) };
+            let model_version = Some(version.version);
+            let resolved = ResolvedSource { image, artifact: Some(artifact), model_version };
             Ok(Found { resolved, words, version: Some(key) })
         }
     }

@@ -82,7 +82,8 @@ fn rest_after(cost: Duration) -> Duration {
     (cost * 4).min(Duration::from_secs(1))
 }
 
-fn table(cluster: &Cluster) -> Vec<(Backend, Vec<Ready>)> {
+/// The gateway's table as it should be now.
+pub(crate) fn table(cluster: &Cluster) -> Vec<(Backend, Vec<Ready>)> {
     let view = cluster.ledger.view();
     let live = cluster.live.load();
     let mut table = Vec::new();
@@ -103,8 +104,7 @@ fn table(cluster: &Cluster) -> Vec<(Backend, Vec<Ready>)> {
                 host: r.host.clone(),
                 version: view
                     .release(&r.deployment, r.release)
-                    .and_then(|release| release.source.artifact.as_ref())
-                    .map(|artifact| artifact.version.clone())
+                    .and_then(|release| release.source.model_version.clone())
                     .unwrap_or_default(),
             })
             .collect();
@@ -113,8 +113,7 @@ fn table(cluster: &Cluster) -> Vec<(Backend, Vec<Ready>)> {
             deployment: deployment.name.to_string(),
             http_port,
             grpc_port,
-            targets: Vec::new(),
-            ready_at: None,
+            ..Backend::default()
         };
         table.push((backend, ready));
     }

@@ -159,6 +159,7 @@ fn apply(view: &mut View, n: usize, replicas: u32) -> anyhow::Result<()> {
                 }],
             },
             artifact: None,
+            model_version: None,
         },
         resolved_words: "image".to_owned(),
     };

@@ -141,7 +141,7 @@ fn body(n: u8) -> Vec<u8> {
         deployment: "d".into(),
         namespace: "default".into(),
         release: u64::from(n) + 1,
-        source: Some(api::ResolvedSource { image: Some(image), artifact: None }),
+        source: Some(api::ResolvedSource { image: Some(image), ..Default::default() }),
         spec: Some(api::DeploymentSpec {
             source: Some(api::deployment_spec::Source::Image("i".into())),
             ..Default::default()

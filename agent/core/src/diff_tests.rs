@@ -22,7 +22,7 @@ fn body(never: bool) -> Vec<u8> {
         release: 1,
         source: Some(api::ResolvedSource {
             image: Some(api::ResolvedImage { digest, ..Default::default() }),
-            artifact: None,
+            ..Default::default()
         }),
         spec: Some(spec),
         ..Default::default()

@@ -163,7 +163,7 @@ mod tests {
                     platforms: vec![platform],
                     ..Default::default()
                 }),
-                artifact: None,
+                ..Default::default()
             }),
             spec: Some(api::DeploymentSpec {
                 source: Some(api::deployment_spec::Source::Image("i".into())),

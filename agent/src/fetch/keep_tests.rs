@@ -145,7 +145,7 @@ async fn what_has_come_of_an_image_stays_as_long_as_the_set_names_it_whatever_fa
                 }],
                 ..Default::default()
             }),
-            artifact: None,
+            ..Default::default()
         }),
         spec: Some(api::DeploymentSpec {
             source: Some(api::deployment_spec::Source::Image("i".into())),

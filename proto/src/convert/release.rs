@@ -46,6 +46,10 @@ pub fn resolved_from_api(from: &api::ResolvedSource) -> Result<ResolvedSource, P
             }
         }),
     };
+    // Releases from before it had a place of its own name it with the artifact alone.
+    let of_artifact = || artifact.as_ref().map(|artifact| artifact.version.clone());
+    let model_version = Some(from.model_version.clone()).filter(|name| !name.is_empty());
+    let model_version = model_version.or_else(of_artifact);
     let Some(digest) = digest else { return Err(p) };
     p.finish(ResolvedSource {
         image: ResolvedImage {
@@ -55,6 +59,7 @@ pub fn resolved_from_api(from: &api::ResolvedSource) -> Result<ResolvedSource, P
             platforms,
         },
         artifact,
+        model_version,
     })
 }
 
@@ -87,6 +92,7 @@ pub fn resolved_to_api(from: &ResolvedSource) -> api::ResolvedSource {
             size_bytes: a.size_bytes,
             format: a.format.clone(),
         }),
+        model_version: from.model_version.clone().unwrap_or_default(),
     }
 }
 
@@ -146,5 +152,35 @@ pub fn assignment_body_to_agent(from: &AssignmentBody) -> agent::AssignmentBody 
         spec: Some(spec),
         system_env: from.system_env.clone(),
         artifact_target: from.artifact_target.clone().unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Digest;
+
+    #[test]
+    fn the_version_is_read_of_releases_that_name_it_with_their_artifact_alone() {
+        let digest = Digest::of(b"x").to_string();
+        let artifact = api::ResolvedArtifact {
+            version: "1.2".to_owned(),
+            digest: digest.clone(),
+            ..Default::default()
+        };
+        let stored = api::ResolvedSource {
+            image: Some(api::ResolvedImage { digest, ..Default::default() }),
+            artifact: Some(artifact),
+            model_version: String::new(),
+        };
+        let read = resolved_from_api(&stored).unwrap();
+        assert_eq!(read.model_version.as_deref(), Some("1.2"));
+        assert_eq!(resolved_from_api(&resolved_to_api(&read)), Ok(read));
+        let image = api::ResolvedSource { artifact: None, ..stored };
+        assert_eq!(resolved_from_api(&image).unwrap().model_version, None);
+        let built = api::ResolvedSource { model_version: "1.2".to_owned(), ..image };
+        let read = resolved_from_api(&built).unwrap();
+        assert_eq!(read.model_version.as_deref(), Some("1.2"));
+        assert_eq!(resolved_to_api(&read), built);
     }
 }

@@ -132,6 +132,7 @@ impl World {
                     }],
                 },
                 artifact: None,
+                model_version: None,
             },
             resolved_words: image,
         };

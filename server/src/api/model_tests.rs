@@ -2,7 +2,7 @@
 
 use super::Api;
 use super::apply_tests::{input, push};
-use super::tests::{call, served, served_with};
+use super::tests::{call, host, served, served_with};
 use crate::registry::{self, Reference, RepoName, Tag};
 use berth_proto::api::deployment_service_server::DeploymentService as _;
 use berth_proto::api::model_service_server::ModelService as _;
@@ -345,4 +345,42 @@ async fn a_version_that_is_deployed_while_it_is_deleted_stays() {
     forget(&api, &uid).await;
     api.0.ledger.propose(decided).await.unwrap();
     assert!(api.0.ledger.view().version(&model, "1").is_none());
+}
+
+#[tokio::test]
+async fn callers_ask_for_a_version_that_is_an_image_by_its_name() {
+    use berth_proto::convert::replica_status_from_api;
+    use berth_proto::record::ReplicaRecord;
+    use berth_server_core::live::Presence;
+    let (_dir, api) = served();
+    push(&api).await;
+    register(&api, iris(&api, "1.2").await, &[]).await.unwrap();
+    let uid = deploy(&api, deployment_spec::Source::Model("iris:1.2".into())).await;
+    host(&api, "edge", &[]).await;
+    let host = api.0.ledger.view().host_by_name("edge").unwrap().uid.clone();
+    let placed = berth_server_core::objects::Replica::new(&ReplicaRecord {
+        uid: "r1".into(),
+        deployment_uid: uid.to_string(),
+        release: 1,
+        host_uid: host.to_string(),
+        intent: ReplicaIntent::Run as i32,
+        ..ReplicaRecord::default()
+    });
+    let placed = std::sync::Arc::new(placed.unwrap());
+    let changes = vec![Change::PutReplica(std::sync::Arc::clone(&placed))];
+    api.0.ledger.propose(Proposal { preconditions: Vec::new(), changes }).await.unwrap();
+    let status = ReplicaStatus {
+        attempt: 1,
+        phase: ReplicaPhase::Running as i32,
+        ready: true,
+        ..ReplicaStatus::default()
+    };
+    let now = api.0.time().mono;
+    api.0.edit_live(|live| {
+        live.edit_host(&host, |host| host.presence = Presence::Present);
+        live.take(&placed.uid, replica_status_from_api(&status), now);
+    });
+    let table = crate::tasks::table(&api.0);
+    let served: Vec<&str> = table[0].1.iter().map(|ready| ready.version.as_str()).collect();
+    assert_eq!(served, ["1.2"]);
 }

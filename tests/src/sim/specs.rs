@@ -117,6 +117,7 @@ pub(super) fn wanted(deployment: u8, spec: &Spec) -> Wanted {
                     size_bytes: 1,
                 }],
             },
+            model_version: artifact.as_ref().map(|artifact| artifact.version.clone()),
             artifact,
         },
     }
