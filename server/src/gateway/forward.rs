@@ -3,7 +3,7 @@
 use super::body::{BUDGET_KIB, BodyError, Payload};
 use super::dial::{self, DialError, DialIo};
 use super::reply::{Placed, Reply};
-use super::route::{Backend, Chosen, Routes};
+use super::route::{Backend, Chosen, REQUESTS_OF_ONE, Routes};
 use crate::session::reverse::ReverseHub;
 use axum::body::Body;
 use berth_proto::ids::ReplicaUid;
@@ -30,7 +30,7 @@ const WAIT_FOR_READY: Duration = Duration::from_secs(20);
 /// Pause before replicas that could not be reached are tried once more, when the table stays as it is.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Requests under way at once; more wait. Each holds some 100 KiB of buffers between two connections.
-const REQUESTS: usize = 2048;
+const REQUESTS: usize = 4 * REQUESTS_OF_ONE;
 
 /// Why a request was not answered by a replica.
 #[derive(Debug, thiserror::Error)]
@@ -152,10 +152,15 @@ impl Forwarder {
         let model = onward.model.clone();
         let patience = onward.patience.map_or(REQUEST_DEADLINE, |p| p.min(REQUEST_DEADLINE));
         tokio::time::timeout(patience, async {
+            let Some(backend) = self.routes.backend(&onward.model) else {
+                return Err(ForwardError::UnknownModel(onward.model));
+            };
             // Never closed. Held until the answer has gone by: one that is read slowly costs memory.
-            let place = Arc::clone(&self.places).acquire_owned().await.ok();
+            // The deployment's first: whoever waits for that must not hold one of all.
+            let own = backend.places.0.clone().acquire_owned().await.ok();
+            let any = Arc::clone(&self.places).acquire_owned().await.ok();
             let answer = self.attempts(onward).await?;
-            Ok(answer.map(|body| Body::new(Placed { body, _place: place })))
+            Ok(answer.map(|body| Body::new(Placed { body, _places: [own, any] })))
         })
         .await
         .map_err(|_| ForwardError::TimedOut(model))?

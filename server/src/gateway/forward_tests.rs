@@ -2,7 +2,7 @@
 
 use super::body::Payload;
 use super::forward::{ForwardError, Forwarder, Onward, Repeat, Wire};
-use super::route::{Backend, Ready, Routes};
+use super::route::{Backend, REQUESTS_OF_ONE, Ready, Routes};
 use crate::session::reverse::ReverseHub;
 use axum::body::Body;
 use berth_proto::agent::host_service_server::{HostService, HostServiceServer};
@@ -160,6 +160,66 @@ async fn replicas_that_cannot_be_reached_are_not_all_tried_past_a_callers_patien
     let answer = scene.ask(Repeat::Never, Body::from("body"), Some(4)).await;
     assert!(matches!(answer, Answer::Other(_)), "{answer:?}");
     assert!(begun.elapsed() <= Duration::from_secs(26), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deployment_that_hangs_leaves_the_others_their_places() {
+    let scene = Scene::start(Does::Answers, Does::Answers);
+    // One that is on a host that is told to dial and does not, and one that is well.
+    let (tickets, _asked) = mpsc::channel(64);
+    scene.hub.attach("h3".parse().unwrap(), 1, tickets);
+    let of = |name: &str, replica: &str, host: &str| {
+        let backend = Backend {
+            namespace: "default".into(),
+            deployment: name.into(),
+            http_port: "http".into(),
+            ..Backend::default()
+        };
+        let ready = Ready {
+            replica: replica.parse().unwrap(),
+            host: host.parse().unwrap(),
+            version: String::new(),
+        };
+        (backend, vec![ready])
+    };
+    let table = || [of("app", "r3", "h3"), of("other", "r1", "h1")];
+    scene.routes.replace(table());
+    let forwarder = Forwarder::new(Arc::clone(&scene.routes), scene.hub.clone());
+    let onward = |model: &str, patience| Onward {
+        model: model.into(),
+        version: String::new(),
+        wire: Wire::Http1,
+        repeat: Repeat::Never,
+        method: http::Method::POST,
+        uri: "/x".parse().unwrap(),
+        headers: http::HeaderMap::new(),
+        payload: Payload::whole(Bytes::from("body"), None),
+        patience: Some(patience),
+    };
+    let mut hanging = tokio::task::JoinSet::new();
+    for _ in 0..4 * REQUESTS_OF_ONE {
+        let (forwarder, onward) = (forwarder.clone(), onward("app", PATIENCE));
+        hanging.spawn(async move { forwarder.send(onward).await.map(|_| ()) });
+    }
+    // Also over a new table.
+    scene.routes.replace(table());
+    let left = || scene.routes.backend("app").unwrap().places.0.available_permits();
+    for _ in 0..100_000 {
+        if left() == 0 {
+            break;
+        }
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(left(), 0);
+    let second = Duration::from_secs(1);
+    let served = forwarder.send(onward("other", second)).await.unwrap();
+    let body = served.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(body, "r1");
+    // Its own callers wait, as they would for any place.
+    let late = forwarder.send(onward("app", second)).await.map(|_| ()).unwrap_err();
+    assert!(matches!(late, ForwardError::TimedOut(_)), "{late}");
+    hanging.shutdown().await;
+    assert_eq!(left(), REQUESTS_OF_ONE);
 }
 
 /// What the caller gets.

@@ -61,12 +61,12 @@ where
     }
 }
 
-/// An answer on its way that holds its place among those that may be.
+/// An answer on its way that holds its places among those that may be: its deployment's, and all.
 pub struct Placed<B> {
     /// The answer's body.
     pub body: B,
     /// Given back when it has gone by, or nobody reads it any more.
-    pub _place: Option<OwnedSemaphorePermit>,
+    pub _places: [Option<OwnedSemaphorePermit>; 2],
 }
 
 impl<B: Body + Unpin> Body for Placed<B> {

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 /// One replica that may be asked.
@@ -41,6 +41,22 @@ pub struct Backend {
     pub targets: Vec<Target>,
     /// When a replica was ready last.
     pub ready_at: Option<Instant>,
+    /// Places for its requests under way.
+    pub places: Places,
+}
+
+/// Requests under way to one deployment at once; more wait. One that hangs keeps each of its places for
+/// as long as a request may take: with a share of all places it cannot take them from the others.
+pub const REQUESTS_OF_ONE: usize = 512;
+
+/// A deployment's share of the places for requests under way, over replacements of the table.
+#[derive(Debug, Clone)]
+pub struct Places(pub Arc<Semaphore>);
+
+impl Default for Places {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(REQUESTS_OF_ONE)))
+    }
 }
 
 /// A deployment without a ready replica for longer than this is down, not in the middle of a change:
@@ -108,6 +124,9 @@ impl Routes {
                 let name = model_name(&backend.namespace, &backend.deployment);
                 let before = old.get(&name);
                 let held = before.map_or(&[][..], |b| &b.targets);
+                if let Some(before) = before {
+                    backend.places.clone_from(&before.places);
+                }
                 let mut ready = ready;
                 ready.sort_unstable_by(|a, b| a.replica.cmp(&b.replica));
                 backend.targets = ready
