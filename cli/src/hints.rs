@@ -49,7 +49,7 @@ pub fn of(reason: &str, code: Code) -> Option<&'static str> {
             "an admin of the server can make a new context: `berth user create`"
         }
         "DISK_FULL" => "`berth registry gc` frees what nothing names",
-        "SEQUENCE_UNKNOWN" => "begin anew, without a sequence",
+        "EVENTS_EXPIRED" => "begin anew, without a token",
         "HOST_AWAY" => "`berth host list` shows when it was last seen",
         "SERVER_STOPPING" | "LEDGER_BUSY" => "the same command may work in a moment",
         _ => "",

@@ -5,7 +5,10 @@
 //! asks for and the ledger's thread is never held up by the length of a log.
 
 use crate::cluster::Cluster;
+use crate::error::Error;
 use crate::ledger::Unread;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use berth_proto::api::Event;
 use berth_proto::record::EventRecord;
 use berth_server_core::batching::Proposal;
@@ -21,6 +24,46 @@ pub const EVENTS_KEPT: usize = 50_000;
 pub const AUDIT_KEPT: usize = 200_000;
 /// What one write forgets: within what one commit of any store holds.
 const FORGOTTEN_AT_ONCE: usize = 80;
+
+/// How far somebody has seen the events. Sequences are given anew after a restore, so they mean
+/// something within one epoch alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// The epoch of the ledger that numbered the event.
+    pub epoch: u64,
+    /// The event's sequence.
+    pub sequence: u64,
+}
+
+impl Seen {
+    /// As callers are given it.
+    #[must_use]
+    pub fn token(self) -> String {
+        let bytes = [self.epoch.to_be_bytes(), self.sequence.to_be_bytes()].concat();
+        URL_SAFE_NO_PAD.encode(bytes)
+    }
+
+    /// Reads what a caller was given; `None`: it was not given this.
+    #[must_use]
+    pub fn read(token: &str) -> Option<Self> {
+        let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
+        let (epoch, sequence) = bytes.split_first_chunk::<8>()?;
+        Some(Self {
+            epoch: u64::from_be_bytes(*epoch),
+            sequence: u64::from_be_bytes(sequence.try_into().ok()?),
+        })
+    }
+}
+
+fn expired() -> Error {
+    Error::Gone {
+        reason: "EVENTS_EXPIRED",
+        message:
+            "not all events since those that were seen are here: the server was restored from \
+                  a backup, or more happened than is kept"
+                .to_owned(),
+    }
+}
 
 impl Cluster {
     /// Sequence of the newest event that is kept; 0: there is none.
@@ -71,6 +114,30 @@ impl Cluster {
                 return Ok(found.into());
             }
         }
+    }
+
+    /// Of the events that follow those somebody has seen and are wanted the first `limit`, oldest first.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] when not all that follow are here; when they cannot be read.
+    pub async fn events_after(
+        &self,
+        seen: Seen,
+        limit: usize,
+        wanted: impl Fn(&Event) -> bool,
+    ) -> Result<Vec<Event>, Error> {
+        let Seen { epoch, sequence } = seen;
+        if epoch != self.ledger.view().cluster.epoch || sequence > self.newest_event().await? {
+            return Err(expired());
+        }
+        let found = self.past_events(sequence, limit, wanted).await?;
+        // Asked afterwards, so that what was forgotten meanwhile is missed. The oldest go first: when the
+        // next one is kept, all are.
+        let below = Change::DeleteEvent(sequence.saturating_add(2)).key();
+        if self.ledger.newest("event/", Some(below), 1).await?.is_empty() {
+            return Err(expired());
+        }
+        Ok(found)
     }
 
     /// Forgets the oldest events and audit entries beyond what is kept.
@@ -172,28 +239,76 @@ mod tests {
         let (_dir, api) = served();
         happen(&api.0, 5).await;
         let newest = api.0.newest_event().await.unwrap();
-        let watch = |after_sequence| {
+        let watch = |after_token| {
             api.watch_events(call(berth_proto::api::WatchEventsRequest {
-                after_sequence,
+                after_token,
                 ..Default::default()
             }))
         };
-        let refused = watch(newest + 1).await.map(|_| ()).unwrap_err();
-        assert_eq!(refused.code(), tonic::Code::OutOfRange);
-        assert_eq!(watch(newest).await.unwrap().into_inner().count().await, 0);
-        let last = watch(newest - 1).await.unwrap().into_inner().next().await;
+        let all: Vec<_> = watch(String::new()).await.unwrap().into_inner().collect().await;
+        let tokens: Vec<String> = all.into_iter().map(|told| told.unwrap().token).collect();
+        assert_eq!(tokens.len() as u64, newest);
+        assert_eq!(watch(tokens[4].clone()).await.unwrap().into_inner().count().await, 0);
+        let last = watch(tokens[3].clone()).await.unwrap().into_inner().next().await;
         assert_eq!(last.unwrap().unwrap().event.unwrap().sequence, newest);
         // Whoever follows gets all that it has not seen, though the limit is less.
         let asked = berth_proto::api::WatchEventsRequest {
-            after_sequence: 1,
+            after_token: tokens[0].clone(),
             limit: 2,
             follow: true,
             ..Default::default()
         };
         let mut followed = api.watch_events(call(asked)).await.unwrap().into_inner();
         for sequence in 2..=newest {
-            let next = followed.next().await.unwrap().unwrap().event.unwrap();
-            assert_eq!(next.sequence, sequence);
+            let next = followed.next().await.unwrap().unwrap();
+            assert_eq!(next.event.unwrap().sequence, sequence);
+            assert_eq!(next.token, tokens[usize::try_from(sequence).unwrap() - 1]);
         }
+        let seen = Seen::read(&tokens[4]).unwrap();
+        let more = Seen { sequence: newest + 1, ..seen }.token();
+        let refused = watch(more).await.map(|_| ()).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::OutOfRange);
+        for bad in ["5", "AAAAAAAAAAU", "?"] {
+            let refused = watch(bad.to_owned()).await.map(|_| ()).unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn numbers_of_another_epoch_are_not_taken_for_ones_own() {
+        let (_dir, api) = served();
+        happen(&api.0, 300).await;
+        let epoch = api.0.ledger.view().cluster.epoch;
+        let seen = Seen { epoch, sequence: 200 };
+        assert_eq!(api.0.events_after(seen, 999, |_| true).await.unwrap().len(), 100);
+        // As a restore does, after which other events have the numbers that were seen.
+        let raised = berth_proto::record::ClusterRecord {
+            epoch: epoch + 1,
+            ..api.0.ledger.view().cluster.clone()
+        };
+        let changes = vec![Change::PutCluster(raised)];
+        api.0.ledger.propose(Proposal { changes, ..Proposal::default() }).await.unwrap();
+        let gone = api.0.events_after(seen, 999, |_| true).await.unwrap_err();
+        assert!(matches!(gone, Error::Gone { reason: "EVENTS_EXPIRED", .. }), "{gone}");
+        let seen = Seen { epoch: epoch + 1, ..seen };
+        assert_eq!(api.0.events_after(seen, 999, |_| true).await.unwrap().len(), 100);
+    }
+
+    #[tokio::test]
+    async fn who_was_away_while_events_were_forgotten_is_told_so() {
+        let (_dir, api) = served();
+        happen(&api.0, 700).await;
+        api.0.forget_beyond("event/", 500).await;
+        let epoch = api.0.ledger.view().cluster.epoch;
+        let after = async |sequence| {
+            let seen = Seen { epoch, sequence };
+            api.0.events_after(seen, 999, |e| e.sequence % 2 == 0).await.map(|found| found.len())
+        };
+        // 201 is the oldest that is kept.
+        assert_eq!(after(201).await.unwrap(), 250);
+        assert_eq!(after(200).await.unwrap(), 250);
+        let gone = after(199).await.unwrap_err();
+        assert!(matches!(gone, Error::Gone { reason: "EVENTS_EXPIRED", .. }), "{gone}");
+        assert_eq!(after(700).await.unwrap(), 0);
     }
 }

@@ -145,7 +145,7 @@ pub async fn events(global: &Global, args: Events) -> Result<()> {
         namespace: global.namespace.clone().unwrap_or_default(),
         deployment: args.deployment.clone().unwrap_or_default(),
         host: args.host.clone().unwrap_or_default(),
-        after_sequence: 0,
+        after_token: String::new(),
         since: args.since.as_deref().map(since).transpose()?,
         follow: args.follow,
         limit: args.limit,
@@ -156,7 +156,7 @@ pub async fn events(global: &Global, args: Events) -> Result<()> {
         let error = match watch(global, &mut request, &mut seen, &mut patience).await {
             Ok(()) if !args.follow => return Ok(()),
             Ok(()) => Error::new(Kind::Unavailable, "the server ended the stream"),
-            Err(error) if error.reason == "SEQUENCE_UNKNOWN" => {
+            Err(error) if error.reason == "EVENTS_EXPIRED" => {
                 eprintln!("{}; going on with its newest events", error.message);
                 begin_anew(&mut request, seen.time, args.limit);
                 continue;
@@ -180,7 +180,7 @@ async fn watch(
     while let Some(message) = stream.message().await.map_err(broken)? {
         patience.calm();
         let Some(event) = message.event else { continue };
-        go_on_after(request, &event);
+        go_on_after(request, message.token);
         seen.time = event.time;
         print_event(global, &event)?;
     }
@@ -189,15 +189,15 @@ async fn watch(
 
 /// From here on a new stream goes on, with everything that has happened meanwhile: the limit was for
 /// what had happened before.
-fn go_on_after(request: &mut WatchEventsRequest, event: &Event) {
-    request.after_sequence = event.sequence;
+fn go_on_after(request: &mut WatchEventsRequest, token: String) {
+    request.after_token = token;
     request.limit = u32::MAX;
 }
 
-/// The numbers mean nothing any more: everything since the newest event that was shown, or the newest as
+/// The token means nothing any more: everything since the newest event that was shown, or the newest as
 /// at the beginning.
 fn begin_anew(request: &mut WatchEventsRequest, shown: Option<prost_types::Timestamp>, limit: u32) {
-    request.after_sequence = 0;
+    request.after_token.clear();
     match shown {
         Some(_) => request.since = shown,
         None => request.limit = limit,
@@ -253,12 +253,13 @@ mod tests {
     fn what_happens_during_a_break_is_not_cut_to_the_limit() {
         let mut request = WatchEventsRequest { limit: 5, ..WatchEventsRequest::default() };
         begin_anew(&mut request, None, 5);
-        assert_eq!((request.after_sequence, request.limit), (0, 5));
-        go_on_after(&mut request, &Event { sequence: 9, ..Event::default() });
-        assert_eq!((request.after_sequence, request.limit), (9, u32::MAX));
+        assert_eq!((request.after_token.as_str(), request.limit), ("", 5));
+        go_on_after(&mut request, "nine".to_owned());
+        assert_eq!((request.after_token.as_str(), request.limit), ("nine", u32::MAX));
         let shown = Some(prost_types::Timestamp { seconds: 7, nanos: 0 });
         begin_anew(&mut request, shown, 5);
-        assert_eq!((request.after_sequence, request.since, request.limit), (0, shown, u32::MAX));
+        assert_eq!((request.since, request.limit), (shown, u32::MAX));
+        assert!(request.after_token.is_empty());
     }
 
     #[test]

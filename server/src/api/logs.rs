@@ -4,6 +4,7 @@ use super::deployments::WATCH_PAUSE;
 use super::lists::{Asked, LogPage};
 use super::{Api, audit, auth, namespace};
 use crate::error::{Error, Kind};
+use crate::history::Seen;
 use crate::identity::roles;
 use crate::ledger::refused;
 use crate::session::reverse::ReverseError;
@@ -74,26 +75,30 @@ impl EventService for Api {
                 && (e.namespace.is_empty() || caller.sees(&e.namespace))
         };
         let limit = if r.limit == 0 { 1000 } else { r.limit as usize };
-        if r.after_sequence > self.0.newest_event().await.map_err(Error::from)? {
-            // Nothing would come until the numbers have caught up, and then not all.
-            let message = format!(
-                "event {} is not known here; was the server restored from a backup?",
-                r.after_sequence
-            );
-            return Err(Error::Gone { reason: "SEQUENCE_UNKNOWN", message }.into());
-        }
-        let past = self.0.past_events(r.after_sequence, limit, &wanted).await;
-        let past = past.map_err(Error::from)?;
+        let foreign = || Error::field("after_token", "is not the token of an event");
+        let seen = match r.after_token.as_str() {
+            "" => None,
+            token => Some(Seen::read(token).ok_or_else(foreign)?),
+        };
+        let epoch = self.0.ledger.view().cluster.epoch;
+        let past = match seen {
+            None => self.0.past_events(0, limit, &wanted).await.map_err(Error::from)?,
+            Some(seen) => self.0.events_after(seen, limit, &wanted).await?,
+        };
+        let told = move |event: Event| {
+            let token = Seen { epoch, sequence: event.sequence }.token();
+            Ok(WatchEventsResponse { event: Some(event), token })
+        };
         let api = Arc::clone(&self.0);
         let (tx, rx) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
-            let mut last = r.after_sequence;
+            let mut last = seen.map_or(0, |seen| seen.sequence);
             let mut past = past;
             loop {
-                let more = r.follow && r.after_sequence > 0 && past.len() >= limit;
+                let more = r.follow && seen.is_some() && past.len() >= limit;
                 for event in past {
                     last = event.sequence;
-                    if tx.send(Ok(WatchEventsResponse { event: Some(event) })).await.is_err() {
+                    if tx.send(told(event)).await.is_err() {
                         return;
                     }
                 }
@@ -101,10 +106,11 @@ impl EventService for Api {
                     break;
                 }
                 // Whoever goes on after what it has seen gets all that lies between that and now.
-                past = match api.past_events(last, limit, &wanted).await {
+                let seen = Seen { epoch, sequence: last };
+                past = match api.events_after(seen, limit, &wanted).await {
                     Ok(past) => past,
                     Err(why) => {
-                        let _ = tx.send(Err(Status::from(Error::from(why)))).await;
+                        let _ = tx.send(Err(Status::from(why))).await;
                         return;
                     }
                 };
@@ -122,12 +128,12 @@ impl EventService for Api {
                     Ok((_, Change::AppendEvent(event)))
                         if event.sequence > last && wanted(&event) =>
                     {
-                        Ok(WatchEventsResponse { event: Some(event) })
+                        told(event)
                     }
                     Ok(_) => continue,
                     Err(broadcast::error::RecvError::Lagged(_)) => Err(Status::from(Error::Gone {
                         reason: "EVENTS_SKIPPED",
-                        message: "the caller fell behind; call again with the last sequence seen"
+                        message: "the caller fell behind; call again with the last token seen"
                             .to_owned(),
                     })),
                     Err(broadcast::error::RecvError::Closed) => return,
