@@ -558,6 +558,128 @@ fn a_host_whose_policy_forbids_it_is_passed_over_and_says_so() {
 }
 
 #[test]
+fn a_host_is_refused_for_each_thing_that_its_policy_does_not_list() {
+    use berth_proto::values::{DeploymentSpec, HostPolicy};
+    type Case =
+        (fn(&mut api::DeploymentSpec), &'static str, fn(&mut HostPolicy), fn(&mut HostPolicy));
+    fn privileges(spec: &mut api::DeploymentSpec) -> &mut api::Privileges {
+        spec.privileges.get_or_insert_default()
+    }
+    fn mount(spec: &mut api::DeploymentSpec, source: &str) {
+        let (source, target) = (source.into(), "/data".into());
+        spec.mounts.push(api::Mount { source, target, writable: false });
+    }
+    fn publish(spec: &mut api::DeploymentSpec, bind: &str) {
+        let (name, bind) = ("http".into(), bind.into());
+        spec.ports.push(api::Port { name, container: 80, host_port: 8080, bind });
+    }
+    // What is wanted, what the refusal names, a policy that comes near, and one that allows it.
+    let cases: [Case; 9] = [
+        (
+            |spec| privileges(spec).privileged = true,
+            "privileged containers",
+            |policy| policy.allow_host_network = true,
+            |policy| policy.allow_privileged = true,
+        ),
+        (
+            |spec| privileges(spec).host_network = true,
+            "the host's network",
+            |policy| policy.allow_privileged = true,
+            |policy| policy.allow_host_network = true,
+        ),
+        (
+            |spec| privileges(spec).add_capabilities = vec!["NET_ADMIN".into(), "SYS_TIME".into()],
+            "capability SYS_TIME",
+            |policy| policy.allow_capabilities = ["NET_ADMIN".into()].into(),
+            |policy| policy.allow_capabilities = ["NET_ADMIN".into(), "SYS_TIME".into()].into(),
+        ),
+        (
+            |spec| privileges(spec).devices = vec!["/dev/nvidia0".into()],
+            "device /dev/nvidia0",
+            |policy| policy.allow_devices = ["/dev/nvidia".into(), "/dev/nvidia1".into()].into(),
+            |policy| policy.allow_devices = ["/dev/nvidia0".into()].into(),
+        ),
+        (
+            |spec| mount(spec, "/srv/models"),
+            "mounting /srv/models",
+            |policy| policy.mount_folders = vec!["/srv/models/in".into()],
+            |policy| policy.mount_folders = vec!["/srv/models/".into()],
+        ),
+        (
+            |spec| mount(spec, "/srv/models2/a"),
+            "mounting /srv/models2/a",
+            |policy| policy.mount_folders = vec!["/srv/models".into()],
+            |policy| policy.mount_folders = vec!["/srv/models".into(), "/srv/models2".into()],
+        ),
+        (
+            |spec| mount(spec, "/srv/models/a/b"),
+            "mounting /srv/models/a/b",
+            |policy| policy.mount_folders = vec!["/srv/models2".into()],
+            |policy| policy.mount_folders = vec!["/srv/models".into()],
+        ),
+        (
+            |spec| mount(spec, "/etc"),
+            "mounting /etc",
+            |policy| policy.mount_folders = vec!["/etcetera".into()],
+            |policy| policy.mount_folders = vec!["/".into()],
+        ),
+        (
+            |spec| publish(spec, "0.0.0.0"),
+            "publishing on 0.0.0.0",
+            |policy| policy.publish_addresses = ["127.0.0.1".parse().unwrap()].into(),
+            |policy| policy.publish_addresses = ["0.0.0.0".parse().unwrap()].into(),
+        ),
+    ];
+    for (want, named, near, enough) in cases {
+        let mut written = World::spec("one");
+        want(&mut written);
+        let spec: DeploymentSpec =
+            berth_proto::convert::deployment_spec_from_api(&written).unwrap();
+        let refused = |list: fn(&mut HostPolicy)| {
+            let mut policy = HostPolicy::default();
+            list(&mut policy);
+            crate::placement::policy_refusal(&spec, &policy)
+        };
+        assert_eq!(refused(near).as_deref(), Some(named));
+        assert_eq!(refused(enough), None, "{named}");
+    }
+    // Nothing is mounted where no folder is listed; ports go on any address where none is.
+    let judge = |edit: fn(&mut api::DeploymentSpec)| {
+        let mut written = World::spec("one");
+        edit(&mut written);
+        let spec = berth_proto::convert::deployment_spec_from_api(&written).unwrap();
+        crate::placement::policy_refusal(&spec, &HostPolicy::default())
+    };
+    assert_eq!(judge(|spec| mount(spec, "/srv")).as_deref(), Some("mounting /srv"));
+    assert_eq!(judge(|spec| publish(spec, "0.0.0.0")), None);
+}
+
+#[test]
+fn a_model_goes_only_where_the_agent_fetches_artifacts() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    spec.replicas = Some(1);
+    w.apply(spec);
+    let release = w.view.release(&w.uid(), ReleaseNumber(1)).unwrap();
+    let mut record = release.to_record();
+    record.source.as_mut().unwrap().artifact = Some(api::ResolvedArtifact {
+        digest: berth_proto::ids::Digest::of(b"model").to_string(),
+        ..Default::default()
+    });
+    let release = crate::objects::Release::new(record).unwrap();
+    w.change(vec![Change::PutRelease(Arc::new(release))]);
+    edit_host(&mut w, 0, |r| r.facts.as_mut().unwrap().features = vec!["else".into()]);
+    let pending: Vec<String> = w.plan().report.pending.into_keys().collect();
+    assert_eq!(pending, ["no host fits: 2 whose agent lacks feature artifact"]);
+    edit_host(&mut w, 1, |r| {
+        r.facts.as_mut().unwrap().features = vec![crate::release::FEATURE_ARTIFACT.into()];
+    });
+    let steps = w.plan().steps;
+    let hosts: Vec<&str> = steps.iter().map(|step| step.host.as_str()).collect();
+    assert_eq!(hosts, ["h1"]);
+}
+
+#[test]
 fn a_replica_checked_by_network_goes_where_its_agent_reaches_it() {
     use api::health_check::Check;
     let unreached = |w: &mut World, n| {
@@ -601,6 +723,31 @@ fn a_standing_deadline_counts_no_time_and_goes_on_where_it_stood() {
     w.pass(0);
     assert_eq!(w.live.clock(&w.uid()).unwrap().left_ms, left);
     assert_eq!(w.deployment().rollout(), RolloutState::Rolling);
+}
+
+#[test]
+fn a_server_that_restarts_does_not_grant_the_deadline_anew() {
+    let mut w = World::new(2);
+    w.broken.insert(1);
+    w.apply(World::spec("one"));
+    let begun = w.now.mono;
+    while w.now.mono.since_ms(begun) < 5_000 {
+        w.pass(500);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::Rolling);
+    // Nothing but the ledger is left, and every host is there again.
+    w.live = Live::default();
+    (0..2).for_each(|n| w.presence(n, Presence::Present));
+    let restarted = w.now.mono;
+    while w.deployment().rollout() == RolloutState::Rolling {
+        w.pass(500);
+        assert!(w.now.mono.since_ms(restarted) < 10_000, "the deadline was granted anew");
+    }
+    // A restart gives back an eighth of it at the most, and the hosts take a pass to be heard of.
+    let took = w.now.mono.since_ms(restarted);
+    assert!((4_500..=5_000 + 1_250 + 1_000).contains(&took), "{took}");
+    let reason = &w.deployment().record.reason;
+    assert!(reason.contains("no replica became healthy within 10s"), "{reason}");
 }
 
 #[test]
