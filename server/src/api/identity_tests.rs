@@ -5,6 +5,7 @@ use super::{Api, auth};
 use crate::cluster::{ClusterDesk, wall_now};
 use crate::doors::PeerCerts;
 use crate::session::desk::{Desk as _, Ended, Order};
+use berth_proto::agent::agent_service_server::AgentServiceServer;
 use berth_proto::agent::join_service_server::JoinService as _;
 use berth_proto::agent::{
     BeginRenewalRequest, JoinRequest, Removed, RenewRequest, RenewResponse, ReplicaReport,
@@ -20,6 +21,7 @@ use berth_server_core::session::{Hold, Registration};
 use std::sync::Arc;
 use tonic::{Request, Status};
 use tonic_types::StatusExt as _;
+use tower::ServiceExt as _;
 
 pub(super) struct Joined {
     pub(super) uid: HostUid,
@@ -109,16 +111,27 @@ async fn a_host_that_slept_past_its_certificates_end_renews_by_itself_within_the
     );
 }
 
+/// Opens a session, as the door lets a caller do who has shown a certificate.
+async fn dial(api: &Api, certificate_pem: &str) {
+    let mut request = http::Request::post("/berth.agent.v1.AgentService/Session")
+        .header("content-type", "application/grpc")
+        .body(axum::body::Body::empty())
+        .unwrap();
+    request.extensions_mut().insert(shows(api, certificate_pem).unwrap());
+    let answer = AgentServiceServer::new(api.clone()).oneshot(request).await.unwrap();
+    assert!(answer.headers().get("grpc-status").is_none(), "{answer:?}");
+}
+
 #[tokio::test]
-async fn a_retired_key_seen_again_quarantines_the_host() {
+async fn the_first_session_with_a_new_key_retires_the_old_one_which_seen_again_quarantines_the_host()
+ {
     let (_dir, api) = served();
     let host = join(&api, "edge").await;
     let (renewed, _) = renew(&api, &host, &host.key_pem).await.unwrap();
-    let public = tls::public_key(&tls::certificates(&renewed.certificate_pem).unwrap()[0]).unwrap();
-    // The first use of the new key.
-    let record = api.0.ledger.view().host(&host.uid).unwrap().record.clone();
-    let used = crate::identity::tokens::use_key(&record, &public).unwrap();
-    edit(&api, &host.uid, |r| *r = used).await;
+    dial(&api, &host.certificate_pem).await;
+    assert!(shows(&api, &host.certificate_pem).is_ok(), "the new one was not used yet");
+    dial(&api, &renewed.certificate_pem).await;
+    assert!(shows(&api, &renewed.certificate_pem).is_ok());
     assert!(shows(&api, &host.certificate_pem).unwrap_err().contains("retired"));
     assert_eq!(reason(&renew(&api, &host, &host.key_pem).await.unwrap_err()), "KEY_RETIRED");
     assert!(api.0.ledger.view().host(&host.uid).unwrap().record.quarantined);
