@@ -170,6 +170,8 @@ pub struct Session {
     assembly: Assembly,
     persisting: Option<Box<HeldSet>>,
     welcomed: bool,
+    /// Newer than the hello's, for when the server has answered it.
+    facts: Option<Box<api::HostFacts>>,
     heard: Mono,
     said: Mono,
     ping_id: u64,
@@ -208,6 +210,7 @@ impl Session {
             assembly: Assembly::default(),
             persisting: None,
             welcomed: false,
+            facts: None,
             heard: now,
             said: now,
             ping_id: 0,
@@ -253,11 +256,10 @@ impl Session {
             }
             Input::Report(report) => self.reporter.changed(*report),
             Input::Absent(uid) => self.reporter.absent(uid),
-            Input::Facts(facts) => {
-                if self.welcomed {
-                    send(&mut out, session_request::Item::Facts(*facts));
-                }
+            Input::Facts(facts) if self.welcomed => {
+                send(&mut out, session_request::Item::Facts(*facts));
             }
+            Input::Facts(facts) => self.facts = Some(facts),
             Input::Tick => {}
         }
         self.on_time(now, &mut out);
@@ -297,6 +299,9 @@ impl Session {
                 self.idle_ms = welcome.idle_timeout_ms.clamp(1_000, 7_200_000);
                 self.reporter.pace(welcome.status_interval_ms.clamp(10, 60_000));
                 out.push(Effect::Welcomed(Box::new(welcome)));
+                if let Some(facts) = self.facts.take() {
+                    send(out, session_request::Item::Facts(*facts));
+                }
             }
             Item::SetBegin(begin) => self.assembly.begin(begin),
             Item::SetPage(page) => self.assembly.page(page),
@@ -396,15 +401,22 @@ mod tests {
         Input::Message(Box::new(agent::SessionResponse { item: Some(item) }))
     }
 
-    fn live() -> Session {
-        let (mut s, _) = Session::begin(Hello::default(), Wanted::NotYetKnown, 0, Mono(0));
-        let welcome = agent::Welcome {
+    fn begun() -> Session {
+        Session::begin(Hello::default(), Wanted::NotYetKnown, 0, Mono(0)).0
+    }
+
+    fn welcome() -> Input {
+        say(session_response::Item::Welcome(agent::Welcome {
             ping_interval_ms: 10_000,
             idle_timeout_ms: 30_000,
             status_interval_ms: 100,
             ..Default::default()
-        };
-        s.step(at(0), say(session_response::Item::Welcome(welcome)));
+        }))
+    }
+
+    fn live() -> Session {
+        let mut s = begun();
+        s.step(at(0), welcome());
         s
     }
 
@@ -449,6 +461,31 @@ mod tests {
         assert_eq!(verdicts(&out), [SetVerdict::NotDurable]);
         assert!(!out.iter().any(|e| matches!(e, Effect::Act(_))));
         assert!(matches!(offer(&mut s, 1).as_slice(), [Effect::Persist(_)]));
+    }
+
+    #[test]
+    fn facts_that_change_before_the_welcome_follow_it_the_newest_once() {
+        let facts = |kernel: &str| {
+            Input::Facts(Box::new(api::HostFacts { kernel: kernel.into(), ..Default::default() }))
+        };
+        let sent = |effects: &[Effect]| -> Vec<String> {
+            let told = effects.iter().filter_map(|e| match e {
+                Effect::Send(m) => match &m.item {
+                    Some(session_request::Item::Facts(facts)) => Some(facts.kernel.clone()),
+                    Some(_) | None => None,
+                },
+                _ => None,
+            });
+            told.collect()
+        };
+        let mut s = begun();
+        assert!(s.step(at(0), facts("old")).is_empty());
+        assert!(s.step(at(0), facts("new")).is_empty());
+        let out = s.step(at(1), welcome());
+        assert!(matches!(out.first(), Some(Effect::Welcomed(_))), "{out:?}");
+        assert_eq!(sent(&out), ["new"]);
+        assert!(sent(&s.step(at(2), welcome())).is_empty());
+        assert_eq!(sent(&s.step(at(3), facts("newer"))), ["newer"]);
     }
 
     #[test]
