@@ -314,7 +314,7 @@ pub enum ContainerState {
         /// Frozen by somebody; it still counts as running.
         paused: bool,
     },
-    /// Its program has ended.
+    /// Its program has ended, or the engine tried to remove it and failed (`dead`).
     Exited {
         /// Exit code.
         code: i32,
@@ -325,7 +325,7 @@ pub enum ContainerState {
         /// What the engine says of it, for people; often empty.
         error: String,
     },
-    /// The engine is removing it, or tried and failed (`dead`).
+    /// The engine is removing it.
     Removing,
 }
 

@@ -130,10 +130,9 @@ pub(super) fn observed(it: ContainerInspectResponse) -> Option<ObservedContainer
         | ContainerStateStatusEnum::RESTARTING
         | ContainerStateStatusEnum::STOPPING => running(false),
         ContainerStateStatusEnum::PAUSED => running(true),
-        ContainerStateStatusEnum::EXITED => ended(state),
-        ContainerStateStatusEnum::REMOVING | ContainerStateStatusEnum::DEAD => {
-            ContainerState::Removing
-        }
+        // Dead: a removal failed, and only another try gets it away.
+        ContainerStateStatusEnum::EXITED | ContainerStateStatusEnum::DEAD => ended(state),
+        ContainerStateStatusEnum::REMOVING => ContainerState::Removing,
         ContainerStateStatusEnum::EMPTY if state.running == Some(true) => running(false),
         ContainerStateStatusEnum::EMPTY if started_at.is_none() => ContainerState::Created,
         ContainerStateStatusEnum::EMPTY => ended(state),
@@ -245,6 +244,27 @@ mod tests {
         let mount = &host.mounts.unwrap()[0];
         assert_eq!((mount.typ, mount.read_only), (Some(MountType::BIND), Some(true)));
         assert_eq!(mount.source.as_deref(), Some("/srv/a"));
+    }
+
+    #[test]
+    fn a_container_that_could_not_be_removed_is_seen_as_ended_so_that_it_is_removed_again() {
+        let seen = |status| {
+            let it = ContainerInspectResponse {
+                id: Some("x".into()),
+                image: Some("sha256:0".into()),
+                config: Some(bollard::models::ContainerConfig::default()),
+                state: Some(bollard::models::ContainerState {
+                    status: Some(status),
+                    exit_code: Some(137),
+                    ..Default::default()
+                }),
+                ..ContainerInspectResponse::default()
+            };
+            observed(it).unwrap().state
+        };
+        let dead = seen(ContainerStateStatusEnum::DEAD);
+        assert!(matches!(dead, ContainerState::Exited { code: 137, .. }), "{dead:?}");
+        assert_eq!(seen(ContainerStateStatusEnum::REMOVING), ContainerState::Removing);
     }
 
     #[test]
