@@ -3,7 +3,8 @@
 //! Written for bytes that nobody vouches for: names stay inside the folder, nothing but files and
 //! folders is made, nothing is overwritten, and whatever an archive says of an entry ahead of it (long
 //! names, extended attributes) is bounded before it is read. A library that reads those whole would
-//! take as much memory as the archive claims.
+//! take as much memory as the archive claims. No file is left out in silence: an archive ends with a
+//! block of zeros, and no other begins behind it.
 
 use super::artifact::{MAX_FILES, inside, readable};
 use super::client::FetchError;
@@ -119,6 +120,13 @@ fn all(archive: &mut impl Read, folder: &Path, files: &mut usize) -> Result<(), 
             one(archive, &name, kind, said.size.unwrap_or(size), folder, files)?;
         }
     }
+    // Two blocks of zeros are the end, after which anything may fill the last record. One is taken as
+    // well, as other programs do: it stands for no file.
+    while let Some(block) = block(archive)? {
+        if is_header(&block) {
+            return Err(unusable("has another one behind its end"));
+        }
+    }
     Ok(())
 }
 
@@ -187,30 +195,34 @@ fn skip(archive: &mut impl Read, bytes: u64) -> io::Result<()> {
     }
 }
 
-/// The next header; `None`: the archive is over.
-fn header(archive: &mut impl Read) -> Result<Option<Header>, FetchError> {
-    let mut header = Header::new_old();
-    let block = header.as_mut_bytes();
-    let mut first = 0;
-    while first == 0 {
-        match archive.read(block) {
-            Ok(0) => return Ok(None),
-            Ok(n) => first = n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error.into()),
-        }
+/// The next block; `None`: no whole one is left.
+fn block(archive: &mut impl Read) -> io::Result<Option<Header>> {
+    let mut block = Header::new_old();
+    match archive.read_exact(block.as_mut_bytes()) {
+        Ok(()) => Ok(Some(block)),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        Err(error) => Err(error),
     }
-    archive.read_exact(&mut block[first..])?;
-    if block.iter().all(|byte| *byte == 0) {
-        return Ok(None);
-    }
+}
+
+/// Whether a block says of itself that it is a header.
+fn is_header(block: &Header) -> bool {
     // The sum counts its own field as spaces.
-    let sum = block.iter().enumerate().map(|(i, byte)| match i {
+    let sum = block.as_bytes().iter().enumerate().map(|(i, byte)| match i {
         148..156 => u32::from(b' '),
         _ => u32::from(*byte),
     });
     let sum = sum.sum::<u32>();
-    if header.cksum()? != sum {
+    block.cksum().is_ok_and(|said| said == sum)
+}
+
+/// The next header; `None`: the archive says that it is over.
+fn header(archive: &mut impl Read) -> Result<Option<Header>, FetchError> {
+    let header = block(archive)?.ok_or_else(|| unusable("ends without saying that it does"))?;
+    if header.as_bytes().iter().all(|byte| *byte == 0) {
+        return Ok(None);
+    }
+    if !is_header(&header) {
         return Err(unusable("is none"));
     }
     Ok(Some(header))
@@ -317,6 +329,29 @@ mod tests {
             let refused = unpack(&header.as_bytes()[..], ANY, dir.path(), &mut 0).unwrap_err();
             assert!(refused.to_string().contains("than it may"), "{refused}");
         }
+    }
+
+    #[test]
+    fn an_archive_that_is_cut_off_between_files_or_goes_on_behind_its_end_is_refused() {
+        let into = |bytes: &[u8]| {
+            let dir = tempfile::tempdir().unwrap();
+            let unpacked = unpack(bytes, ANY, dir.path(), &mut 0);
+            unpacked.map(|()| std::fs::read_dir(dir.path()).unwrap().count())
+        };
+        let whole = archive("f", EntryType::Regular);
+        let entry = whole.len() - 1024;
+        for refused in [&whole[..entry], &whole[..entry + 100], b""] {
+            let error = into(refused).unwrap_err().to_string();
+            assert!(error.contains("without saying"), "{error}");
+        }
+        // One block of zeros stands for no file, and the last record may be filled with anything.
+        assert_eq!(into(&whole[..entry + 512]).unwrap(), 1);
+        assert_eq!(into(&[&whole[..], &[b'x'; 8 * 512], &[0; 100]].concat()).unwrap(), 1);
+        let second = archive("g", EntryType::Regular);
+        let error = into(&[&whole[..], &[0; 3 * 512], &second].concat()).unwrap_err();
+        assert!(error.to_string().contains("another one"), "{error}");
+        // As one archive both are there.
+        assert_eq!(into(&[&whole[..entry], &second].concat()).unwrap(), 2);
     }
 
     #[test]

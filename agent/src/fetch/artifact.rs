@@ -215,7 +215,7 @@ fn make(
         } else {
             let file = std::fs::File::open(&blob)?;
             let reader: Box<dyn Read> = match layer.kind {
-                Packed::TarGzip => Box::new(flate2::read::GzDecoder::new(file)),
+                Packed::TarGzip => Box::new(flate2::read::MultiGzDecoder::new(file)),
                 Packed::TarZstd => Box::new(zstd::stream::read::Decoder::new(file)?),
                 Packed::Tar | Packed::Raw => Box::new(file),
             };
@@ -229,6 +229,7 @@ fn make(
             return Err(FetchError::Unusable("the model has too many files".to_owned()));
         }
     }
+    enterable(making)?;
     // All of it is on the disk before its name says so.
     rustix::fs::syncfs(std::fs::File::open(making)?).map_err(io::Error::from)?;
     std::fs::rename(making, tree)?;
@@ -253,6 +254,20 @@ fn link(blob: &Path, to: &Path) -> Result<(), FetchError> {
         }
     }
     Ok(readable(to)?)
+}
+
+/// Lets whatever user the program runs as into a folder and all below it, whatever the agent's own
+/// mask for new folders is.
+fn enterable(folder: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))?;
+    for one in std::fs::read_dir(folder)? {
+        let one = one?;
+        if one.file_type()?.is_dir() {
+            enterable(&one.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Readable for whatever user the program runs as, writable for nobody.
@@ -296,16 +311,72 @@ mod tests {
         );
     }
 
+    /// A layer that is in `spool`.
+    fn held(spool: &Spool, bytes: &[u8], kind: Packed, path: &str) -> Layer {
+        let digest = Digest::of(bytes);
+        std::fs::write(spool.whole(&digest), bytes).unwrap();
+        Layer { digest, size: bytes.len() as u64, kind, path: path.into() }
+    }
+
+    fn tar_of(path: &str) -> Vec<u8> {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(2);
+        header.set_mode(0o600);
+        let mut builder = tar::Builder::new(Vec::new());
+        builder.append_data(&mut header, path, &b"hi"[..]).unwrap();
+        builder.into_inner().unwrap()
+    }
+
+    #[test]
+    fn whoever_the_program_runs_as_reads_a_model_though_the_agent_s_mask_shuts_all_others_out() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::open(dir.path().join("blobs")).unwrap();
+        std::fs::create_dir(dir.path().join("trees")).unwrap();
+        let layers = [
+            held(&spool, b"raw", Packed::Raw, "raw/sub/file"),
+            held(&spool, &tar_of("packed/sub/file"), Packed::Tar, "x.tar"),
+        ];
+        let tree = dir.path().join("trees").join("t");
+        let before = rustix::process::umask(rustix::fs::Mode::from(0o077));
+        let made = lay_out(&layers, &spool, &tree, 0);
+        rustix::process::umask(before);
+        made.unwrap();
+        let mode =
+            |path: &str| std::fs::metadata(tree.join(path)).unwrap().permissions().mode() & 0o777;
+        for folder in ["", "raw", "raw/sub", "packed", "packed/sub"] {
+            assert_eq!(mode(folder), 0o755, "{folder}");
+        }
+        for file in ["raw/sub/file", "packed/sub/file"] {
+            assert_eq!(mode(file), 0o444, "{file}");
+        }
+    }
+
+    #[test]
+    fn all_members_of_a_gzip_file_are_unpacked() {
+        use std::io::Write as _;
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::open(dir.path().join("blobs")).unwrap();
+        std::fs::create_dir(dir.path().join("trees")).unwrap();
+        let (one, two) = (tar_of("one"), tar_of("two"));
+        let member = |bytes: &[u8]| {
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            gzip.write_all(bytes).unwrap();
+            gzip.finish().unwrap()
+        };
+        let packed = [member(&one[..1024]), member(&two)].concat();
+        let layer = held(&spool, &packed, Packed::TarGzip, "x.tar.gz");
+        let tree = dir.path().join("trees").join("t");
+        lay_out(&[layer], &spool, &tree, 0).unwrap();
+        assert!(tree.join("one").exists() && tree.join("two").exists());
+    }
+
     #[test]
     fn two_files_of_one_name_are_refused_and_leave_the_blobs_alone() {
         let dir = tempfile::tempdir().unwrap();
         let spool = Spool::open(dir.path().join("blobs")).unwrap();
         std::fs::create_dir(dir.path().join("trees")).unwrap();
-        let layer = |bytes: &[u8]| {
-            let digest = Digest::of(bytes);
-            std::fs::write(spool.whole(&digest), bytes).unwrap();
-            Layer { digest, size: bytes.len() as u64, kind: Packed::Raw, path: "same".into() }
-        };
+        let layer = |bytes: &[u8]| held(&spool, bytes, Packed::Raw, "same");
         let both = [layer(b"one"), layer(b"two")];
         let tree = dir.path().join("trees").join("t");
         assert!(lay_out(&both, &spool, &tree, 0).is_err());
