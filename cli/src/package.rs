@@ -8,28 +8,18 @@ use crate::client::Context;
 use crate::error::{Error, Result};
 use crate::progress::Board;
 use crate::push;
-use berth_proto::api::{Lineage, ModelFile, TensorSpec};
+use berth_proto::api::{Lineage, ModelFile, ModelVersion};
+use berth_proto::ids::Digest;
 use berth_proto::quantity::human_bytes;
+use berth_proto::values::{MAX_MODEL_FILES, MAX_VERSION_BYTES};
+use prost::Message as _;
 use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Files of one model, as the contract says.
-const MAX_FILES: usize = 10_000;
-
-/// What was pushed.
-pub struct Pushed {
-    pub digest: String,
-    pub size: u64,
-    pub sent: u64,
-    pub files: Vec<ModelFile>,
-    pub format: String,
-    /// Who made it, where the files tell.
-    pub framework: String,
-    pub inputs: Vec<TensorSpec>,
-    pub outputs: Vec<TensorSpec>,
-}
+/// Bytes that the server adds to a version's record: two uids, a time, and who registered it.
+const ADDED_BYTES: usize = 1024;
 
 fn collect(folder: &Path, below: &Path, out: &mut Vec<(String, PathBuf)>) -> Result<()> {
     let mut entries: Vec<_> = std::fs::read_dir(below)?.collect::<std::io::Result<_>>()?;
@@ -48,8 +38,11 @@ fn collect(folder: &Path, below: &Path, out: &mut Vec<(String, PathBuf)>) -> Res
             return Err(Error::user(format!("{} is neither a file nor a folder", path.display()))
                 .hint("links are not followed; copy what they point to"));
         }
-        if out.len() > MAX_FILES {
-            return Err(Error::user(format!("the folder holds more than {MAX_FILES} files")));
+        if out.len() > MAX_MODEL_FILES {
+            return Err(Error::user(format!("the folder holds more than {MAX_MODEL_FILES} files"))
+                .hint(
+                    "a model of more files goes into an image, beside the program that reads it",
+                ));
         }
     }
     Ok(())
@@ -172,22 +165,48 @@ pub fn repository(namespace: &str, model: &str) -> String {
     }
 }
 
-/// Packages a file or folder and pushes it to the model's repository under the version's tag.
+/// Whether the server takes a version's record: asked before the first byte is sent.
+fn fits(version: &ModelVersion) -> Result<()> {
+    if version.encoded_len() + ADDED_BYTES <= MAX_VERSION_BYTES {
+        return Ok(());
+    }
+    let files = version.files.len();
+    let most = human_bytes(MAX_VERSION_BYTES as u64);
+    Err(Error::user(format!(
+        "the paths of the {files} files and what is said of the version take more than {most}"
+    ))
+    .hint("give fewer files, shorter paths, or fewer parameters"))
+}
+
+/// Packages a file or folder and pushes it to the repository of `version` under its tag. Answers with
+/// the version, to which is added what the files tell, and with the bytes sent.
 pub async fn push_model(
     context: &Context,
-    namespace: &str,
-    name: &str,
-    version: &str,
+    mut version: ModelVersion,
     args: &crate::args::ModelPush,
-) -> Result<Pushed> {
+) -> Result<(ModelVersion, u64)> {
     let files = files_of(&args.path)?;
-    let format = args.format.clone().unwrap_or_else(|| format_of(&files).to_owned());
-    let repository = repository(namespace, name);
+    version.format = args.format.clone().unwrap_or_else(|| format_of(&files).to_owned());
+    let onnx = files.iter().find(|(name, _)| name.to_ascii_lowercase().ends_with(".onnx"));
+    let onnx = onnx.map(|(_, path)| path.clone());
+    let about = push::aside(move || Ok(onnx.and_then(|path| crate::onnx::about(&path)))).await?;
+    let about = about.unwrap_or_default();
+    version.lineage.get_or_insert_default().framework =
+        framework_of(&version.format, &about.producer);
+    (version.inputs, version.outputs) = (about.inputs, about.outputs);
+    // All digests are of one length.
+    version.digest = Digest::of(b"").to_string();
+    for (file, path) in &files {
+        let (path, size_bytes) = (file.clone(), std::fs::metadata(path)?.len());
+        version.files.push(ModelFile { path, size_bytes, digest: version.digest.clone() });
+    }
+    fits(&version)?;
+    let repository = version.repository.clone();
     let registry = push::Registry::of(context)?;
-    let (mut layers, mut listed, mut diff_ids) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
     let (mut size, mut sent) = (0, 0);
     let board = RefCell::new(Board::new());
-    for (i, (file, path)) in files.iter().enumerate() {
+    for (i, ((file, path), listed)) in files.iter().zip(&mut version.files).enumerate() {
         let label = format!("[{}/{}] {file}", i + 1, files.len());
         let (digest, bytes) = push::digest_of(path).await?;
         let report = |done, all| board.borrow_mut().show(0, vec![push::moving(&label, done, all)]);
@@ -200,10 +219,12 @@ pub async fn push_model(
         }
         layers.push(layer(file, &digest, bytes));
         diff_ids.push(Value::String(digest.clone()));
-        listed.push(ModelFile { path: file.clone(), size_bytes: bytes, digest });
+        (listed.size_bytes, listed.digest) = (bytes, digest);
         size += bytes;
     }
-    let config = config_of(name, version, &format, &args.license, &diff_ids);
+    version.size_bytes = size;
+    let config =
+        config_of(&version.model, &version.version, &version.format, &args.license, &diff_ids);
     let folder = push::TempFolder::new()?;
     let config_path = folder.path().join("config.json");
     std::fs::write(&config_path, serde_json::to_vec(&config)?)?;
@@ -223,14 +244,8 @@ pub async fn push_model(
         "layers": layers,
     });
     let bytes = serde_json::to_vec(&manifest)?;
-    let digest = push::manifest(&registry, &repository, version, media, bytes).await?;
-    let onnx = files.iter().find(|(name, _)| name.to_ascii_lowercase().ends_with(".onnx"));
-    let onnx = onnx.map(|(_, path)| path.clone());
-    let about = push::aside(move || Ok(onnx.and_then(|path| crate::onnx::about(&path)))).await?;
-    let about = about.unwrap_or_default();
-    let framework = framework_of(&format, &about.producer);
-    let (inputs, outputs) = (about.inputs, about.outputs);
-    Ok(Pushed { digest, size, sent, files: listed, format, framework, inputs, outputs })
+    version.digest = push::manifest(&registry, &repository, &version.version, media, bytes).await?;
+    Ok((version, sent))
 }
 
 /// Where a folder comes from, when it is in a git work tree.
@@ -347,6 +362,26 @@ mod tests {
         assert_eq!((clean.parent.as_str(), clean.datasets.len()), ("iris:1", 1));
         std::fs::write(dir.path().join("m.onnx"), "y").unwrap();
         assert!(lineage(dir.path(), "", Vec::new()).git_dirty);
+    }
+
+    #[test]
+    fn a_model_whose_record_the_server_would_not_take_is_refused_before_it_is_sent() {
+        let of = |files: usize, path: usize| {
+            let digest = Digest::of(b"").to_string();
+            let file = ModelFile { path: "p".repeat(path), size_bytes: 1 << 30, digest };
+            ModelVersion { files: vec![file; files], ..ModelVersion::default() }
+        };
+        fits(&of(MAX_MODEL_FILES, 40)).unwrap();
+        assert!(fits(&of(MAX_MODEL_FILES, 60)).is_err());
+        assert!(fits(&of(1_000, 500)).is_err());
+        let dir = tempfile::tempdir().unwrap();
+        for n in 0..=MAX_MODEL_FILES {
+            std::fs::write(dir.path().join(n.to_string()), "").unwrap();
+        }
+        let many = files_of(dir.path()).err().unwrap().to_string();
+        assert!(many.contains("more than 4000 files"), "{many}");
+        std::fs::remove_file(dir.path().join("0")).unwrap();
+        assert_eq!(files_of(dir.path()).unwrap().len(), MAX_MODEL_FILES);
     }
 
     #[test]

@@ -7,6 +7,12 @@
 use crate::ids::{Digest, Name};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Bytes of a version's record: half of what one write of the ledger holds.
+pub const MAX_VERSION_BYTES: usize = 512 * 1024;
+/// Files of a version, each of which may be a layer of its artifact. In the record a file takes some 85
+/// bytes beside its path: so many leave 45 for the path of each.
+pub const MAX_MODEL_FILES: usize = 4_000;
+
 /// What a deployment wants: the manifest's `spec`, validated, with defaults filled in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DeploymentSpec {

@@ -50,7 +50,7 @@ use tonic::service::Routes as GrpcRoutes;
 const ADMIN_DAYS: i64 = 3650;
 /// What a start writes, with room to spare: contexts, and what was not materialised yet.
 const START_BYTES: u64 = 512 * 1024;
-/// Largest message on the control door: an apply of 500 deployments, or a version of 10,000 files.
+/// Largest message on the control door: an apply of 500 deployments.
 const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 /// Largest message of an agent, as the contract says.
 const MAX_AGENT_MESSAGE: usize = 1024 * 1024;

@@ -11,15 +11,14 @@ use super::spool::Spool;
 use super::transfer::{Job, Room as _, Seen, Transfers};
 use berth_agent_core::transfer::{Blob, Failure};
 use berth_proto::ids::Digest;
+use berth_proto::values::MAX_MODEL_FILES;
 use serde_json::Value;
 use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-/// Files of one model.
+/// Files of one model, archives unpacked.
 pub(super) const MAX_FILES: usize = 10_000;
-/// Layers of one model.
-const MAX_LAYERS: usize = 1_000;
 /// An unpacked layer may be so many times its packed size: beyond that it is a bomb.
 const MAX_RATIO: u64 = 200;
 /// Ends the name of a model's folder that is being made.
@@ -70,7 +69,8 @@ fn layers(manifest: &[u8]) -> Result<Vec<Layer>, FetchError> {
         return Err(unusable("is of a kind that is not a model's"));
     }
     let list = json["layers"].as_array().ok_or_else(|| unusable("has no layers"))?;
-    if list.len() > MAX_LAYERS {
+    // A layer holds at least one file.
+    if list.len() > MAX_MODEL_FILES {
         return Err(unusable("has too many layers"));
     }
     let mut out = Vec::new();

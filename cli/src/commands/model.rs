@@ -34,7 +34,7 @@ pub fn version_json(v: &ModelVersion) -> Value {
     })
 }
 
-async fn model_push(global: &Global, args: ModelPush) -> Result<()> {
+async fn model_push(global: &Global, mut args: ModelPush) -> Result<()> {
     let (name, version) = name_and_version(&args.reference)?;
     let mut metrics = BTreeMap::new();
     for metric in &args.metrics {
@@ -47,33 +47,24 @@ async fn model_push(global: &Global, args: ModelPush) -> Result<()> {
     let parameters: BTreeMap<String, String> =
         args.params.iter().map(|p| pair(p)).collect::<Result<_>>()?;
     let (context, namespace) = (client::context(global)?, global.namespace());
-    let pushed = package::push_model(&context, namespace, name, version, &args).await?;
-    let mut lineage = package::lineage(&args.path, &args.parent, args.datasets);
-    lineage.framework = pushed.framework;
+    let datasets = std::mem::take(&mut args.datasets);
+    let version = ModelVersion {
+        model: name.to_owned(),
+        namespace: namespace.to_owned(),
+        version: version.to_owned(),
+        repository: package::repository(namespace, name),
+        kind: ModelVersionKind::Artifact as i32,
+        lineage: Some(package::lineage(&args.path, &args.parent, datasets)),
+        parameters,
+        metrics,
+        license: args.license.clone(),
+        ..ModelVersion::default()
+    };
+    let (version, sent) = package::push_model(&context, version, &args).await?;
     // Only now: a push takes its time, and the server closes a connection that asks for nothing.
     let client = connect(global).await?;
-    let request = RegisterVersionRequest {
-        write: write(),
-        version: Some(ModelVersion {
-            model: name.to_owned(),
-            namespace: namespace.to_owned(),
-            version: version.to_owned(),
-            repository: package::repository(namespace, name),
-            digest: pushed.digest,
-            kind: ModelVersionKind::Artifact as i32,
-            format: pushed.format,
-            size_bytes: pushed.size,
-            lineage: Some(lineage),
-            inputs: pushed.inputs,
-            outputs: pushed.outputs,
-            parameters,
-            metrics,
-            files: pushed.files,
-            license: args.license,
-            ..ModelVersion::default()
-        }),
-        aliases: args.aliases,
-    };
+    let request =
+        RegisterVersionRequest { write: write(), version: Some(version), aliases: args.aliases };
     let made =
         ask(global, client.models().register_version(request)).await?.version.unwrap_or_default();
     let words = format!(
@@ -81,7 +72,7 @@ async fn model_push(global: &Global, args: ModelPush) -> Result<()> {
         made.model,
         made.version,
         human_bytes(made.size_bytes),
-        human_bytes(pushed.sent),
+        human_bytes(sent),
         made.digest
     );
     say(global, &words, &version_json(&made))

@@ -13,6 +13,7 @@ use berth_proto::api::*;
 use berth_proto::convert::{Problems, timestamp, wall};
 use berth_proto::ids::{Digest, Revision};
 use berth_proto::record::{AliasMoveRecord, Meta, ModelRecord, ModelVersionRecord};
+use berth_proto::values::{MAX_MODEL_FILES, MAX_VERSION_BYTES};
 use berth_server_core::batching::{Precondition, Proposal};
 use berth_server_core::change::{Change, audited};
 use berth_server_core::status;
@@ -20,9 +21,6 @@ use berth_server_core::view::{Kept, ObjectKey, View};
 use prost::Message as _;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
-
-/// Bytes of a version's record: half of what one write of the ledger holds.
-const MAX_VERSION_BYTES: usize = 512 * 1024;
 
 /// What an alias must be.
 const ALIAS: &str = "must begin with a-z and hold 1 to 63 of a-z, 0-9 and '-'";
@@ -52,7 +50,7 @@ fn checked(version: &ModelVersion, aliases: &[String]) -> Result<(RepoName, Refe
         }
     }
     for (field, count, most) in [
-        ("files", version.files.len(), 10_000),
+        ("files", version.files.len(), MAX_MODEL_FILES),
         ("parameters", version.parameters.len(), 256),
         ("metrics", version.metrics.len(), 256),
     ] {
