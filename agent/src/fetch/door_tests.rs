@@ -2,6 +2,7 @@
 
 use super::super::testing::{FakeRegistry, RoomFor, noise};
 use super::*;
+use berth_agent_core::transfer::{CHUNK_BYTES, Failure, Held};
 use http_body_util::{BodyExt as _, Empty};
 use hyper_util::rt::TokioIo;
 
@@ -101,4 +102,33 @@ async fn only_the_engine_reads_and_only_what_is_pulled_for_the_set() {
     assert_eq!(ask(&door, "GET", &blob, &password, None).await.status, StatusCode::NOT_FOUND);
     door.drop_blobs(vec![layer_digest]).await;
     assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none());
+}
+
+#[tokio::test]
+async fn a_blob_that_nobody_wants_any_more_stops_coming_within_a_chunk() {
+    let registry = FakeRegistry::start().await;
+    let chunk = usize::try_from(CHUNK_BYTES).unwrap();
+    let bytes = noise(4 * chunk, 5);
+    let blob = Blob { digest: registry.put(&bytes), size_bytes: bytes.len() as u64 };
+    let dir = tempfile::tempdir().unwrap();
+    let spool = Spool::open(dir.path()).unwrap();
+    let transfers = Arc::new(Transfers::new(registry.client.clone(), None));
+    let room = Arc::new(RoomFor(u64::MAX));
+    let door = Door::open(transfers, room, spool.clone()).await.unwrap();
+    let image = Image {
+        repository: "r".to_owned(),
+        blobs: [(blob.digest.clone(), blob.size_bytes)].into(),
+        manifest: Bytes::new(),
+        media_type: String::new(),
+    };
+    let opened = door.begin(&Digest::of(b"manifest"), image);
+    // In the middle of the second chunk of an answer that holds all four.
+    registry.hold(Some(chunk + 1));
+    let mut flow = door.bring("r", blob.clone());
+    flow.wait_for(|flow| flow.here_bytes > CHUNK_BYTES).await.unwrap();
+    drop(opened);
+    registry.hold(None);
+    let ended = flow.wait_for(|flow| flow.ended.is_some()).await.unwrap().ended.clone();
+    assert_eq!(ended, Some(Err(Failure::Unwanted.to_string())));
+    assert_eq!(spool.look(&blob).unwrap(), Held::Chunks([0, 1].into()));
 }

@@ -10,6 +10,10 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType}
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::sync::watch;
+
+/// Sent at once.
+const PIECE: usize = 64 * 1024;
 
 #[derive(Default)]
 struct State {
@@ -24,6 +28,10 @@ struct State {
 #[derive(Clone)]
 pub(super) struct FakeRegistry {
     state: Arc<Mutex<State>>,
+    /// Every blob stops after so many bytes of an answer.
+    hold: Arc<watch::Sender<Option<usize>>>,
+    /// Answers that are stopped, by their digests.
+    held: Arc<watch::Sender<Vec<String>>>,
     pub(super) client: Client,
 }
 
@@ -52,7 +60,9 @@ impl FakeRegistry {
         let address = listener.local_addr().unwrap().to_string();
         let trusted = Trusted::Roots { pem: root, cluster: "c".parse().unwrap() };
         let tls = tls::client_config(trusted, None, &[], None).unwrap();
-        let this = Self { state: Arc::default(), client: Client::new(address, tls) };
+        let client = Client::new(address, tls);
+        let this =
+            Self { state: Arc::default(), hold: Arc::default(), held: Arc::default(), client };
         let registry = this.clone();
         tokio::spawn(async move {
             while let Ok((tcp, _)) = listener.accept().await {
@@ -76,6 +86,29 @@ impl FakeRegistry {
     /// The next answers break off after so many bytes.
     pub(super) fn cut(&self, after: &[usize]) {
         self.state.lock().cuts = after.iter().rev().copied().collect();
+    }
+
+    /// Answers with blobs stop after so many bytes; `None`: they go on.
+    pub(super) fn hold(&self, after: Option<usize>) {
+        self.hold.send_replace(after);
+    }
+
+    /// The digests of the answers that are stopped, as soon as there are so many.
+    pub(super) async fn held(&self, count: usize) -> Vec<String> {
+        let mut held = self.held.subscribe();
+        held.wait_for(|held| held.len() >= count).await.unwrap().clone()
+    }
+
+    /// Waits while an answer is to stop here.
+    async fn stop(&self, name: &str, sent: usize) {
+        let mut hold = self.hold.subscribe();
+        let goes_on = |hold: &Option<usize>| hold.is_none_or(|after| sent < after);
+        if goes_on(&hold.borrow()) {
+            return;
+        }
+        self.held.send_modify(|held| held.push(name.to_owned()));
+        let _ = hold.wait_for(goes_on).await;
+        self.held.send_modify(|held| held.retain(|one| one != name));
     }
 
     /// Bytes of bodies sent so far.
@@ -130,7 +163,11 @@ impl FakeRegistry {
             );
             stream.write_all(head.as_bytes()).await?;
             let stop = cut.map_or(end, |cut| (from + cut).min(end));
-            for piece in blob[from..stop].chunks(64 * 1024) {
+            for (i, piece) in blob[from..stop].chunks(PIECE).enumerate() {
+                if path.contains("/blobs/") {
+                    stream.flush().await?;
+                    self.stop(name, i * PIECE).await;
+                }
                 stream.write_all(piece).await?;
                 self.state.lock().sent += piece.len() as u64;
             }

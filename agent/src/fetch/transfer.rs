@@ -19,7 +19,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::num::NonZeroU64;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// Bytes written at once: fewer system calls than piece by piece, and a small price in memory.
 const WRITE_BYTES: usize = 256 * 1024;
@@ -64,7 +65,7 @@ pub struct Job<'a> {
     pub blobs: Vec<Blob>,
     /// Asked before the first byte.
     pub room: &'a dyn Room,
-    /// Whether it is still wanted.
+    /// Whether it is still wanted: asked before each request, after each chunk, and while it waits.
     pub wanted: &'a (dyn Fn() -> bool + Send + Sync),
     /// Told how it goes.
     pub tell: &'a (dyn Fn(Seen) + Send + Sync),
@@ -201,7 +202,10 @@ impl Transfers {
                     self.read(&job, &mut ends, prefix, (at, most, deadline)).await
                 }
                 Effect::Persist { chunk, .. } => {
-                    ends.persist(chunk).await.unwrap_or_else(|e| Input::DiskFailed(e.to_string()))
+                    let persisted = ends.persist(chunk).await;
+                    // One answer may hold all of a blob.
+                    let go_on = persisted.is_err() || (job.wanted)();
+                    if go_on { disk(persisted) } else { Input::Unwanted }
                 }
                 Effect::Look(blob) => {
                     // Looking may replace the journal: it is opened anew.

@@ -2,6 +2,7 @@
 
 use super::super::testing::{FakeRegistry, RoomFor, noise};
 use super::*;
+use berth_agent_core::transfer::STALL_MS;
 
 fn job<'a>(spool: &Spool, blobs: Vec<Blob>, room: &'a RoomFor) -> Job<'a> {
     Job { spool: spool.clone(), repository: "r", blobs, room, wanted: &|| true, tell: &|_| {} }
@@ -96,4 +97,46 @@ async fn a_cap_slows_a_transfer_down() {
     // 1.5 s at that rate, less a burst of 0.25 s, and less the last piece (at most a burst), which
     // is paid for after it came.
     assert!(begun.elapsed() >= Duration::from_millis(1_000), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_registry_that_falls_silent_is_given_up_after_the_stall_and_gone_on_with_from_there() {
+    let registry = FakeRegistry::start().await;
+    let bytes = noise(1_000_000, 4);
+    let half = 512 * 1024;
+    let blob = Blob { digest: registry.put(&bytes), size_bytes: bytes.len() as u64 };
+    let dir = tempfile::tempdir().unwrap();
+    let spool = Spool::open(dir.path()).unwrap();
+    let transfers = Transfers::new(registry.client.clone(), None);
+    let room = RoomFor(u64::MAX);
+    let (told, mut seen) = tokio::sync::mpsc::unbounded_channel();
+    let tell = |one: Seen| {
+        let _ = told.send(one);
+    };
+    registry.hold(Some(half));
+    let mut job = job(&spool, vec![blob.clone()], &room);
+    job.tell = &tell;
+    let silence = async {
+        while seen.recv().await.unwrap() != Seen::Prefix(half as u64) {}
+        // From here on time passes only while all wait for it.
+        tokio::time::pause();
+        let begun = Instant::now();
+        let why = loop {
+            if let Seen::Trouble { why, .. } = seen.recv().await.unwrap() {
+                break why;
+            }
+        };
+        let silent = begun.elapsed();
+        tokio::time::resume();
+        registry.hold(None);
+        (why, silent)
+    };
+    let (done, (why, silent)) = tokio::join!(transfers.run(job), silence);
+    done.unwrap();
+    assert_eq!(why, "the registry sent nothing for 30 s");
+    // The last piece came shortly before the clock stood still.
+    let stall = Duration::from_millis(STALL_MS);
+    assert!((stall - Duration::from_secs(5)..=stall + WRITE_AFTER).contains(&silent), "{silent:?}");
+    assert_eq!(std::fs::read(spool.whole(&blob.digest)).unwrap(), bytes);
+    assert_eq!(registry.answers(), 2);
 }
