@@ -19,16 +19,27 @@ use base64::Engine as _;
 use berth_agent_core::transfer::Blob;
 use berth_proto::ids::Digest;
 use bytes::Bytes;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
-use tokio::sync::watch;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
 
 /// Read from the spool and handed to the engine at once.
 const PIECE: u64 = 64 * 1024;
+/// Connections at once, so that no program of this machine takes the agent's file handles. An engine
+/// has a few for each pull.
+const CONNECTIONS: usize = 128;
+/// A connection on which no request comes for so long is closed. Engines open another one then.
+const SILENT: Duration = Duration::from_secs(15);
+/// Between two tries to take a connection when there are no file handles.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The first segment of every repository here: whoever finds an image under
 /// `127.0.0.1:<port>/berth-pull/..` knows that it is the left-over of a pull of ours.
 pub const MARK: &str = "berth-pull";
@@ -127,7 +138,7 @@ impl Door {
         room: Arc<dyn Room>,
         spool: Spool,
     ) -> io::Result<Self> {
-        let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await?;
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let door = Self(Arc::new(Inner {
             transfers,
             room,
@@ -142,11 +153,7 @@ impl Door {
             .route("/v2/", axum::routing::any(base))
             .route("/v2/{*rest}", axum::routing::any(serve))
             .with_state(door.clone());
-        tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, router).await {
-                tracing::error!(%error, "the engine's registry door has ended");
-            }
-        });
+        tokio::spawn(answer(listener, router));
         Ok(door)
     }
 
@@ -287,6 +294,34 @@ impl Door {
             });
         });
         rx
+    }
+}
+
+/// Answers whoever connects, for ever.
+async fn answer(listener: TcpListener, router: Router) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        // Never closed. Without a place connections wait in the kernel's queue.
+        let place = Arc::clone(&places).acquire_owned().await;
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "the engine's registry door cannot take a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let service = TowerToHyperService::new(router.clone());
+        tokio::spawn(async move {
+            let connection = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(SILENT)
+                .serve_connection(TokioIo::new(stream), service);
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "a connection to the engine's registry door ended early");
+            }
+            drop(place);
+        });
     }
 }
 

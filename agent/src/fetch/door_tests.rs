@@ -132,3 +132,25 @@ async fn a_blob_that_nobody_wants_any_more_stops_coming_within_a_chunk() {
     assert_eq!(ended, Some(Err(Failure::Unwanted.to_string())));
     assert_eq!(spool.look(&blob).unwrap(), Held::Chunks([0, 1].into()));
 }
+
+#[tokio::test]
+async fn connections_that_say_nothing_are_closed_and_keep_the_engine_out_no_longer() {
+    let registry = FakeRegistry::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let spool = Spool::open(dir.path()).unwrap();
+    let transfers = Arc::new(Transfers::new(registry.client.clone(), None));
+    let door = Door::open(transfers, Arc::new(RoomFor(0)), spool).await.unwrap();
+    let password = door.password().to_owned();
+    // From here on time passes only while all wait for it.
+    tokio::time::pause();
+    let begun = tokio::time::Instant::now();
+    let mut silent = Vec::new();
+    for _ in 0..CONNECTIONS {
+        silent.push(tokio::net::TcpStream::connect(door.0.address).await.unwrap());
+    }
+    assert_eq!(ask(&door, "GET", "/v2/", &password, None).await.status, StatusCode::OK);
+    assert!(begun.elapsed() >= SILENT, "all places were taken: {:?}", begun.elapsed());
+    for mut one in silent {
+        assert_eq!(one.read(&mut [0; 1]).await.unwrap(), 0);
+    }
+}
