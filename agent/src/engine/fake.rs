@@ -494,6 +494,7 @@ impl Engine for FakeEngine {
                     arch: "amd64".into(),
                     size_bytes: 1 << 20,
                     user: String::new(),
+                    layers: Vec::new(),
                 }
             }))
         })

@@ -366,6 +366,8 @@ pub struct ImageInfo {
     pub size_bytes: u64,
     /// The user it runs as; empty: root.
     pub user: String,
+    /// Its layers by the digests of their unpacked bytes, the lowest first.
+    pub layers: Vec<String>,
 }
 
 /// User and password for a registry.

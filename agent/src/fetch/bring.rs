@@ -246,3 +246,7 @@ impl Fetcher {
         lock
     }
 }
+
+#[cfg(test)]
+#[path = "bring_tests.rs"]
+mod tests;

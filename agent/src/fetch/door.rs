@@ -3,7 +3,8 @@
 //! GET and HEAD only, one password per start of the agent, and only the manifest, the config and the
 //! layers of images that are being pulled for the current set. Blobs come by the same transfers as
 //! models: into a spool, where what is durable is never fetched again, whatever the engine or the
-//! agent goes through; the engine reads the spool. What the engine has is dropped from it.
+//! agent goes through; the engine reads the spool. What it asks for and nobody has brought ahead comes
+//! while it reads. What the engine has is dropped from it.
 //!
 //! What the engine reads may not be verified yet: it verifies itself before it uses anything.
 
@@ -16,7 +17,7 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use base64::Engine as _;
-use berth_agent_core::transfer::Blob;
+use berth_agent_core::transfer::{Blob, Failure};
 use berth_proto::ids::Digest;
 use bytes::Bytes;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -191,6 +192,35 @@ impl Door {
     pub fn begin(&self, manifest: &Digest, image: Image) -> Opened {
         self.0.images.lock().entry(manifest.clone()).or_insert((image, 0)).1 += 1;
         Opened { door: self.clone(), manifest: manifest.clone() }
+    }
+
+    /// Where blobs are that the engine reads.
+    #[must_use]
+    pub fn spool(&self) -> &Spool {
+        &self.0.spool
+    }
+
+    /// Brings a blob of an image before the engine asks for it, as long as the image is part of the
+    /// current set.
+    ///
+    /// # Errors
+    /// When it will not get better by itself.
+    pub async fn ahead(
+        &self,
+        repository: &str,
+        manifest: &Digest,
+        blob: &Blob,
+        tell: &(dyn Fn(Seen) + Send + Sync),
+    ) -> Result<(), Failure> {
+        let job = Job {
+            spool: self.0.spool.clone(),
+            repository,
+            blobs: vec![blob.clone()],
+            room: &*self.0.room,
+            wanted: &|| self.is_wanted(manifest),
+            tell,
+        };
+        self.0.transfers.run(job).await
     }
 
     /// How far a blob is; `None`: nobody has asked for it.

@@ -280,6 +280,7 @@ impl Engine for DockerEngine {
                 arch: it.architecture.unwrap_or_default(),
                 size_bytes: it.size.and_then(|s| u64::try_from(s).ok()).unwrap_or(0),
                 user: it.config.and_then(|c| c.user).unwrap_or_default(),
+                layers: it.root_fs.and_then(|fs| fs.layers).unwrap_or_default(),
             })),
             Err(EngineError::NoSuchImage(_)) => Ok(None),
             Err(error) => Err(error),
