@@ -637,7 +637,22 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_engine_that_hangs_ends_streams_of_logs_and_begins_none_of_events() {
+    async fn a_pull_has_no_limit_in_total_and_ends_by_silence() {
+        let almost = PULL_STALL - Duration::from_secs(1);
+        let steps = stream::unfold(0, move |step| async move {
+            match step {
+                0..20 => tokio::time::sleep(almost).await,
+                _ => std::future::pending().await,
+            }
+            Some((Ok(step), step + 1))
+        });
+        let said: Vec<_> = limited(Call::Pull, steps, PULL_STALL).collect().await;
+        let stalled = EngineError::Timeout { call: Call::Pull, after: PULL_STALL };
+        assert_eq!(said, (0..20).map(Ok).chain([Err(stalled)]).collect::<Vec<_>>());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_engine_that_hangs_ends_pulls_and_streams_of_logs_and_begins_none_of_events() {
         let folder = tempfile::tempdir().unwrap();
         let engine = hanging(folder.path());
         for follow in [false, true] {
@@ -649,6 +664,10 @@ mod tests {
             );
             assert!(logs.next().await.is_none());
         }
+        let mut pull = engine.pull("r@sha256:0", None);
+        let first = pull.next().await.expect("an error");
+        let stalled = EngineError::Timeout { call: Call::Pull, after: PULL_STALL };
+        assert_eq!((first, pull.next().await), (Err(stalled), None));
         let events = engine.events(&"c".parse().unwrap()).await.err();
         assert!(
             matches!(events, Some(EngineError::Timeout { call: Call::Events, .. })),
