@@ -1,7 +1,7 @@
 //! What the agent reports of its host.
 
 use crate::config::Config;
-use crate::engine::{Engine, ObservedContainer};
+use crate::engine::{Engine, EngineInfo, ObservedContainer};
 use berth_proto::api;
 use berth_proto::convert::host_facts_to_api;
 use berth_proto::ids::ClusterUid;
@@ -89,6 +89,13 @@ pub fn arch() -> &'static str {
     }
 }
 
+/// What is known of the host without its engine, which is taken to be away: what there is to tell before
+/// it has answered. Container addresses are taken to be reached until it is found that they are not.
+#[must_use]
+pub fn without_engine(config: &Config, folder: &Path) -> api::HostFacts {
+    told(config, folder, None, true, BTreeSet::new())
+}
+
 /// Gathers the facts. An engine that does not answer is said so. `reached`: whether container
 /// addresses are ([`crate::reach`]). `cluster`: whose containers are ours; `None` before the host has joined.
 /// `used_before`: ports found in use last, which stand while the engine does not say which are ours.
@@ -100,11 +107,9 @@ pub async fn gather(
     cluster: Option<&ClusterUid>,
     used_before: &[u32],
 ) -> api::HostFacts {
-    let info = engine.info().await;
-    let available = info.is_ok();
-    let info = info.unwrap_or_default();
+    let info = engine.info().await.ok();
     let ours = match cluster {
-        Some(cluster) if available => engine.observe(cluster).await.ok(),
+        Some(cluster) if info.is_some() => engine.observe(cluster).await.ok(),
         Some(_) => None,
         None => Some(Vec::new()),
     };
@@ -112,6 +117,19 @@ pub async fn gather(
         Some(ours) => of_others(&listening_ports(), &ours).into_iter().take(MAX_PORTS).collect(),
         None => used_before.iter().filter_map(|p| u16::try_from(*p).ok()).collect(),
     };
+    told(config, folder, info, reached, used_ports)
+}
+
+/// The facts; `None`: the engine does not answer.
+fn told(
+    config: &Config,
+    folder: &Path,
+    info: Option<EngineInfo>,
+    reached: bool,
+    used_ports: BTreeSet<u16>,
+) -> api::HostFacts {
+    let engine_available = info.is_some();
+    let info = info.unwrap_or_default();
     let reserve = config.reserved().unwrap_or_default();
     let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u64;
     let capacity = Resources {
@@ -126,7 +144,7 @@ pub async fn gather(
         capacity,
         labels: config.labels.clone(),
         engine: format!("{} {}", info.name.to_ascii_lowercase(), info.version).trim().to_owned(),
-        engine_available: available,
+        engine_available,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         features: FEATURES.map(str::to_owned).into(),
         policy: config.policy(),

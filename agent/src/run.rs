@@ -43,9 +43,8 @@ pub async fn run(folder: &Path, socket: &Path, config: Config) -> anyhow::Result
         .await
         .context("cannot open the engine's registry door")?;
     let fetcher = Arc::new(fetcher);
-    let reached = look(&shared, &*engine, true).await;
-    shared.inner.lock().board.facts =
-        facts::gather(&config, folder, &*engine, reached, Some(&shared.cluster), &[]).await;
+    // An engine that hangs holds up nothing: what it has to say is told when it does.
+    shared.inner.lock().board.facts = facts::without_engine(&config, folder);
 
     let reconciler =
         Arc::new(Reconciler::new(Arc::clone(&shared), Arc::clone(&engine), fetcher.clone()));
@@ -90,7 +89,6 @@ async fn watch_facts(shared: Arc<Shared>, engine: Arc<dyn Engine>, config: Confi
     let mut tick = tokio::time::interval(FACTS);
     // A late look is not made up for by two at once.
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    tick.tick().await;
     loop {
         tick.tick().await;
         let before = shared.inner.lock().board.facts.clone();
@@ -99,6 +97,7 @@ async fn watch_facts(shared: Arc<Shared>, engine: Arc<dyn Engine>, config: Confi
         let used = &before.used_ports;
         let facts = facts::gather(&config, folder, &*engine, reached, cluster, used).await;
         let facts = shared.inner.lock().board.gathered(facts).clone();
+        shared.gathered.send_replace(true);
         if facts::is_news(&before, &facts) {
             let _ = shared.news.send(News::Facts(Box::new(facts)));
         }

@@ -82,6 +82,8 @@ pub struct Shared {
     pub news: broadcast::Sender<News>,
     /// The engine was looked at in this start of the agent.
     pub observed: watch::Sender<bool>,
+    /// The host's facts were gathered in this start of the agent.
+    pub gathered: watch::Sender<bool>,
     /// The host was removed from its cluster, and nothing of it is to stay here.
     pub wiping: watch::Sender<bool>,
     origin: Instant,
@@ -127,6 +129,7 @@ impl Shared {
             wake: Notify::new(),
             news: broadcast::channel(BEHIND).0,
             observed: watch::channel(false).0,
+            gathered: watch::channel(false).0,
             wiping: watch::channel(wiping).0,
             origin: Instant::now(),
         })

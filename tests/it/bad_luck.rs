@@ -4,6 +4,7 @@ use anyhow::{Context as _, ensure};
 use berth_tests::hosts::{Fleet, Seen, can_make_hosts};
 use berth_tests::{Cluster, PATIENCE, events, eventually};
 use std::process::Output;
+use std::time::Duration;
 
 /// One replica of the stand-in with a check, on which a rollout has a few seconds.
 fn spec(image: &str, path: &str, more: &str) -> String {
@@ -125,8 +126,8 @@ fn a_rollout_that_cannot_succeed_ends_with_5_and_says_why_and_what_to_do() {
 }
 
 /// The only host's reason, as `berth host list` shows it.
-fn engine_is_said_to_be_away(fleet: &Fleet) {
-    eventually("the host says that its engine does not answer", PATIENCE, || {
+fn engine_is_said_to_be_away(fleet: &Fleet, within: Duration) {
+    eventually("the host says that its engine does not answer", within, || {
         let hosts = fleet.cluster.berth_json(&["host", "list"])?;
         ensure!(hosts[0]["reason"] == "its engine does not answer", "{hosts}");
         ensure!(hosts[0]["presence"] == "present", "{hosts}");
@@ -169,7 +170,17 @@ fn an_engine_that_hangs_stops_or_is_killed_is_said_so_and_its_replicas_are_back_
         Ok(())
     })
     .unwrap();
-    engine_is_said_to_be_away(&fleet);
+    engine_is_said_to_be_away(&fleet, PATIENCE);
+    // An agent that starts meanwhile is there as soon as any other, and says why nothing goes on.
+    fleet.hosts[0].agent().kill();
+    eventually("the host is away without its agent", PATIENCE, || {
+        let hosts = fleet.cluster.berth_json(&["host", "list"])?;
+        ensure!(hosts[0]["presence"] == "away", "{hosts}");
+        Ok(())
+    })
+    .unwrap();
+    fleet.hosts[0].start_agent().unwrap();
+    engine_is_said_to_be_away(&fleet, Duration::from_secs(15));
     fleet.hosts[0].engine().thaw().unwrap();
     let late = fleet.ready("late", 2).unwrap();
     let mut after = fleet.running().unwrap();
@@ -180,7 +191,7 @@ fn an_engine_that_hangs_stops_or_is_killed_is_said_so_and_its_replicas_are_back_
 
     // It stops, and with it what runs: nothing new fits, and all is back when it is.
     fleet.hosts[0].engine().terminate(PATIENCE).unwrap();
-    engine_is_said_to_be_away(&fleet);
+    engine_is_said_to_be_away(&fleet, PATIENCE);
     let words = ["no host fits: 1 without an engine that answers", "hint: "];
     told(&apply(&fleet, "none", &two), 5, &words);
     fleet.cluster.berth_ok(&["rm", "none", "--yes"]).unwrap();

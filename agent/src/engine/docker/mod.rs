@@ -45,13 +45,24 @@ const ICC_OPTION: &str = "com.docker.network.bridge.enable_icc";
 pub struct DockerEngine {
     socket: PathBuf,
     client: Mutex<Option<Docker>>,
+    /// Held while a network is made: older engines make two under one name.
+    making: tokio::sync::Mutex<()>,
 }
 
 impl DockerEngine {
     /// The engine at `socket`, e.g. `/var/run/docker.sock`. It need not be there yet.
     #[must_use]
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), client: Mutex::new(None) }
+        Self::with(socket.into(), None)
+    }
+
+    fn with(socket: PathBuf, client: Option<Docker>) -> Self {
+        Self { socket, client: Mutex::new(client), making: tokio::sync::Mutex::default() }
+    }
+
+    /// The same engine, for a stream that outlives the call.
+    fn again(&self) -> Self {
+        Self::with(self.socket.clone(), self.client.lock().clone())
     }
 
     /// A client whose API version is agreed on.
@@ -288,8 +299,7 @@ impl Engine for DockerEngine {
     }
 
     fn pull(&self, reference: &str, credentials: Option<Credentials>) -> PullStream {
-        let socket =
-            Self { socket: self.socket.clone(), client: Mutex::new(self.client.lock().clone()) };
+        let socket = self.again();
         let reference = reference.to_owned();
         let begun = async move {
             let client = match socket.client().await {
@@ -359,8 +369,7 @@ impl Engine for DockerEngine {
     }
 
     fn logs(&self, id: &str, wanted: LogQuery) -> LogStream {
-        let socket =
-            Self { socket: self.socket.clone(), client: Mutex::new(self.client.lock().clone()) };
+        let socket = self.again();
         let follow = wanted.follow;
         let id = id.to_owned();
         let begun = async move {
@@ -510,6 +519,7 @@ impl Engine for DockerEngine {
         name: &str,
         traffic: Traffic,
     ) -> Result<(), EngineError> {
+        let _turn = self.making.lock().await;
         match self.network_is_good(name, traffic).await {
             Ok(true) => return Ok(()),
             Ok(false) => {
