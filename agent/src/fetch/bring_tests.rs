@@ -61,7 +61,7 @@ fn body(name: &str, manifest: &Digest, config: &Digest, size_bytes: u64) -> Assi
                 }],
                 ..Default::default()
             }),
-            artifact: None,
+            ..Default::default()
         }),
         spec: Some(api::DeploymentSpec {
             source: Some(api::deployment_spec::Source::Image("i".into())),
