@@ -14,6 +14,7 @@ use berth_proto::ids::Digest;
 use berth_proto::values::MAX_MODEL_FILES;
 use serde_json::Value;
 use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -272,13 +273,29 @@ fn enterable(folder: &Path) -> io::Result<()> {
 
 /// Readable for whatever user the program runs as, writable for nobody.
 pub(super) fn readable(path: &Path) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o444))
+}
+
+/// Opens a folder and all in it to whatever user the program runs as; by the agent's umask it may be
+/// root's alone.
+fn enterable(folder: &Path) -> io::Result<()> {
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755))?;
+        for entry in std::fs::read_dir(&folder)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                folders.push(entry.path());
+            }
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::DirBuilderExt as _;
 
     #[test]
     fn a_bomb_is_not_unpacked_to_its_end_and_never_taken_for_whole() {
@@ -394,6 +411,20 @@ mod tests {
         sweep(tree.parent().unwrap()).unwrap();
         let left: Vec<_> = std::fs::read_dir(tree.parent().unwrap()).unwrap().collect();
         assert_eq!((left.len(), tree.exists()), (1, true));
+    }
+
+    #[test]
+    fn every_folder_of_a_model_is_open_to_every_user_also_where_the_umask_keeps_them_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let folders = ["", "a", "a/b", "c"].map(|name| dir.path().join("tree").join(name));
+        for folder in &folders {
+            std::fs::DirBuilder::new().mode(0o700).create(folder).unwrap();
+        }
+        enterable(&folders[0]).unwrap();
+        for folder in &folders {
+            let mode = std::fs::metadata(folder).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o755, "{}", folder.display());
+        }
     }
 
     #[test]
