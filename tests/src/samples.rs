@@ -2,6 +2,7 @@
 
 use crate::{Cluster, bin_dir, docker, root};
 use anyhow::{Context as _, Result};
+use std::os::unix::fs::PermissionsExt as _;
 
 /// A cluster with one agent and the ONNX runtime's image in its registry.
 ///
@@ -31,8 +32,11 @@ pub fn push_runtime(cluster: &Cluster) -> Result<()> {
         .join(format!("../{}-unknown-linux-musl/release/berth-runtime", std::env::consts::ARCH));
     let context = cluster.dir.path().join("image");
     std::fs::create_dir(&context)?;
-    std::fs::copy(&binary, context.join("berth-runtime"))
+    let program = context.join("berth-runtime");
+    std::fs::copy(&binary, &program)
         .with_context(|| format!("{} is not built; run tests/run", binary.display()))?;
+    // In the image it runs as another user, whatever the umask is here.
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))?;
     std::fs::copy(root().join("deploy/runtime/Dockerfile"), context.join("Dockerfile"))?;
     let folder = cluster.dir.path().file_name().and_then(|name| name.to_str());
     let name = folder.context("a folder has a name")?;
