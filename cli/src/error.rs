@@ -106,15 +106,15 @@ user_error!(
     bollard::errors::Error
 );
 
+/// What helps when one of the ends does not believe the other.
+const DISTRUST: &str = "the server and the context do not belong together, or the certificate has ended: \
+    `berth context list` shows others; a server's admin can make a new one with `berth user create`";
+
 impl From<berth_proto::tls::TlsError> for Error {
     fn from(error: berth_proto::tls::TlsError) -> Self {
         use berth_proto::tls::TlsError;
         let hint = match &error {
-            TlsError::Connect { source, .. } if is_about_trust(source) => {
-                "the server and the context do not belong together, or the certificate has ended: \
-                 `berth context list` shows others; a server's admin can make a new one with \
-                 `berth user create`"
-            }
+            TlsError::Connect { source, .. } if is_about_trust(source) => DISTRUST,
             TlsError::Connect { .. } | TlsError::TimedOut(_) => {
                 "is the server running, and is this its address? See `berth context show`"
             }
@@ -141,6 +141,14 @@ fn is_another_door(words: &str) -> bool {
     ["grpc-status header missing", "invalid compression flag"].iter().any(|w| words.contains(w))
 }
 
+/// Whether that is what broke a connection: a client learns only after its handshake that its certificate
+/// is not taken. TLS tells it as data that is not valid; HTTP/2 hands on no more than that.
+fn is_distrust(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source())
+        .filter_map(|error| error.downcast_ref::<std::io::Error>())
+        .any(|error| error.kind() == std::io::ErrorKind::InvalidData)
+}
+
 /// Whether a connection failed because one of the ends did not believe the other.
 fn is_about_trust(error: &std::io::Error) -> bool {
     let inner = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
@@ -156,7 +164,8 @@ fn is_about_trust(error: &std::io::Error) -> bool {
 
 impl From<hyper::Error> for Error {
     fn from(error: hyper::Error) -> Self {
-        Self::new(Kind::Unavailable, chain(&error))
+        let told = Self::new(Kind::Unavailable, chain(&error));
+        if is_distrust(&error) { told.hint(DISTRUST) } else { told }
     }
 }
 
@@ -169,8 +178,11 @@ impl From<tonic::Status> for Error {
         if let Some(cause) = status.source() {
             let words =
                 format!("the connection broke before the server answered: {}", chain(cause));
-            return Self::new(Kind::Unavailable, for_terminal(&words))
-                .hint("whether it was done is not known; the same command may be given again");
+            let hint = match is_distrust(cause) {
+                true => DISTRUST,
+                false => "whether it was done is not known; the same command may be given again",
+            };
+            return Self::new(Kind::Unavailable, for_terminal(&words)).hint(hint);
         }
         if is_another_door(status.message()) {
             return Self::new(

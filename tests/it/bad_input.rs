@@ -1,6 +1,7 @@
 //! What bad input and bad luck get: a clear message, and an exit code of its own.
 
-use berth_tests::{Cluster, command};
+use anyhow::ensure;
+use berth_tests::{Cluster, PATIENCE, command, eventually, root};
 use std::process::{Output, Stdio};
 
 fn told(output: &Output, code: i32, words: &[&str]) {
@@ -38,6 +39,65 @@ fn a_server_that_cannot_start_says_why_and_what_to_do() {
 
     std::fs::write(std::path::Path::new(data).join("FORMAT"), "99\n").unwrap();
     told(&berthd(&["--data-dir", data]), 1, &["format 99"]);
+
+    let nowhere = ["cannot make the folder /dev/null/x", "Not a directory"];
+    told(&berthd(&["--data-dir", "/dev/null/x"]), 1, &nowhere);
+}
+
+#[test]
+fn a_second_server_on_a_folder_that_is_served_is_refused_and_the_first_one_serves_on() {
+    let cluster = Cluster::start().unwrap();
+    let data = cluster.server_dir();
+    let any = ["--listen", "127.0.0.1:0", "--registry-listen", "127.0.0.1:0"];
+    let args = [&["--data-dir", data.to_str().unwrap()][..], &any].concat();
+    told(&berthd(&args), 1, &[data.to_str().unwrap(), "in use by another server"]);
+    cluster.berth_ok(&["user", "create", "vera"]).unwrap();
+}
+
+#[test]
+fn a_context_of_another_cluster_or_with_an_ended_certificate_ends_with_3_and_says_what_to_do() {
+    let (cluster, other) = (Cluster::start().unwrap(), Cluster::start().unwrap());
+    let read = |cluster: &Cluster| -> toml::Table {
+        let text = std::fs::read_to_string(cluster.server_dir().join("admin.toml")).unwrap();
+        text.parse().unwrap()
+    };
+    let (ours, theirs) = (read(&cluster), read(&other));
+    let file = cluster.dir.path().join("context.toml");
+    let input = root().join("deploy/models/iris/sample.json");
+    let infer = ["infer", "iris", "--input", input.to_str().unwrap()];
+    let berth = |changed: &[(&str, toml::Value)], args: &[&str]| {
+        let mut config = ours.clone();
+        for (key, value) in changed {
+            config["contexts"]["default"][*key] = value.clone();
+        }
+        std::fs::write(&file, config.to_string()).unwrap();
+        command("berth").unwrap().env("BERTH_CONFIG", &file).args(args).output().unwrap()
+    };
+    let list = ["host", "list"];
+    assert!(berth(&[], &list).status.success());
+    let words =
+        ["hint: the server and the context do not belong together", "certificate has ended"];
+    // Over gRPC and over HTTP.
+    let refused = |changed: &[(&str, toml::Value)]| {
+        for args in [&list[..], &infer] {
+            told(&berth(changed, args), 3, &words);
+        }
+    };
+    let of_theirs = |keys: &[&'static str]| -> Vec<(&'static str, toml::Value)> {
+        keys.iter().map(|key| (*key, theirs["contexts"]["default"][*key].clone())).collect()
+    };
+    // They do not believe the server; the server does not believe them; nor what has ended.
+    refused(&of_theirs(&["cluster", "roots", "certificate", "key"]));
+    refused(&of_theirs(&["certificate", "key"]));
+    let ca = berth_server::identity::ca::Ca::open(&cluster.server_dir()).unwrap();
+    let (certificate, key) = ca.user(&"admin".parse().unwrap(), 0).unwrap();
+    let ended = [("certificate", certificate.into()), ("key", key.into())];
+    eventually("the certificate has ended", PATIENCE, || {
+        ensure!(berth(&ended, &list).status.code() != Some(0), "it is in force");
+        Ok(())
+    })
+    .unwrap();
+    refused(&ended);
 }
 
 #[test]

@@ -18,6 +18,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_rustls::TlsAcceptor;
@@ -31,6 +32,10 @@ const HANDSHAKES: usize = 1024;
 /// Handshakes at once from one address: half of all, so that no single one keeps others out, and a
 /// fleet behind one address comes in.
 const HANDSHAKES_OF_ONE: usize = HANDSHAKES / 2;
+/// How long a peer that is turned away may take to hear why: a round trip of a bad mobile link.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// What such a peer may have sent meanwhile: the first requests of an HTTP/2 client.
+const FAREWELL_BYTES: u64 = 64 * 1024;
 /// A connection whose first request does not come within this is closed: it holds a place.
 const FIRST: Duration = Duration::from_secs(60);
 /// Connections of one door at once.
@@ -165,12 +170,14 @@ pub fn accept(
             let (acceptor, tx) = (acceptor.clone(), tx.clone());
             tokio::spawn(async move {
                 let _ = tcp.set_nodelay(true);
-                match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
+                let shaken = acceptor.accept(tcp).into_fallible();
+                match tokio::time::timeout(HANDSHAKE, shaken).await {
                     Ok(Ok(stream)) => {
                         let _ = tx.send(Entered { stream, addr }).await;
                     }
-                    Ok(Err(error)) => {
+                    Ok(Err((error, tcp))) => {
                         tracing::info!(door = name, %addr, %error, "a handshake failed");
+                        farewell(tcp).await;
                     }
                     Err(_) => tracing::info!(door = name, %addr, "a handshake took too long"),
                 }
@@ -179,6 +186,17 @@ pub fn accept(
         }
     });
     rx
+}
+
+/// Lets a peer hear why it is turned away. In TLS 1.3 it may be sending already: closed with that unread, the
+/// connection would be reset, and the peer might see no more than that.
+async fn farewell(mut tcp: TcpStream) {
+    let heard = async {
+        tcp.shutdown().await?;
+        tokio::io::copy(&mut tcp.take(FAREWELL_BYTES), &mut tokio::io::sink()).await
+    };
+    // A peer that is gone, or stays silent, needs no more words.
+    let _ = tokio::time::timeout(FAREWELL, heard).await;
 }
 
 /// Handshakes under way, by address.

@@ -3,7 +3,6 @@
 use super::*;
 use crate::identity::ca::Ca;
 use berth_proto::tls::{ALPN_H2, Credentials, Trusted};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// How long a handshake on this machine may take before the test gives up.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -64,6 +63,38 @@ async fn only_good_certificates_of_this_cluster_get_through_and_none_at_all_is_a
     assert!(expired.to_lowercase().contains("expired"), "{expired}");
     let foreign = enters(&ours, Some(credentials(&theirs, 1))).await.unwrap_err();
     assert!(foreign.to_lowercase().contains("ca") || foreign.contains("alert"), "{foreign}");
+}
+
+#[tokio::test]
+async fn who_is_turned_away_hears_why_also_when_it_goes_on_sending() {
+    let (_dir, ours) = ca();
+    let (_other_dir, theirs) = ca();
+    let internal = certificates::Internal::new(&ours, vec!["127.0.0.1".to_owned()]).unwrap();
+    let certificates = Certificates { internal: Arc::new(internal), operators: None };
+    let config = server_config(certificates, ours.root_pem(), &[ALPN_H2], Speaks::Ours).unwrap();
+    let listener = bind("--listen", "127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (_stop, stop) = watch::channel(false);
+    let _entered = accept("control", listener, config, stop);
+    let pem = ours.root_pem().to_owned();
+    let trusted = Trusted::Roots { pem, cluster: ours.cluster().clone() };
+    let foreign = credentials(&theirs, 1);
+    let client = tls::client_config(trusted, Some(&foreign), &[ALPN_H2], None).unwrap();
+    let sent = async {
+        let mut stream = tls::connect(&address, client, PATIENCE).await.unwrap();
+        let readable = tokio::io::Interest::READABLE;
+        while !stream.get_ref().0.ready(readable).await.unwrap().is_read_closed() {
+            tokio::task::yield_now().await;
+        }
+        // A closed connection answers the first with a reset and takes no second.
+        for _ in 0..3 {
+            stream.write_all(b"x").await.unwrap();
+            stream.flush().await.unwrap();
+        }
+        stream.read_u8().await.unwrap_err().to_string()
+    };
+    let words = tokio::time::timeout(PATIENCE, sent).await.expect("it ends");
+    assert!(words.contains("UnknownCA"), "{words}");
 }
 
 /// Whether a client that speaks nothing newer than TLS 1.2 gets through.
