@@ -67,6 +67,41 @@ fn buf_curl_finds_and_calls_the_services_by_reflection_alone() {
     assert!(words.contains("at character 1"), "{words}");
 }
 
+/// What a load balancer knows of a service's health.
+const HEALTH: &str = "syntax = \"proto3\"; package grpc.health.v1;
+message HealthCheckRequest { string service = 1; }
+message HealthCheckResponse {
+  enum ServingStatus { UNKNOWN = 0; SERVING = 1; NOT_SERVING = 2; SERVICE_UNKNOWN = 3; }
+  ServingStatus status = 1;
+}
+service Health { rpc Check(HealthCheckRequest) returns (HealthCheckResponse); }
+";
+
+#[test]
+fn whoever_has_no_certificate_is_told_that_the_server_serves_and_nothing_else() {
+    let Some(bin) = clients("buf curl") else { return };
+    let cluster = Cluster::start().unwrap();
+    let schema = cluster.dir.path().join("schema");
+    std::fs::create_dir(&schema).unwrap();
+    std::fs::write(schema.join("health.proto"), HEALTH).unwrap();
+    let door = cluster.door("control").unwrap();
+    let call = |schema: &std::path::Path, path: &str| {
+        let mut command = Command::new(bin.join("buf"));
+        command.current_dir(cluster.dir.path()).args(["curl", "--protocol", "grpc"]);
+        command.arg("--cacert").arg(cluster.server_dir().join("ca.crt"));
+        command.arg("--schema").arg(schema).args(["-d", "{}"]);
+        command.arg(format!("https://{door}{path}"));
+        command
+    };
+    let told = run(&mut call(&schema, "/grpc.health.v1.Health/Check"));
+    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+    assert_eq!(told["status"], "SERVING");
+    let proto = berth_tests::root().join("proto");
+    let info = call(&proto, "/berth.v1.SystemService/GetServerInfo").output().unwrap();
+    let words = String::from_utf8_lossy(&info.stderr).into_owned();
+    assert!(!info.status.success() && words.contains("unauthenticated"), "{words}");
+}
+
 #[test]
 fn a_python_client_made_from_the_protos_creates_lists_watches_and_deletes() {
     let Some(bin) = clients("grpcio") else { return };
