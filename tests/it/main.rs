@@ -29,9 +29,13 @@ mod logs;
 #[cfg(test)]
 mod main_job;
 #[cfg(test)]
+mod models;
+#[cfg(test)]
 mod network;
 #[cfg(test)]
 mod numbers;
+#[cfg(test)]
+mod options;
 #[cfg(test)]
 mod podman;
 #[cfg(test)]

@@ -329,6 +329,17 @@ impl Host {
         inside
     }
 
+    /// Whether something takes a connection at this address, IP:PORT, asked on the host.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    pub fn dials(&self, address: &str) -> Result<bool> {
+        let (ip, port) = address.rsplit_once(':').context("an address has a port")?;
+        let mut dial = Command::new("timeout");
+        dial.args(["5", "bash", "-c", &format!("exec 3<>/dev/tcp/{ip}/{port}")]);
+        Ok(self.inside(&dial).output()?.status.success())
+    }
+
     /// The engine's socket, as seen from everywhere.
     #[must_use]
     pub fn socket(&self) -> PathBuf {

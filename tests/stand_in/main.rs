@@ -5,7 +5,9 @@
 //! - `serve` (the default): answers on port 8080, 200 on `/healthy` and 503 elsewhere, and writes a
 //!   line when it starts and one a second;
 //! - `exit:CODE`: writes a line and ends at once;
-//! - `flood:LINES`: writes so many lines of 1,000 bytes, then serves.
+//! - `flood:LINES`: writes so many lines of 1,000 bytes, then serves;
+//! - `read:PATH`: writes a line with what is in a file, then serves;
+//! - `dial:ADDRESS`: writes a line that says whether something takes a connection there, then serves.
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -34,6 +36,16 @@ fn main() -> ExitCode {
             // A reader that is gone is the engine; there is nobody to tell.
             let _ = writeln!(out, "stand-in floods {line:0983}");
         }
+    }
+    if let Some(path) = what.strip_prefix("read:") {
+        println!("stand-in reads {:?}", std::fs::read_to_string(path));
+    }
+    if let Some(address) = what.strip_prefix("dial:") {
+        let dialled = match address.parse() {
+            Ok(address) => TcpStream::connect_timeout(&address, Duration::from_secs(3)).map(|_| ()),
+            Err(error) => Err(std::io::Error::other(error)),
+        };
+        println!("stand-in dials {address}: {dialled:?}");
     }
     let listener = match TcpListener::bind(("0.0.0.0", 8080)) {
         Ok(listener) => listener,
