@@ -1,8 +1,12 @@
 //! Bad luck on a real engine: whatever goes wrong is said with what to do about it, or mends itself.
 
 use anyhow::{Context as _, ensure};
-use berth_tests::hosts::{Fleet, Seen, can_make_hosts};
-use berth_tests::{Cluster, PATIENCE, events, eventually};
+use berth_proto::api::model_service_client::ModelServiceClient;
+use berth_proto::api::{ModelVersion, ModelVersionKind, RegisterVersionRequest};
+use berth_proto::ids::Digest;
+use berth_tests::hosts::{Fleet, Seen, can_make_hosts, run};
+use berth_tests::{Cluster, PATIENCE, events, eventually, has_client};
+use serde_json::json;
 use std::process::Output;
 use std::time::Duration;
 
@@ -206,35 +210,165 @@ fn an_engine_that_hangs_stops_or_is_killed_is_said_so_and_its_replicas_are_back_
     are_back(&back, &again);
 }
 
-#[test]
-fn an_agent_killed_while_it_pulls_goes_on_where_it_was_and_while_it_starts_starts_nothing_twice() {
-    const MIB: u64 = 1024 * 1024;
-    if !can_make_hosts("an_agent_killed") {
-        return;
-    }
+const MIB: u64 = 1024 * 1024;
+/// What is brought to a slow host, in four seconds.
+const LARGE: u64 = 32 * MIB;
+
+/// A host that brings no more than 8 MiB a second.
+fn slow_host() -> Fleet {
     let mut fleet = Fleet::start(0).unwrap();
     fleet.add_host_with("[transfer]\nbandwidth = \"8MiB\"\n", &[]).unwrap();
     fleet.all_present().unwrap();
-    fleet.push_stand_in("stand-in:1", 32).unwrap();
-    let manifest = fleet.manifest("app", &spec("stand-in:1", "/healthy", "")).unwrap();
-    let before = fleet.hosts[0].received_bytes().unwrap();
-    fleet.cluster.berth_ok(&["apply", "-f", &manifest, "--no-wait"]).unwrap();
-    eventually("half of the image is here", PATIENCE, || {
-        let listed = fleet.ps("app")?;
+    fleet
+}
+
+fn half_is_here(fleet: &Fleet, deployment: &str) {
+    eventually("half of it is here", PATIENCE, || {
+        let listed = fleet.ps(deployment)?;
         let done = listed.first().and_then(|r| r["progress"]["doneBytes"].as_u64()).unwrap_or(0);
-        ensure!(done >= 16 * MIB, "{listed:?}");
+        ensure!(done >= LARGE / 2, "{listed:?}");
         ensure!(listed[0]["state"].as_str().is_some_and(|s| s.starts_with("fetching")));
         Ok(())
     })
     .unwrap();
+}
+
+/// Twice come a chunk of 4 MiB and what the kernel had received and the agent, held to its rate, had not
+/// read yet. From the beginning again it would be half of it more.
+fn little_came_twice(fleet: &Fleet, before: u64) {
+    let received = fleet.hosts[0].received_bytes().unwrap() - before;
+    let again = LARGE + LARGE / 2;
+    assert!((LARGE..again - 4 * MIB).contains(&received), "{received} bytes for {LARGE}");
+}
+
+#[test]
+fn a_pull_whose_engine_is_killed_and_a_models_fetch_whose_agent_is_killed_go_on_where_they_were() {
+    if !can_make_hosts("a_pull_whose_engine_is_killed") {
+        return;
+    }
+    let mut fleet = slow_host();
+    fleet.push_stand_in("stand-in:1", LARGE / MIB).unwrap();
+    let app = spec("stand-in:1", "/healthy", "").replace("5s", "60s");
+    let manifest = fleet.manifest("app", &app).unwrap();
+    let before = fleet.hosts[0].received_bytes().unwrap();
+    fleet.cluster.berth_ok(&["apply", "-f", &manifest, "--no-wait"]).unwrap();
+    half_is_here(&fleet, "app");
+    fleet.hosts[0].engine().kill();
+    fleet.hosts[0].start_engine().unwrap();
+    fleet.settles_at("app", 1).unwrap();
+    little_came_twice(&fleet, before);
+
+    // A model's file, which the agent brings itself.
+    let file = fleet.cluster.dir.path().join("weights.bin");
+    let random = std::fs::File::open("/dev/urandom").unwrap();
+    let mut random = std::io::Read::take(random, LARGE);
+    std::io::copy(&mut random, &mut std::fs::File::create(&file).unwrap()).unwrap();
+    fleet.cluster.berth_ok(&["model", "push", "big:1", file.to_str().unwrap()]).unwrap();
+    let model = app.replace("image: stand-in:1", "model: big:1\n  runtime: stand-in:1");
+    let manifest = fleet.manifest("big", &model).unwrap();
+    let before = fleet.hosts[0].received_bytes().unwrap();
+    fleet.cluster.berth_ok(&["apply", "-f", &manifest, "--no-wait"]).unwrap();
+    half_is_here(&fleet, "big");
+    fleet.hosts[0].agent().kill();
+    fleet.hosts[0].start_agent().unwrap();
+    let ready = fleet.ready("big", 1).unwrap();
+    little_came_twice(&fleet, before);
+    let id = ready[0]["containerId"].as_str().unwrap();
+    let source = "{{(index .Mounts 0).Source}}";
+    let source = fleet.hosts[0].docker(&["inspect", "--format", source, id]).unwrap();
+    let brought = std::fs::read(std::path::Path::new(&source).join("weights.bin")).unwrap();
+    assert!(brought == std::fs::read(&file).unwrap(), "every byte is the one that was pushed");
+}
+
+/// Pushes a model whose only layer is this archive, past `berth model push`, which makes no archives.
+fn push_archive(cluster: &Cluster, name: &str, archive: &[u8]) -> anyhow::Result<()> {
+    let folder = cluster.dir.path().join(format!("{name}.dir"));
+    std::fs::create_dir(&folder)?;
+    let blob = |bytes: &[u8], media: &str| -> anyhow::Result<serde_json::Value> {
+        let digest = Digest::of(bytes);
+        std::fs::write(folder.join(digest.hex()), bytes)?;
+        Ok(json!({"mediaType": media, "digest": digest.as_str(), "size": bytes.len()}))
+    };
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": blob(b"{}", "application/vnd.cncf.model.config.v1+json")?,
+        "layers": [blob(archive, "application/vnd.cncf.model.weight.v1.tar")?],
+    });
+    let manifest = serde_json::to_vec(&manifest)?;
+    std::fs::write(folder.join("manifest.json"), &manifest)?;
+    std::fs::write(folder.join("version"), "Directory Transport Version: 1.1\n")?;
+    let token = cluster.berth_json(&["user", "token", "admin"])?;
+    let secret = token["secret"].as_str().context("no secret")?;
+    let repository = format!("models/{name}");
+    let mut push = std::process::Command::new("skopeo");
+    push.args(["copy", "--quiet", "--preserve-digests", "--dest-cert-dir"]).arg(&folder);
+    std::fs::copy(cluster.server_dir().join("ca.crt"), folder.join("ca.crt"))?;
+    push.args(["--dest-creds", &format!("me:{secret}"), &format!("dir:{}", folder.display())]);
+    push.arg(format!("docker://{}/{repository}:1", cluster.door("registry")?));
+    run(&mut push)?;
+    let version = ModelVersion {
+        model: name.to_owned(),
+        namespace: "default".to_owned(),
+        version: "1".to_owned(),
+        repository,
+        digest: Digest::of(&manifest).to_string(),
+        kind: ModelVersionKind::Artifact as i32,
+        format: "other".to_owned(),
+        size_bytes: archive.len() as u64,
+        ..ModelVersion::default()
+    };
+    let request = RegisterVersionRequest { version: Some(version), ..Default::default() };
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let mut models = ModelServiceClient::new(crate::load::channel(cluster).await?);
+        models.register_version(request).await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_models_archive_that_leaves_its_folder_is_refused_by_its_host_and_said_so() {
+    if !(can_make_hosts("a_models_archive") && has_client("a_models_archive", "skopeo")) {
+        return;
+    }
+    let fleet = Fleet::start(1).unwrap();
+    fleet.push_stand_in("stand-in:1", 0).unwrap();
+    let (cluster, folder) = (&fleet.cluster, fleet.cluster.dir.path());
+    std::fs::write(folder.join("escape"), "out").unwrap();
+    let archive = folder.join("evil.tar");
+    let mut tar = std::process::Command::new("tar");
+    tar.arg("-C").arg(folder).arg("-cf").arg(&archive).arg("--absolute-names");
+    run(tar.args(["--transform", "s,^,../../,", "escape"])).unwrap();
+    push_archive(cluster, "evil", &std::fs::read(&archive).unwrap()).unwrap();
+    let evil = spec("stand-in:1", "/healthy", "")
+        .replace("image: stand-in:1", "model: evil:1\n  runtime: stand-in:1");
+    let output = apply(&fleet, "evil", &evil);
+    let words = ["an entry that leaves its folder", "../../escape"];
+    told(&output, 5, &words);
+    let listed = cluster.berth_ok(&["ps", "evil"]).unwrap();
+    assert!(words.iter().all(|word| listed.contains(word)), "{listed}");
+    assert_eq!(fleet.hosts[0].running().unwrap(), []);
+    let agent = fleet.hosts[0].dir.join("agent");
+    let escaped =
+        [agent.join("escape"), agent.join("models/escape"), agent.join("models/trees/escape")];
+    assert!(escaped.iter().all(|path| !path.exists()));
+}
+
+#[test]
+fn an_agent_killed_while_it_pulls_goes_on_where_it_was_and_while_it_starts_starts_nothing_twice() {
+    if !can_make_hosts("an_agent_killed") {
+        return;
+    }
+    let mut fleet = slow_host();
+    fleet.push_stand_in("stand-in:1", LARGE / MIB).unwrap();
+    let manifest = fleet.manifest("app", &spec("stand-in:1", "/healthy", "")).unwrap();
+    let before = fleet.hosts[0].received_bytes().unwrap();
+    fleet.cluster.berth_ok(&["apply", "-f", &manifest, "--no-wait"]).unwrap();
+    half_is_here(&fleet, "app");
     fleet.hosts[0].agent().kill();
     fleet.hosts[0].start_agent().unwrap();
     fleet.settles_at("app", 1).unwrap();
-    let received = fleet.hosts[0].received_bytes().unwrap() - before;
-    // Twice come a chunk of 4 MiB and what the kernel had received and the agent, held to its rate, had not
-    // read yet. From the beginning again it would be half of it more.
-    let again = (32 + 16) * MIB;
-    assert!((32 * MIB..again - 4 * MIB).contains(&received), "{received} bytes for 32 MiB");
+    little_came_twice(&fleet, before);
 
     // While it starts: the moment the engine tells of a container that was made.
     let events = fleet.hosts[0].record_events().unwrap();

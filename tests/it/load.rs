@@ -52,7 +52,7 @@ pub fn join(cluster: &Cluster) -> Result<()> {
 }
 
 /// A connection as the first admin.
-pub async fn connect(cluster: &Cluster) -> Result<HostServiceClient<Channel>> {
+pub async fn channel(cluster: &Cluster) -> Result<Channel> {
     let text = std::fs::read_to_string(cluster.server_dir().join("admin.toml"))?;
     let config: toml::Table = text.parse()?;
     let context = &config["contexts"]["default"];
@@ -60,8 +60,12 @@ pub async fn connect(cluster: &Cluster) -> Result<HostServiceClient<Channel>> {
     let credentials = Credentials { certificate_pem: of("certificate"), key_pem: of("key") };
     let trusted = Trusted::Roots { pem: of("roots"), cluster: of("cluster").parse()? };
     let tls = tls::client_config(trusted, Some(&credentials), &[ALPN_H2], None)?;
-    let channel = tls::channel(&cluster.door("control")?, tls, CONNECT, |e| e).await?;
-    Ok(HostServiceClient::new(channel))
+    Ok(tls::channel(&cluster.door("control")?, tls, CONNECT, |e| e).await?)
+}
+
+/// The same, for hosts.
+pub async fn connect(cluster: &Cluster) -> Result<HostServiceClient<Channel>> {
+    Ok(HostServiceClient::new(channel(cluster).await?))
 }
 
 /// One token and one label; whatever is acknowledged is in the book before the next is sent.

@@ -4,7 +4,7 @@
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::bench::status_kib;
 use berth_tests::hosts::run;
-use berth_tests::{Cluster, docker, has_docker, stand_in};
+use berth_tests::{Cluster, docker, has_client, has_docker, stand_in};
 use std::io::{Seek as _, SeekFrom, Write as _};
 use std::path::PathBuf;
 use std::process::Command;
@@ -35,7 +35,7 @@ fn a_layer_of_more_than_two_gibibytes_is_pushed_pulled_and_pushed_again_with_the
     cluster.berth_ok(&["model", "push", "big:1", file.to_str().unwrap()]).unwrap();
     within_its_memory(&mut cluster, "after the push").unwrap();
 
-    if !has("skopeo") {
+    if !has_client("the pull", "skopeo") {
         return;
     }
     let token = token(&cluster).unwrap();
@@ -60,16 +60,6 @@ fn a_layer_of_more_than_two_gibibytes_is_pushed_pulled_and_pushed_again_with_the
     within_its_memory(&mut cluster, "after another client's push").unwrap();
     let tags = cluster.berth_json(&["image", "tags", "models/again"]).unwrap();
     assert_eq!(tags["tags"], serde_json::json!(["1"]));
-}
-
-/// Whether a client is here; says so when not.
-fn has(client: &str) -> bool {
-    let works = Command::new(client).arg("--version").output().is_ok_and(|o| o.status.success());
-    if !works {
-        assert!(std::env::var_os("CI").is_none(), "tests/run installs {client}");
-        println!("skipped: there is no {client}");
-    }
-    works
 }
 
 /// A user's password for the registry.
@@ -123,7 +113,7 @@ fn docker_logs_in_pushes_and_pulls_on_loopback_without_a_root_and_podman_with_it
     docker(&["--config", config, "pull", &image.0]).unwrap();
     assert_eq!(docker(&["image", "inspect", "--format", "{{.Id}}", &image.0]).unwrap(), id);
 
-    if !has("podman") {
+    if !has_client("podman_with_a_root", "podman") {
         return;
     }
     let roots = roots(&cluster).unwrap();

@@ -499,6 +499,17 @@ pub fn has_docker(test: &str) -> bool {
     answers
 }
 
+/// Whether a client that `tests/run` installs is here; says so when not.
+#[must_use]
+pub fn has_client(test: &str, client: &str) -> bool {
+    let works = Command::new(client).arg("--version").output().is_ok_and(|o| o.status.success());
+    if !works {
+        assert!(std::env::var_os("CI").is_none(), "{test}: tests/run installs {client}");
+        println!("{test}: skipped, there is no {client}");
+    }
+    works
+}
+
 /// Runs `docker`; what it prints, trimmed.
 ///
 /// # Errors
