@@ -28,9 +28,11 @@ use tonic::Code;
 
 /// Connecting and shaking hands.
 const CONNECT: Duration = Duration::from_secs(15);
-/// How long the first session waits for the first look at the engine and for the host's facts, which
-/// takes tens of milliseconds unless the engine is away.
+/// How long the first session waits for the first look at the engine, which takes tens of
+/// milliseconds unless the engine is away.
 const FIRST_LOOK: Duration = Duration::from_secs(3);
+/// How long it waits then for the host's facts. Podman takes up to a second for each question.
+const FIRST_FACTS: Duration = Duration::from_secs(10);
 /// Messages ahead of the wire.
 const QUEUE: usize = 16;
 /// A reverse connection that nobody uses closes after so long.
@@ -69,11 +71,10 @@ pub async fn run(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client) {
     let nonce = uuid::Uuid::new_v4().simple().to_string();
     // A session begins with all that is on the host: better a moment later than twice.
     let (mut observed, mut gathered) = (shared.observed.subscribe(), shared.gathered.subscribe());
-    let first = async {
-        let _ = observed.wait_for(|seen| *seen).await;
-        let _ = gathered.wait_for(|told| *told).await;
-    };
-    let _ = tokio::time::timeout(FIRST_LOOK, first).await;
+    let seen = tokio::time::timeout(FIRST_LOOK, observed.wait_for(|seen| *seen)).await.is_ok();
+    if seen {
+        let _ = tokio::time::timeout(FIRST_FACTS, gathered.wait_for(|told| *told)).await;
+    }
     loop {
         if shared.identity.lock().removed {
             tracing::warn!("this host was removed from its cluster; nothing is dialled any more");

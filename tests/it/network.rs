@@ -53,6 +53,48 @@ fn a_pull_over_a_slow_lossy_link_that_is_cut_in_the_middle_ends_and_brings_littl
 }
 
 #[test]
+fn a_small_image_is_here_while_slow_ones_would_fill_the_engine_s_queue() {
+    if !can_make_hosts("a_small_image_is_here") {
+        return;
+    }
+    let mut fleet = Fleet::start(0).unwrap();
+    fleet.add_host_with("[transfer]\nbandwidth = \"3MiB\"\n", &[]).unwrap();
+    fleet.all_present().unwrap();
+    // An engine brings three layers at once, of all pulls together.
+    let slow = [32, 33, 34].map(|mib| (format!("slow-{mib}"), mib));
+    let state = |name: &str| -> anyhow::Result<(String, u64)> {
+        let listed = fleet.ps(name)?;
+        let one = listed.first().context("nothing is placed")?;
+        let done = one["progress"]["doneBytes"].as_u64().unwrap_or(0);
+        Ok((one["state"].as_str().context("a state")?.to_owned(), done))
+    };
+    fleet.push_stand_in("stand-in:1", 0).unwrap();
+    for (name, mib) in &slow {
+        fleet.push_stand_in(&format!("{name}:1"), *mib).unwrap();
+    }
+    for (name, _) in &slow {
+        let spec = spec(1).replace("stand-in:1", &format!("{name}:1"));
+        let manifest = fleet.manifest(name, &spec).unwrap();
+        fleet.cluster.berth_ok(&["apply", "-f", &manifest, "--no-wait"]).unwrap();
+    }
+    eventually("all three are on their way", PATIENCE, || {
+        for (name, _) in &slow {
+            let (state, done) = state(name)?;
+            ensure!(state.starts_with("fetching") && done > 0, "{name}: {state}, {done} bytes");
+        }
+        Ok(())
+    })
+    .unwrap();
+    let manifest = fleet.manifest("app", &spec(1)).unwrap();
+    fleet.cluster.berth_ok(&["apply", "-f", &manifest, "--no-wait"]).unwrap();
+    fleet.ready("app", 1).unwrap();
+    for (name, _) in &slow {
+        let (state, _) = state(name).unwrap();
+        assert!(state.starts_with("fetching"), "{name}: {state}");
+    }
+}
+
+#[test]
 fn an_engine_that_is_killed_while_its_containers_go_on_finds_them_untouched() {
     if !can_make_hosts("an_engine_that_is_killed") {
         return;
