@@ -260,7 +260,6 @@ fn link(blob: &Path, to: &Path) -> Result<(), FetchError> {
 /// Lets whatever user the program runs as into a folder and all below it, whatever the agent's own
 /// mask for new folders is.
 fn enterable(folder: &Path) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
     std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))?;
     for one in std::fs::read_dir(folder)? {
         let one = one?;
@@ -274,22 +273,6 @@ fn enterable(folder: &Path) -> io::Result<()> {
 /// Readable for whatever user the program runs as, writable for nobody.
 pub(super) fn readable(path: &Path) -> io::Result<()> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o444))
-}
-
-/// Opens a folder and all in it to whatever user the program runs as; by the agent's umask it may be
-/// root's alone.
-fn enterable(folder: &Path) -> io::Result<()> {
-    let mut folders = vec![folder.to_owned()];
-    while let Some(folder) = folders.pop() {
-        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755))?;
-        for entry in std::fs::read_dir(&folder)? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                folders.push(entry.path());
-            }
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -342,31 +325,6 @@ mod tests {
         let mut builder = tar::Builder::new(Vec::new());
         builder.append_data(&mut header, path, &b"hi"[..]).unwrap();
         builder.into_inner().unwrap()
-    }
-
-    #[test]
-    fn whoever_the_program_runs_as_reads_a_model_though_the_agent_s_mask_shuts_all_others_out() {
-        use std::os::unix::fs::PermissionsExt as _;
-        let dir = tempfile::tempdir().unwrap();
-        let spool = Spool::open(dir.path().join("blobs")).unwrap();
-        std::fs::create_dir(dir.path().join("trees")).unwrap();
-        let layers = [
-            held(&spool, b"raw", Packed::Raw, "raw/sub/file"),
-            held(&spool, &tar_of("packed/sub/file"), Packed::Tar, "x.tar"),
-        ];
-        let tree = dir.path().join("trees").join("t");
-        let before = rustix::process::umask(rustix::fs::Mode::from(0o077));
-        let made = lay_out(&layers, &spool, &tree, 0);
-        rustix::process::umask(before);
-        made.unwrap();
-        let mode =
-            |path: &str| std::fs::metadata(tree.join(path)).unwrap().permissions().mode() & 0o777;
-        for folder in ["", "raw", "raw/sub", "packed", "packed/sub"] {
-            assert_eq!(mode(folder), 0o755, "{folder}");
-        }
-        for file in ["raw/sub/file", "packed/sub/file"] {
-            assert_eq!(mode(file), 0o444, "{file}");
-        }
     }
 
     #[test]
