@@ -60,7 +60,7 @@ fn stopping_stops_nothing_and_a_removed_host_keeps_what_runs_unless_it_is_wiped(
     let refused = fleet.cluster.berth(&["host", "rm", "h0", "--yes"]).unwrap();
     let text = String::from_utf8_lossy(&refused.stderr);
     assert_eq!(refused.status.code(), Some(1), "{text}");
-    assert!(text.contains("has 1 replicas; drain it first, or use --force"), "{text}");
+    assert!(text.contains("has 1 replica; drain it first, or use --force"), "{text}");
     let there = fleet.hosts[0].running().unwrap();
     fleet.cluster.berth_ok(&["host", "rm", "h0", "--force", "--yes"]).unwrap();
     let replaced = |fleet: &Fleet, on: &[&str]| {
