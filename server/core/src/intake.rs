@@ -307,6 +307,8 @@ fn replica_event(
 impl Live {
     /// The newest session of a host has said hello, and what of it must be durable is.
     pub fn registered(&mut self, view: &View, host: &HostUid, said: &Registration, now: Now) {
+        let rejoined =
+            self.host(host).is_some_and(|h| !h.instance.is_empty() && h.instance != said.instance);
         self.edit_host(host, |h| {
             // The newest session is right, even when its agent's disk went back in time. Its numbers
             // begin here: another copy of the agent may have had the same start and got further.
@@ -321,7 +323,8 @@ impl Live {
             h.last_seen = Some(now.wall);
             h.refusal.clear();
         });
-        if said.engine_observed {
+        // What an earlier join had may be gone with its disk, whether the engine was looked at or not.
+        if said.engine_observed || rejoined {
             let observed = uids(&said.observed);
             for replica in view.replicas_on(host) {
                 if !observed.contains(replica.uid.as_str()) {

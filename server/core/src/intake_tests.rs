@@ -296,6 +296,28 @@ fn the_newest_hello_is_right_whatever_another_copy_of_the_agent_had_got_to() {
 }
 
 #[test]
+fn what_an_earlier_join_had_is_not_taken_for_ready_before_the_new_one_tells_of_it() {
+    let mut w = running();
+    let replica = first(&w);
+    let status = api::ReplicaStatus {
+        attempt: 1,
+        phase: api::ReplicaPhase::Running as i32,
+        ready: true,
+        ..Default::default()
+    };
+    let (view, now) = (w.view.clone(), w.now);
+    let told = hello(vec![report(&replica, status)], true);
+    w.live.registered(&view, &replica.host, &told, now);
+    // An agent that starts before its engine does has the same replicas as before.
+    w.live.registered(&view, &replica.host, &hello(vec![], false), now);
+    assert!(w.live.replica(&replica.uid).unwrap().ready_since.is_some());
+    let mut joined = hello(vec![], false);
+    joined.instance = "j".to_owned();
+    w.live.registered(&view, &replica.host, &joined, now);
+    assert!(w.live.replica(&replica.uid).is_none());
+}
+
+#[test]
 fn what_never_got_to_its_host_is_forgotten_when_the_host_holds_the_set_that_lacks_it() {
     let mut w = running();
     let replica = mark(&mut w, ReplicaIntent::Stop);
