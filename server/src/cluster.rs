@@ -383,7 +383,12 @@ impl Desk for ClusterDesk {
             Admission::Superseded => return Err(Ended::Superseded),
         }
         // What must be durable, before the host counts as present.
-        let make = |view: &View| intake::registration(view, host, &registration, now.wall);
+        let make = |view: &View| {
+            // A newer session has said hello meanwhile: what this one tells is older.
+            let current = c.sessions.lock().desk.is_current(host, session);
+            let registration = Some(&registration).filter(|_| current);
+            registration.map_or_else(Vec::new, |r| intake::registration(view, host, r, now.wall))
+        };
         if !c.keep_made(make).await {
             return Err(Ended::Unavailable);
         }
@@ -434,10 +439,11 @@ impl Desk for ClusterDesk {
     }
 
     async fn facts(&self, host: &HostUid, session: u64, facts: api::HostFacts) -> bool {
-        if !self.0.sessions.lock().desk.is_current(host, session) {
-            return true;
-        }
-        let make = |view: &View| intake::facts(view, host, &facts).into_iter().collect();
+        let make = |view: &View| {
+            let current = self.0.sessions.lock().desk.is_current(host, session);
+            let facts = Some(&facts).filter(|_| current);
+            facts.and_then(|facts| intake::facts(view, host, facts)).into_iter().collect()
+        };
         self.0.keep_made(make).await
     }
 
