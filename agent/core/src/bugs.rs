@@ -1,12 +1,13 @@
 //! Bugs planted on purpose, one at a time, to see that the simulator finds them.
 //!
 //! Compiled in only with the feature `bugs`, which the simulator alone asks for: without it `bug!` is
-//! `false`. Each stands where the line is whose loss it plays.
+//! `false`, and `bound!` the bound. Each bug stands where the line is whose loss it plays.
 
 use std::cell::Cell;
 
 thread_local! {
     static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
+    static SMALL: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A bug.
@@ -35,6 +36,10 @@ pub enum Bug {
     RefusedNeverDialsAgain,
     ReadinessNotTold,
     RemovedByHandForgotten,
+    RollbackWakeLost,
+    PlaceTakenAtOnce,
+    NeverUnready,
+    FinishedStartedAgain,
 }
 
 /// Every bug, with what goes wrong.
@@ -61,6 +66,13 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::RefusedNeverDialsAgain, "an agent that was refused never dials again"),
     (Bug::ReadinessNotTold, "a replica's readiness is not reported when only that changes"),
     (Bug::RemovedByHandForgotten, "a container that somebody removed is never made anew"),
+    (Bug::RollbackWakeLost, "a replacement that is late wakes nobody"),
+    (Bug::PlaceTakenAtOnce, "a replacement that has just started has taken the place"),
+    (Bug::NeverUnready, "a program that does not answer any more stays ready"),
+    (
+        Bug::FinishedStartedAgain,
+        "a program that ended well is started again whatever its policy is",
+    ),
 ];
 
 /// From now on this one is planted in this thread's machines, and no other.
@@ -70,4 +82,13 @@ pub fn plant(bug: Option<Bug>) {
 
 pub(crate) fn is_planted(bug: Bug) -> bool {
     PLANTED.get() == Some(bug)
+}
+
+/// From now on pages, groups and what is done at once are small in this thread's machines, or not.
+pub fn make_small(small: bool) {
+    SMALL.set(small);
+}
+
+pub(crate) fn is_small() -> bool {
+    SMALL.get()
 }

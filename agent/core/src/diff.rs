@@ -424,7 +424,7 @@ impl One<'_> {
             None => spec.rollout.ready_for_ms.min(replaces.ready_within_ms / 2),
         };
         if let Some(since) = memory.ready_since.filter(|_| memory.ready && running.is_some()) {
-            if now.since_ms(since) >= steady_ms {
+            if now.since_ms(since) >= steady_ms || bug!(PlaceTakenAtOnce) {
                 let done = Memory { replacement_done: true, replace_until: None, ..memory.clone() };
                 out.steps.push(self.remember(done));
                 return true;
@@ -439,7 +439,9 @@ impl One<'_> {
             out.steps.push(self.remember(back));
             return true;
         }
-        out.wake(until);
+        if !bug!(RollbackWakeLost) {
+            out.wake(until);
+        }
         false
     }
 

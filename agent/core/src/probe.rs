@@ -69,7 +69,7 @@ impl Probing {
                     return;
                 }
                 self.failures = self.failures.saturating_add(1);
-                if self.ready && self.failures >= check.failures {
+                if self.ready && self.failures >= check.failures && !bug!(NeverUnready) {
                     self.ready = false;
                     self.unready_since = now;
                 }

@@ -488,7 +488,7 @@ impl Reconcile {
                 continue;
             }
             let due = probing.due();
-            if due > now.mono || under_way >= PROBES {
+            if due > now.mono || under_way >= bound!(PROBES, 1) {
                 // With all places taken, the next result makes room.
                 if due > now.mono {
                     self.wake_at(due);

@@ -87,10 +87,10 @@ impl Reporter {
         self.last = Some(now);
         self.sequence += 1;
         let ready = self.waiting.keys().filter(|uid| !self.absent.contains(*uid));
-        let ready: Vec<String> = ready.take(MAX_REPORTS).cloned().collect();
+        let ready: Vec<String> = ready.take(bound!(MAX_REPORTS, 2)).cloned().collect();
         let reports = ready.iter().filter_map(|uid| self.waiting.remove(uid)).collect();
         let mut absent = Vec::new();
-        while absent.len() < MAX_REPORTS
+        while absent.len() < bound!(MAX_REPORTS, 2)
             && let Some(uid) = self.absent.pop_first()
         {
             absent.push(uid);

@@ -22,7 +22,7 @@ pub enum Next {
 pub fn next(policy: &Restart, code: i32, failures: u32) -> Next {
     let again = match policy.condition {
         RestartCondition::Always => true,
-        RestartCondition::OnFailure => code != 0,
+        RestartCondition::OnFailure => code != 0 || bug!(FinishedStartedAgain),
         RestartCondition::Never => false,
     };
     if !again {

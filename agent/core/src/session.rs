@@ -191,9 +191,10 @@ impl Session {
         now: Mono,
     ) -> (Self, Vec<agent::SessionRequest>) {
         let mut pages = Vec::new();
-        if hello.observed.len() > MAX_REPORTS {
-            let rest = hello.observed.split_off(MAX_REPORTS);
-            for (i, chunk) in rest.chunks(MAX_REPORTS).enumerate() {
+        let most = bound!(MAX_REPORTS, 2);
+        if hello.observed.len() > most {
+            let rest = hello.observed.split_off(most);
+            for (i, chunk) in rest.chunks(most).enumerate() {
                 pages.push(ObservedPage {
                     number: u32::try_from(i + 1).unwrap_or(u32::MAX),
                     observed: chunk.to_vec(),

@@ -8,11 +8,11 @@
 
 use crate::change::{Change, Subject};
 use crate::live::{Live, Presence};
-use crate::objects::Replica;
+use crate::objects::{Deployment, Replica};
 use crate::view::View;
-use berth_proto::api::ReplicaIntent;
+use berth_proto::api::{ReplicaIntent, RolloutState};
 use berth_proto::ids::{DeploymentUid, HostUid, Mono, ReleaseNumber, ReplicaUid};
-use berth_proto::values::Scale;
+use berth_proto::values::{HostLossAction, Scale};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -38,6 +38,8 @@ pub enum Finding {
     BeyondSurge { deployment: DeploymentUid, existing: usize, most: usize },
     #[error("{what} of {object} went backwards")]
     Backwards { object: String, what: &'static str },
+    #[error("replica {replica} is stopped by a plan, and its host is only out of reach")]
+    StoppedUnheard { replica: ReplicaUid },
     #[error("replica {replica} is placed in {why}")]
     Misplaced { replica: ReplicaUid, why: &'static str },
     #[error(
@@ -65,6 +67,7 @@ impl Finding {
             | Self::Backwards { .. }
             | Self::BelowFloor { .. }
             | Self::Misplaced { .. }
+            | Self::StoppedUnheard { .. }
             | Self::Surged { .. } => false,
         }
     }
@@ -338,6 +341,14 @@ pub fn placed(
     let mut any = false;
     for change in changes {
         let Change::PutReplica(replica) = change else { continue };
+        let there = before.host(&replica.host).is_some_and(|host| !host.is_removed());
+        let wanted = deployment.wanted().is_some_and(|wanted| replica.slot < wanted);
+        if replica.intent == ReplicaIntent::Stop
+            && (wanted && there && !deployment.is_deleted())
+            && !live.is_present(&replica.host)
+        {
+            found.push(Finding::StoppedUnheard { replica: replica.uid.clone() });
+        }
         if before.replica(&replica.uid).is_some() || !replica.runs() {
             continue;
         }
@@ -349,8 +360,17 @@ pub fn placed(
             misplaced("a host that is not there");
             continue;
         };
-        if host.is_cordoned() {
+        let said = host.record.spec.unwrap_or_default();
+        if said.cordoned || said.draining {
             misplaced("a cordoned host");
+        }
+        if !host.facts.engine_available {
+            misplaced("a host without an engine that answers");
+        }
+        let release = before.release(uid, replica.release);
+        let requires = release.map(|release| crate::release::requires(release));
+        if requires.is_some_and(|all| all.iter().any(|f| !host.facts.features.contains(f))) {
+            misplaced("a host whose agent does not know what it needs");
         }
         if host.record.quarantined || host.record.waiting_for_approval {
             misplaced("a host that takes no part yet");
@@ -362,11 +382,13 @@ pub fn placed(
             misplaced("a host without the labels that are required");
         }
         let stood = replica.stands_in_for.as_ref().and_then(|old| before.replica(old));
-        if let Some(old) = stood
-            && let Presence::Away(since) = live.presence(&old.host)
-            && now < since.plus_ms(deployment.spec.on_host_loss.after_ms)
+        if stood.is_some_and(|old| !is_lost(live, deployment, &old.host, now)) {
+            misplaced("the place of one whose host is not lost");
+        }
+        if replica.stands_in_for.is_none()
+            && let Some(why) = beside(before, live, deployment, replica)
         {
-            misplaced("the place of one whose host is not lost yet");
+            misplaced(why);
         }
     }
     let (had, have) = (standing(before, live, uid), standing(after, live, uid));
@@ -381,6 +403,57 @@ pub fn placed(
         }
     }
     found
+}
+
+/// A host that a deployment's policy gives up.
+fn is_lost(live: &Live, deployment: &Deployment, host: &HostUid, now: Mono) -> bool {
+    let policy = &deployment.spec.on_host_loss;
+    match live.presence(host) {
+        Presence::Present | Presence::Unknown => false,
+        Presence::Away(since) => {
+            policy.action == HostLossAction::Replace && now >= since.plus_ms(policy.after_ms)
+        }
+    }
+}
+
+/// Why one that stands in for nobody may not be placed beside what its slot has already.
+fn beside(
+    view: &View,
+    live: &Live,
+    deployment: &Deployment,
+    new: &Replica,
+) -> Option<&'static str> {
+    let same = |r: &&Arc<Replica>| match deployment.wanted() {
+        Some(_) => r.slot == new.slot,
+        None => r.host == new.host,
+    };
+    let host = |r: &Replica| view.host(&r.host).filter(|host| !host.is_removed());
+    let drained =
+        |r: &Replica| host(r).is_none_or(|host| host.record.spec.is_some_and(|spec| spec.draining));
+    let there: Vec<&Arc<Replica>> = view
+        .replicas_of(&deployment.uid)
+        .filter(|r| r.runs() && host(r).is_some())
+        .filter(same)
+        .collect();
+    if there.is_empty() {
+        return None;
+    }
+    match deployment.rollout() {
+        RolloutState::Paused | RolloutState::Failed => {
+            return Some("a slot that has one, while its rollout stands still");
+        }
+        RolloutState::Unspecified
+        | RolloutState::Rolling
+        | RolloutState::Complete
+        | RolloutState::RolledBack
+        | RolloutState::Deleting => {}
+    }
+    if there.iter().any(|r| r.release == new.release && !r.failed && !drained(r)) {
+        return Some("a slot that has one of its release");
+    }
+    let unreached = there.iter().all(|r| !live.is_present(&r.host));
+    (unreached && !there.iter().all(|r| drained(r)))
+        .then_some("a slot whose own one is only out of reach")
 }
 
 /// What of a replica went back.

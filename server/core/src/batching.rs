@@ -313,7 +313,7 @@ impl Batching {
             return Vec::new();
         }
         // A group is everything that waits, cut at its bound; what was cut makes the next one.
-        let cut = self.waiting.len().min(MAX_GROUP);
+        let cut = self.waiting.len().min(bound!(MAX_GROUP, 3));
         let rest = self.waiting.split_off(cut);
         let batches = std::mem::replace(&mut self.waiting, rest);
         let last = batches.last().map(|b| b.revision).unwrap_or_default();

@@ -1,12 +1,13 @@
 //! Bugs planted on purpose, one at a time, to see that the simulator finds them.
 //!
 //! Compiled in only with the feature `bugs`, which the simulator alone asks for: without it `bug!` is
-//! `false`. Each stands where the line is whose loss it plays.
+//! `false`, and `bound!` the bound. Each bug stands where the line is whose loss it plays.
 
 use std::cell::Cell;
 
 thread_local! {
     static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
+    static SMALL: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A bug.
@@ -51,6 +52,14 @@ pub enum Bug {
     TwoBootsWelcome,
     WantedForgotten,
     SurplusUnasked,
+    SetRetryForgotten,
+    EarlierTakenForKept,
+    LastPageLost,
+    CompleteInPart,
+    DeadlineRunsUnheard,
+    OldFailureCounted,
+    BesideDeferred,
+    EngineUnasked,
 }
 
 /// Every bug, with what goes wrong.
@@ -105,6 +114,14 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::TwoBootsWelcome, "two boots of one identity take the session from each other for ever"),
     (Bug::WantedForgotten, "a wanted replica is forgotten when its host has nothing of it"),
     (Bug::SurplusUnasked, "of two in one slot one is stopped whatever the floor is (mended)"),
+    (Bug::SetRetryForgotten, "nobody wakes a session that has a refused set to send again"),
+    (Bug::EarlierTakenForKept, "a status is acknowledged with a later one that was kept first"),
+    (Bug::LastPageLost, "a set of several pages is sent without its last one"),
+    (Bug::CompleteInPart, "a slot that is healthy is done whatever old is left in it"),
+    (Bug::DeadlineRunsUnheard, "time counts and rollouts end while hosts are not heard of yet"),
+    (Bug::OldFailureCounted, "a rollout fails because one of an older release has"),
+    (Bug::BesideDeferred, "a slot whose replica is only out of reach gets another one"),
+    (Bug::EngineUnasked, "replicas are placed on hosts whose engine does not answer"),
 ];
 
 /// From now on this one is planted in this thread's machines, and no other.
@@ -114,4 +131,13 @@ pub fn plant(bug: Option<Bug>) {
 
 pub(crate) fn is_planted(bug: Bug) -> bool {
     PLANTED.get() == Some(bug)
+}
+
+/// From now on pages, groups and what is done at once are small in this thread's machines, or not.
+pub fn make_small(small: bool) {
+    SMALL.set(small);
+}
+
+pub(crate) fn is_small() -> bool {
+    SMALL.get()
 }

@@ -122,7 +122,7 @@ fn next_number(view: &View, uid: &DeploymentUid) -> ReleaseNumber {
 fn forget_old(view: &View, deployment: &Deployment) -> Vec<Change> {
     let used: Vec<ReleaseNumber> = view.replicas_of(&deployment.uid).map(|r| r.release).collect();
     let all: Vec<ReleaseNumber> = view.releases_of(&deployment.uid).map(|r| r.number).collect();
-    let keep_from = all.len().saturating_sub(KEPT_RELEASES);
+    let keep_from = all.len().saturating_sub(bound!(KEPT_RELEASES, 2));
     all[..keep_from]
         .iter()
         .filter(|n| !used.contains(n) && **n != deployment.stable() && **n != deployment.release())

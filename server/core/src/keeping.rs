@@ -54,7 +54,8 @@ impl Keeping {
             // Answered when all that is submitted is durable.
             return Next::Propose(Proposal::default());
         }
-        self.chunks = changes.chunks(CHUNK).map(|chunk| intake::seen(view, chunk)).collect();
+        self.chunks =
+            changes.chunks(bound!(CHUNK, 2)).map(|chunk| intake::seen(view, chunk)).collect();
         self.next()
     }
 

@@ -19,6 +19,20 @@ macro_rules! bug {
     };
 }
 
+/// A bound, or the small one in its place that the simulator asks for now and then, to get beyond it.
+#[cfg(feature = "bugs")]
+macro_rules! bound {
+    ($bound:expr, $small:expr) => {
+        if crate::bugs::is_small() { $small } else { $bound }
+    };
+}
+#[cfg(not(feature = "bugs"))]
+macro_rules! bound {
+    ($bound:expr, $small:expr) => {
+        $bound
+    };
+}
+
 #[cfg(feature = "bugs")]
 pub mod bugs;
 

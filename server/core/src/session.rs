@@ -338,7 +338,7 @@ impl Session {
             }
             State::Over => return None,
         };
-        if self.wants_to_send() {
+        if self.wants_to_send() && !bug!(SetRetryForgotten) {
             due = due.min(self.not_before);
         }
         Some(due)
@@ -359,7 +359,7 @@ impl Session {
             Input::Newest(newest) => self.newest = Some(newest),
             Input::Taken(sequence) => {
                 for (of, taken) in &mut self.untaken {
-                    *taken |= *of == sequence;
+                    *taken |= *of == sequence || (bug!(EarlierTakenForKept) && *of < sequence);
                 }
                 // An acknowledgement speaks for all before it: none of them may still be waited for.
                 let mut last = None;
@@ -454,7 +454,7 @@ impl Session {
                 if *bytes > MAX_HELLO_BYTES {
                     return self.close(Closed::Protocol("the observed set is too large"), out);
                 }
-                if page.number != *next || page.observed.len() > MAX_REPORTS {
+                if page.number != *next || page.observed.len() > bound!(MAX_REPORTS, 2) {
                     return self.close(
                         Closed::Protocol("the observed set's pages are out of order or too long"),
                         out,
@@ -487,7 +487,9 @@ impl Session {
             return self
                 .close(Closed::Protocol("the instance or the boot's nonce is too long"), out);
         }
-        if hello.observed_pages > MAX_OBSERVED_PAGES || hello.observed.len() > MAX_REPORTS {
+        if hello.observed_pages > MAX_OBSERVED_PAGES
+            || hello.observed.len() > bound!(MAX_REPORTS, 2)
+        {
             return self.close(Closed::Protocol("the observed set is too large"), out);
         }
         if hello.observed_pages == 0 {
@@ -563,7 +565,8 @@ impl Session {
             Item::Observed(_) => self.close(Closed::Protocol("a page without its hello"), out),
             Item::SetAck(ack) => self.set_ack(now, ack, out),
             Item::Statuses(statuses) => {
-                if statuses.reports.len() > MAX_REPORTS || statuses.absent.len() > MAX_REPORTS {
+                let most = bound!(MAX_REPORTS, 2);
+                if statuses.reports.len() > most || statuses.absent.len() > most {
                     return self.close(Closed::Protocol("a status message is too long"), out);
                 }
                 if self.untaken.len() >= MAX_UNTAKEN {
@@ -710,7 +713,7 @@ fn pages(entries: &[SetEntry], bodies: &[&Arc<[u8]>]) -> Vec<SetPage> {
     let mut page = SetPage::default();
     let mut size = 0;
     let mut room = |page: &mut SetPage, more: usize| {
-        if size > 0 && size + more > PAGE_BYTES {
+        if size > 0 && size + more > bound!(PAGE_BYTES, 1) {
             pages.push(std::mem::take(page));
             size = 0;
         }
@@ -724,7 +727,8 @@ fn pages(entries: &[SetEntry], bodies: &[&Arc<[u8]>]) -> Vec<SetPage> {
         room(&mut page, body.len() + 8);
         page.bodies.push(body.to_vec());
     }
-    if !page.entries.is_empty() || !page.bodies.is_empty() {
+    let rest = !page.entries.is_empty() || !page.bodies.is_empty();
+    if rest && (pages.is_empty() || !bug!(LastPageLost)) {
         pages.push(page);
     }
     pages

@@ -12,7 +12,9 @@ const USAGE: &str = "\
 usage: sim --seeds N [--first SEED] [--bug NAME] [--threads N]
        sim --story SEED [--bug NAME]   the story of one seed
        sim --list-bugs                 the bugs that can be planted
-       sim --check-bugs [--seeds N]    each planted bug is found within N seeds (10000)";
+       sim --check-bugs [--seeds N] [--bug WORD]
+                                       each planted bug (with WORD in its name) is found within
+                                       N seeds (10000)";
 
 /// What is asked for.
 struct Asked {
@@ -138,7 +140,9 @@ fn run(first: u64, seeds: u64, threads: usize, bug: Option<&bugs::Bug>, stop: bo
 fn check_bugs(asked: &Asked) -> bool {
     let seeds = asked.seeds.unwrap_or(10_000);
     let mut all = true;
-    for bug in &bugs::all() {
+    let asked_for =
+        |bug: &bugs::Bug| asked.bug.as_ref().is_none_or(|word| bug.name().contains(word.as_str()));
+    for bug in bugs::all().iter().filter(|bug| asked_for(bug)) {
         let begun = Instant::now();
         let outcome = run(asked.first, seeds, asked.threads, Some(bug), true);
         let took = begun.elapsed().as_secs_f64();

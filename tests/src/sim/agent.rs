@@ -1,9 +1,9 @@
 //! An agent's pumps: its session, its reconciler and its disk, as `berth-agent` drives them.
 
-use super::check::Started;
+use super::check::{Started, word};
 use super::clock::Clock;
 use super::engine::Engine;
-use super::events::{Event, Life, LinkId, NodeId, Write};
+use super::events::{Event, Life, LinkId, NodeId, Write, early};
 use super::net::Net;
 use super::script::{Machine, Moment};
 use super::world::World;
@@ -57,6 +57,8 @@ pub(super) struct Agent {
     sequence: u64,
     session_tick: u64,
     reconcile_tick: u64,
+    /// How far each replica was told to be, and whether it was ready.
+    pub(super) told: BTreeMap<ReplicaUid, ((u32, i32), bool)>,
 }
 
 /// A machine with its disk, its engine and perhaps an agent.
@@ -117,6 +119,7 @@ impl World<'_> {
             sequence: 0,
             session_tick: u64::MAX,
             reconcile_tick: u64::MAX,
+            told: BTreeMap::new(),
         });
         let life = held.life;
         self.events.push(dial_at, Event::Dial { node, life });
@@ -134,6 +137,7 @@ impl World<'_> {
         if let Some(session) = agent.session {
             self.close_up(session.link);
         }
+        self.forget_failures(node);
         self.note(|w| format!("the agent of {} is gone", w.nodes[node].uid));
         self.events.push(self.now + down_ms.max(1), Event::AgentStarts { node });
     }
@@ -279,6 +283,27 @@ impl World<'_> {
         if at < agent.session_tick {
             agent.session_tick = at;
             self.events.push(at, Event::SessionTick { node, life });
+        }
+        if let Some(at) = early(&mut held.rng, self.now, at) {
+            self.events.push(at, Event::EarlySessionTick { node, life });
+        }
+    }
+
+    /// Nothing is due, whatever the time is.
+    pub(super) fn early_session_tick(&mut self, node: NodeId, life: Life) {
+        let (now, held) = (self.now, &mut self.nodes[node]);
+        let at = held.now(now);
+        if held.life != life {
+            return;
+        }
+        let Some(session) = held.agent.as_mut().and_then(|a| a.session.as_mut()) else { return };
+        if session.writing || !session.inbox.is_empty() || session.machine.deadline() <= at.mono {
+            return;
+        }
+        let effects = session.machine.step(at, session::Input::Tick);
+        if let Some(effect) = effects.first() {
+            let words = format!("the session of {} said that nothing was due", held.uid);
+            self.broke(format!("{words}, and something was: {}", word(effect)));
         }
     }
 
@@ -430,6 +455,15 @@ impl World<'_> {
         let Some(agent) = &mut held.agent else { return };
         let looked = matches!(input, reconcile::Input::Observed { .. });
         let effects = agent.machine.step(at, input);
+        for effect in &effects {
+            match effect {
+                Effect::Persist { memory, .. } => self.check_remembered(node, memory),
+                Effect::Report(report) => self.check_told(node, report),
+                _ => {}
+            }
+        }
+        let held = &mut self.nodes[node];
+        let Some(agent) = &mut held.agent else { return };
         let mut news = Vec::new();
         for effect in effects {
             match effect {
@@ -439,7 +473,11 @@ impl World<'_> {
                     self.events.push(at, Event::Written { node, life, write });
                 }
                 Effect::Report(report) => news.extend(agent.board.report(*report)),
-                Effect::Absent(uid) => news.push(agent.board.absent(&uid)),
+                Effect::Absent(uid) => {
+                    agent.told.remove(&uid);
+                    self.book.failures.remove(&(node, uid.clone()));
+                    news.push(agent.board.absent(&uid));
+                }
                 Effect::EngineIs { available, .. } => news.extend(agent.board.engine_is(available)),
                 Effect::StopFetch(_) => {}
                 call @ (Effect::Observe(_)
@@ -495,11 +533,32 @@ impl World<'_> {
         let held = &mut self.nodes[node];
         let life = held.life;
         let Some(agent) = &mut held.agent else { return };
-        let Some(due) = agent.machine.deadline() else { return };
-        let at = held.clock.when(due).max(self.now);
+        let due = agent.machine.deadline();
+        let at = due.map_or(u64::MAX, |due| held.clock.when(due).max(self.now));
         if at < agent.reconcile_tick {
             agent.reconcile_tick = at;
             self.events.push(at, Event::ReconcileTick { node, life });
+        }
+        if let Some(at) = early(&mut held.rng, self.now, at) {
+            self.events.push(at, Event::EarlyReconcileTick { node, life });
+        }
+    }
+
+    /// Nothing is due, whatever the time is.
+    pub(super) fn early_reconcile_tick(&mut self, node: NodeId, life: Life) {
+        let (now, held) = (self.now, &mut self.nodes[node]);
+        let at = held.now(now);
+        if held.life != life {
+            return;
+        }
+        let Some(agent) = &mut held.agent else { return };
+        if agent.machine.deadline().is_some_and(|due| due <= at.mono) {
+            return;
+        }
+        let effects = agent.machine.step(at, reconcile::Input::Tick);
+        if let Some(effect) = effects.first() {
+            let words = format!("the reconciler of {} said that nothing was due", held.uid);
+            self.broke(format!("{words}, and something was: {}", word(effect)));
         }
     }
 

@@ -1,15 +1,18 @@
 //! What must hold at every step, asked of the world and not of the machines that make it.
 
 use super::events::{Life, LinkId, NodeId};
+use super::fit;
+use super::rollouts::Rollouts;
 use super::script::Program;
 use super::world::World;
 use berth_proto::agent::SetVerdict;
-use berth_proto::api::{ReplicaIntent, RolloutState};
+use berth_proto::api::ReplicaIntent;
 use berth_proto::ids::{DeploymentUid, HostUid, Now, ReplicaUid, Revision, SetNumber};
+use berth_proto::values::Resources;
 use berth_server_core::audit::{self, Finding};
 use berth_server_core::change::Change;
 use berth_server_core::live::Live;
-use berth_server_core::objects::{Deployment, Replica};
+use berth_server_core::objects::Replica;
 use berth_server_core::round::Sent;
 use berth_server_core::view::View;
 use std::collections::{BTreeMap, BTreeSet};
@@ -45,6 +48,12 @@ pub(super) struct Book {
     pub(super) newest: BTreeMap<HostUid, u64>,
     /// Statuses that are durably kept: connection and sequence.
     kept: BTreeSet<(LinkId, u64)>,
+    /// Statuses of each connection that the server has read.
+    pub(super) taken: BTreeMap<LinkId, BTreeSet<u64>>,
+    /// The join of which each host has said hello last.
+    pub(super) instances: BTreeMap<HostUid, String>,
+    /// Hosts of which a session counts.
+    pub(super) present: BTreeSet<HostUid>,
     groups: u64,
     /// Every attempt that was made on a machine, since its disk was new.
     pub(super) made: BTreeSet<(NodeId, ReplicaUid, u32)>,
@@ -58,6 +67,19 @@ pub(super) struct Book {
     pub(super) pruned: bool,
     /// The boots of each host that have said hello, since the server's start.
     pub(super) boots: BTreeMap<HostUid, Vec<String>>,
+    /// Rollouts under way.
+    pub(super) rollouts: Rollouts,
+    /// When a machine's agent began to put one in another's place; `None`: nobody knows.
+    pub(super) begun: BTreeMap<(NodeId, ReplicaUid), Option<u64>>,
+    /// Failures in a row of a machine's programs, as far as they may be known to its agent.
+    pub(super) failures: BTreeMap<(NodeId, ReplicaUid), u32>,
+    /// Somebody removed a container of these.
+    pub(super) removed: BTreeSet<ReplicaUid>,
+}
+
+/// What something is, without what it holds.
+pub(super) fn word(of: &impl std::fmt::Debug) -> String {
+    format!("{of:?}").chars().take_while(|c| c.is_alphanumeric()).collect()
 }
 
 impl World<'_> {
@@ -87,8 +109,10 @@ impl World<'_> {
         // A second by a clock that runs too fast.
         let by_hand = self.book.by_hand.contains(replica);
         if !by_hand && ended.is_some_and(|ended| self.now - ended < 800) {
-            self.broke(format!("attempt {attempt} of {replica} follows the last one at once"));
+            return self
+                .broke(format!("attempt {attempt} of {replica} follows the last one at once"));
         }
+        self.check_again(node, replica, attempt);
     }
 
     pub(super) fn check_started(&mut self, started: &Started) {
@@ -108,11 +132,24 @@ impl World<'_> {
         if count > 1 {
             return self.broke(format!("{count} containers of {replica} run"));
         }
-        let used: u64 = held.engine.running().map(|c| c.memory_bytes).sum();
         let asked = !self.book.restored && !self.book.loose.contains(&started.node);
-        if asked && self.book.by_hand.is_empty() && used > held.machine.memory_mib << 20 {
-            let words = format!("what runs on {} takes {} MiB", held.uid, used >> 20);
-            return self.broke(format!("{words} of {}", held.machine.memory_mib));
+        if let Some(have) = &held.facts.capacity
+            && asked
+            && self.book.by_hand.is_empty()
+        {
+            let sum = |part: fn(&Resources) -> u64| -> u64 {
+                held.engine.running().map(|c| part(&c.resources)).sum()
+            };
+            for (what, used, have) in [
+                ("memory", sum(|r| r.memory_bytes), have.memory_bytes),
+                ("cpu", sum(|r| r.cpu_millis), have.cpu_millis),
+                ("GPU memory", sum(|r| r.gpu_memory_bytes), have.gpu_memory_bytes),
+            ] {
+                if used > have {
+                    let words = format!("what runs on {} takes {used} of {have}", held.uid);
+                    return self.broke(format!("{words} of its {what}"));
+                }
+            }
         }
         let set = held.agent.as_ref().and_then(|a| a.board.wanted.set().cloned());
         let Some(set) = set else {
@@ -136,7 +173,7 @@ impl World<'_> {
         &mut self,
         (node, life): (NodeId, Life),
         replica: &ReplicaUid,
-        program: Program,
+        (program, ill_ms): (Program, u64),
         others: usize,
     ) {
         let held = &self.nodes[node];
@@ -179,8 +216,18 @@ impl World<'_> {
             |uid: &ReplicaUid| set.entries.get(uid).and_then(berth_agent_core::diff::predecessor);
         let in_exchange = replaces(replica).is_some()
             || set.entries.keys().any(|uid| replaces(uid).as_ref() == Some(replica));
-        if !wiped && !in_exchange && !unhealthy && others == 0 {
-            self.broke(format!("{replica} is stopped on {} and nobody has said so", held.uid));
+        if wiped || in_exchange || others > 0 {
+            return;
+        }
+        if !unhealthy {
+            let on = held.uid.clone();
+            return self.broke(format!("{replica} is stopped on {on} and nobody has said so"));
+        }
+        let entry = set.entries.get(replica).and_then(|entry| set.body(entry));
+        let after = entry.and_then(|body| body.value.spec.health.as_ref()?.restart_after_ms);
+        if after.is_none_or(|after| ill_ms < after * 9 / 10) {
+            let words = format!("{replica} is stopped for not answering for {ill_ms} ms");
+            self.broke(format!("{words}, and its check says {after:?}"));
         }
     }
 
@@ -193,13 +240,47 @@ impl World<'_> {
             let revision = view.revision.next();
             for change in &proposal.changes {
                 if let Change::PutDeployment(deployment) = change {
-                    self.check_complete(before, live, deployment);
+                    self.check_verdict(before, live, deployment, now.mono);
                 }
                 view.apply(change, revision);
             }
             let found = audit::floor(before, &view, live, &sent.uid, now.mono);
             self.found(found);
             self.found(audit::placed(before, &view, live, &sent.uid, &proposal.changes, now.mono));
+        }
+    }
+
+    /// The first replicas of a deployment, where there is room for all of them anywhere, are spread as
+    /// evenly over the values of its label as can be.
+    pub(super) fn check_spread(&mut self, view: &View, live: &Live, sent: &Sent) {
+        let Some(deployment) = view.deployment(&sent.uid) else { return };
+        let Some(key) = &deployment.spec.placement.spread else { return };
+        let Some(release) = view.release(&sent.uid, deployment.release()) else { return };
+        let wanted = deployment.wanted().unwrap_or_default() as usize;
+        let changes = sent.proposals.iter().flat_map(|proposal| &proposal.changes);
+        let placed: Vec<&HostUid> = changes
+            .filter_map(|change| match change {
+                Change::PutReplica(replica) if replica.runs() => Some(&replica.host),
+                _ => None,
+            })
+            .collect();
+        if placed.len() != wanted || view.replicas_of(&sent.uid).next().is_some() {
+            return;
+        }
+        let hosts: Vec<_> =
+            view.hosts().filter(|h| fit::suits(live, deployment, release, h)).collect();
+        if !hosts.iter().all(|host| fit::has_room_for(view, host, release, wanted as u64)) {
+            return;
+        }
+        let mut values: BTreeMap<Option<&String>, usize> =
+            hosts.iter().map(|host| (host.labels.get(key), 0)).collect();
+        for host in hosts.iter().filter(|host| placed.contains(&&host.uid)) {
+            let here = placed.iter().filter(|uid| **uid == &host.uid).count();
+            *values.entry(host.labels.get(key)).or_default() += here;
+        }
+        let (most, least) = (values.values().max(), values.values().min());
+        if most.zip(least).is_some_and(|(most, least)| most - least > 1) {
+            self.broke(format!("{} is spread over {key} as {values:?}", sent.uid));
         }
     }
 
@@ -235,6 +316,7 @@ impl World<'_> {
                     hosts.insert(host.uid.clone());
                 }
                 Change::PutDeployment(deployment) => {
+                    self.book.rollouts.written(deployment);
                     deployments.insert(deployment.uid.clone());
                 }
                 _ => {}
@@ -249,25 +331,6 @@ impl World<'_> {
             found.extend(deployments.iter().flat_map(|uid| audit::deployment(view, live, uid)));
         }
         self.found(found);
-    }
-
-    /// A rollout is complete when its own replicas have been ready.
-    fn check_complete(&mut self, before: &View, live: &Live, deployment: &Deployment) {
-        let complete = |d: &Deployment| d.rollout() == RolloutState::Complete;
-        let was = before
-            .deployment(&deployment.uid)
-            .is_some_and(|d| complete(d) && d.release() == deployment.release());
-        let Some(wanted) = deployment.wanted() else { return };
-        let here = |r: &&Arc<Replica>| {
-            let current = r.runs() && r.release == deployment.release() && r.slot < wanted;
-            current && live.is_present(&r.host)
-        };
-        let mine: Vec<_> = before.replicas_of(&deployment.uid).filter(here).collect();
-        let is_ready = |r: &&Arc<Replica>| live.replica(&r.uid).is_some_and(|l| l.status.ready);
-        let ready = mine.iter().any(is_ready);
-        if complete(deployment) && !was && !mine.is_empty() && !ready {
-            self.broke(format!("{} is complete and nothing of it was ever ready", deployment.uid));
-        }
     }
 
     /// The server has started from this.
@@ -289,7 +352,9 @@ impl World<'_> {
             let gone = durable.replicas().filter(|r| view.replica(&r.uid).is_none());
             self.book.may_stop.extend(gone.map(|r| r.uid.clone()));
         }
+        self.book.rollouts.restarted(self.now);
         self.book.newest.clear();
+        self.book.present.clear();
         self.book.hello.clear();
         self.book.boots.clear();
         // What was published is the same after it was written and read.
@@ -360,7 +425,13 @@ impl World<'_> {
     /// The agent hears that its statuses are kept.
     pub(super) fn kept(&mut self, link: LinkId, sequence: u64) {
         let doubled = self.links[link].doubled;
-        if !self.book.kept.contains(&(link, sequence)) && !doubled {
+        // Whoever acknowledges one acknowledges all before it.
+        let taken = self.book.taken.get(&link).into_iter().flat_map(|all| all.range(..=sequence));
+        let unkept = taken.copied().find(|of| !self.book.kept.contains(&(link, *of)));
+        let told = self.book.kept.contains(&(link, sequence));
+        if let Some(sequence) = unkept.or((!told).then_some(sequence))
+            && !doubled
+        {
             let node = &self.nodes[self.links[link].node];
             self.broke(format!("status {sequence} of {} is acknowledged and not kept", node.uid));
         }

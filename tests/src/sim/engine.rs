@@ -3,6 +3,7 @@
 
 use super::check::Started;
 use super::events::{Event, Life, NodeId};
+use super::remembered::serves;
 use super::script::{Moment, Program};
 use super::specs;
 use super::world::World;
@@ -11,12 +12,16 @@ use berth_agent_core::policy;
 use berth_agent_core::reconcile::{Cause, Done, Effect, Input, Outcome, StepId};
 use berth_proto::convert;
 use berth_proto::ids::{Digest, ReplicaUid};
-use berth_proto::values::AssignmentBody;
+use berth_proto::values::{AssignmentBody, Resources};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// A call that is not answered ends after so long, as the engine's adapter keeps it.
 const CALL_DEADLINE_MS: u64 = 15_000;
+/// A program that did not answer is told to have been so for a while after.
+pub(super) const SICK_MS: u64 = 60_000;
+/// Well for so long: a check has seen it.
+const WELL_MS: u64 = 16_000;
 /// Time a stopped program takes at most here.
 const STOP_MS: u64 = 1_500;
 
@@ -26,12 +31,23 @@ pub(super) struct Made {
     pub(super) shown: Container,
     pub(super) program: Program,
     host_port: bool,
-    pub(super) memory_bytes: u64,
+    pub(super) resources: Resources,
+    /// From when until when it does not answer; what lies less than three checks apart is one.
+    pub(super) sick: Vec<(u64, u64)>,
     /// Starts so far.
-    starts: u32,
-    running_since: u64,
+    pub(super) starts: u32,
+    pub(super) running_since: u64,
     /// When it ended by itself.
-    ended: Option<u64>,
+    pub(super) ended: Option<u64>,
+    /// It ended while one of two that change places: that counts for nothing.
+    pub(super) ended_in_exchange: bool,
+}
+
+impl Made {
+    /// It does not answer now.
+    fn is_sick(&self, now: u64) -> bool {
+        self.sick.last().is_some_and(|(from, until)| *from <= now && now < *until)
+    }
 }
 
 /// An engine.
@@ -58,6 +74,11 @@ impl Engine {
 
     pub(super) fn running(&self) -> impl Iterator<Item = &Made> {
         self.containers.values().filter(|c| c.shown.state == State::Running)
+    }
+
+    /// Grows with each one that is made, and changes with each one that ends.
+    pub(super) fn made_and_running(&self) -> u64 {
+        u64::from(self.made) * 1_000 + u64::try_from(self.running().count()).unwrap_or(0)
     }
 
     fn runs_of(&self, replica: &ReplicaUid) -> usize {
@@ -185,15 +206,8 @@ impl World<'_> {
                     .find(|c| c.shown.replica == replica && c.shown.attempt == attempt);
                 let outcome = match found {
                     None => Outcome::NotAsked,
-                    Some(c) => match c.program {
-                        Program::Good => Outcome::Healthy,
-                        Program::Slow if now >= c.running_since + specs::SLOW_MS => {
-                            Outcome::Healthy
-                        }
-                        Program::Slow | Program::Deaf | Program::Crashes | Program::NoImage => {
-                            Outcome::Unhealthy("refused".to_owned())
-                        }
-                    },
+                    Some(c) if !c.is_sick(now) && serves(c, now) => Outcome::Healthy,
+                    Some(_) => Outcome::Unhealthy("refused".to_owned()),
                 };
                 answers.push((0, Input::ProbeResult { replica, attempt, outcome }));
             }
@@ -320,15 +334,17 @@ impl World<'_> {
             labels,
         };
         let host_port = body.spec.ports.iter().any(|p| p.publish.is_some());
-        let memory_bytes = body.spec.resources.memory_bytes;
+        let resources = body.spec.resources;
         let made = Made {
             shown,
             program,
             host_port,
-            memory_bytes,
+            resources,
+            sick: Vec::new(),
             starts: 0,
             running_since: 0,
             ended: None,
+            ended_in_exchange: false,
         };
         engine.containers.insert(engine.made, made);
         Ok(Done::Created { id })
@@ -380,12 +396,20 @@ impl World<'_> {
         }
         container.shown.state = State::Exited { code: 0, out_of_memory: false, time };
         container.shown.started = None;
-        let (shown, program) = (container.shown.clone(), container.program);
+        // Whoever does not answer for long may be stopped for that.
+        let sick = container.sick.last().filter(|(_, until)| now < until + SICK_MS);
+        // Starting up is no illness.
+        let ran_ms = (now - container.running_since).saturating_sub(8_000);
+        let (program, ill_ms) = match (sick, container.program) {
+            (Some((from, _)), Program::Good | Program::Slow) => (Program::Deaf, now - from),
+            (_, program) => (program, ran_ms),
+        };
+        let shown = container.shown.clone();
         let others = held.engine.runs_of(replica);
         self.note(|w| {
             format!("attempt {} of {replica} is stopped on {}", shown.attempt, w.nodes[node].uid)
         });
-        self.check_stopped((node, life), replica, program, others);
+        self.check_stopped((node, life), replica, (program, ill_ms), others);
         self.happened(node, true);
         Done::Seen(shown)
     }
@@ -418,6 +442,15 @@ impl World<'_> {
             container.shown.state = State::Exited { code, out_of_memory: code == 137, time };
             container.shown.started = None;
             container.ended = Some(self.now);
+            let (uid, ran_ms) =
+                (container.shown.replica.clone(), self.now - container.running_since);
+            if self.changes_places(node, &uid) {
+                if let Some(made) = self.nodes[node].engine.containers.get_mut(&id) {
+                    made.ended_in_exchange = true;
+                }
+            } else {
+                self.count_failure(node, &uid, ran_ms);
+            }
             self.happened(node, true);
         }
     }
@@ -433,6 +466,32 @@ impl World<'_> {
         let all = &self.nodes[node].engine.containers;
         let (id, made) = all.iter().nth(usize::from(which) % all.len().max(1))?;
         Some((*id, made.shown.state == State::Running))
+    }
+
+    /// A program does not answer for a while.
+    pub(super) fn falls_sick(&mut self, node: NodeId, which: u8, for_ms: u64) {
+        let (now, until) = (self.now, self.now + for_ms);
+        // One whose check notices, if there is any.
+        let all = self.nodes[node].engine.containers.iter();
+        let runs = all.filter(|(_, c)| c.shown.state == State::Running);
+        let checked: Vec<u32> = runs
+            .filter(|(_, c)| {
+                let body = self.body_of(node, &c.shown.replica);
+                body.is_some_and(|(body, _)| body.spec.health.is_some())
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        let Some(container) = checked.get(usize::from(which) % checked.len().max(1)) else {
+            return;
+        };
+        let held = &mut self.nodes[node];
+        let (life, container) = (held.life, *container);
+        let Some(made) = held.engine.containers.get_mut(&container) else { return };
+        match made.sick.last_mut().filter(|(_, last)| now < *last + WELL_MS) {
+            Some((_, last)) => *last = until.max(*last),
+            None => made.sick.push((now, until)),
+        }
+        self.events.push(until, Event::SickEnds { node, life, container, for_ms });
     }
 
     /// Somebody starts a container that has ended.

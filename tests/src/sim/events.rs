@@ -13,6 +13,17 @@ use berth_server_core::round::Sent;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap};
 
+/// Furthest moment of an early tick: nothing of an agent or a session waits for longer without being
+/// looked at in between.
+const EARLY_MS: u64 = 60_000;
+
+/// When a machine that has nothing to do before `due` is to show it, now and then: a moment between the
+/// two that no one has planned.
+pub(super) fn early(rng: &mut fastrand::Rng, now: u64, due: u64) -> Option<u64> {
+    let until = due.min(now + EARLY_MS);
+    (until > now + 1 && rng.u8(0..16) == 0).then(|| rng.u64(now + 1..until))
+}
+
 /// A life of a process: what was asked by an earlier one is not answered to a later one.
 pub(super) type Life = u32;
 /// A connection.
@@ -74,6 +85,15 @@ pub(super) enum Event {
         node: NodeId,
         life: Life,
     },
+    /// Time passes, and nothing is due yet.
+    EarlySessionTick {
+        node: NodeId,
+        life: Life,
+    },
+    EarlyReconcileTick {
+        node: NodeId,
+        life: Life,
+    },
     /// An agent's write reaches the disk.
     Written {
         node: NodeId,
@@ -105,6 +125,14 @@ pub(super) enum Event {
         start: u32,
     },
 
+    /// A program that did not answer for so long does again.
+    SickEnds {
+        node: NodeId,
+        life: Life,
+        container: u32,
+        for_ms: u64,
+    },
+
     ServerStarts,
     /// A group reaches the server's disk.
     Commit {
@@ -123,6 +151,10 @@ pub(super) enum Event {
         token: u64,
     },
     ServerTick {
+        life: Life,
+        link: LinkId,
+    },
+    EarlyServerTick {
         life: Life,
         link: LinkId,
     },

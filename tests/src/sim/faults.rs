@@ -55,6 +55,8 @@ impl World<'_> {
             }
             Action::Reboot { host, down_ms } => {
                 let node = self.machine(*host);
+                // Whoever loses power starts with what was installed meanwhile.
+                self.nodes[node].facts.kernel = format!("6.{}", self.nodes[node].boots);
                 let ids: Vec<u32> = self.nodes[node].engine.containers.keys().copied().collect();
                 self.kill_agent(node, *down_ms);
                 for id in ids {
@@ -114,13 +116,18 @@ impl World<'_> {
             Action::ContainerRemoved { host, which } => {
                 let node = self.machine(*host);
                 if let Some((id, _)) = self.nth(node, *which) {
-                    self.nodes[node].engine.containers.remove(&id);
+                    let made = self.nodes[node].engine.containers.remove(&id);
+                    self.book.removed.extend(made.map(|made| made.shown.replica));
                     self.happened(node, true);
                 }
             }
             Action::ContainerStartedByHand { host, which } => {
                 let node = self.machine(*host);
                 self.start_by_hand(node, *which);
+            }
+            Action::Sick { host, which, for_ms } => {
+                let node = self.machine(*host);
+                self.falls_sick(node, *which, *for_ms);
             }
             Action::FollowEnds { host } => self.follow_ends(self.machine(*host)),
             Action::RegistryAway { host, for_ms } => {
@@ -166,6 +173,7 @@ impl World<'_> {
         self.book.acknowledged = acknowledged.min(revision);
         self.book.durable = None;
         self.book.restored = true;
+        self.book.rollouts.forget();
         self.backup = None;
     }
 
@@ -258,6 +266,11 @@ impl World<'_> {
             (engine.away_until, engine.registry_away_until) = (0, 0);
             (engine.slow_until, engine.late_until) = (0, 0);
             (engine.fails, engine.loses) = (0, 0);
+            for made in engine.containers.values_mut() {
+                if let Some((_, until)) = made.sick.last_mut() {
+                    *until = now.min(*until);
+                }
+            }
             if held.agent.is_none() {
                 self.events.push(now + 1, Event::AgentStarts { node });
             }

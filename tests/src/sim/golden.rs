@@ -3,7 +3,7 @@
 //! Above the line of dashes: a machine or an action on each line. Below it: what the end must be.
 //! `UPDATE=1` writes the end anew.
 
-use super::script::{Action, Machine, Moment, Program, Script, Spec};
+use super::script::{Action, Again, Machine, Moment, Program, Script, Spec};
 use super::world::World;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -29,6 +29,10 @@ fn spec(words: &[&str]) -> Spec {
         version: u8::try_from(get("version", 0)).unwrap(),
         replicas: (!words.contains(&"every-host")).then(|| small(get("replicas", 1))),
         memory_mib: get("memory", 64),
+        cpu_millis: 100,
+        gpu: false,
+        spread: false,
+        again: Again::Always,
         surge: small(get("surge", 1)),
         unavailable: small(get("unavailable", 0)),
         checked: program == Program::Deaf,
@@ -77,6 +81,7 @@ fn script(text: &str) -> Script {
         ping_ms: 10_000,
         server_per_mille: 1000,
         wire: true,
+        small: false,
     };
     for line in text.lines().take_while(|line| *line != LINE) {
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -88,6 +93,7 @@ fn script(text: &str) -> Script {
                 per_mille: 1000,
                 old: rest.contains(&"old"),
                 approval: false,
+                gpu: false,
             }),
             ["at", at, rest @ ..] => script.actions.push((at.parse().unwrap(), action(rest))),
             _ => panic!("{line} is neither a machine nor an action"),

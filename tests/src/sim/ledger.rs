@@ -80,9 +80,23 @@ impl World<'_> {
         let Some(job) = process.jobs.jobs.get_mut(&id) else { return };
         let next = if next == Next::Make {
             let view = process.machine.ahead();
-            let changes = make(view, &job.host, &job.what, job.now);
+            // A newer session has said hello meanwhile: what this one tells is older.
+            let older = match (&job.what, job.then) {
+                (
+                    What::Registration(_) | What::Facts(_),
+                    Then::Registered(link) | Then::Resume(link),
+                ) => process
+                    .sessions
+                    .get(&link)
+                    .is_none_or(|session| !process.desk.is_current(&job.host, session.id)),
+                _ => false,
+            };
+            let made = |view: &View| {
+                if older { Vec::new() } else { make(view, &job.host, &job.what, job.now) }
+            };
+            let changes = made(view);
             let durable = process.machine.durable();
-            let lacks = || make(durable, &job.host, &job.what, job.now);
+            let lacks = || made(durable);
             job.keeping.made(view, &changes, lacks)
         } else {
             next
@@ -115,6 +129,7 @@ impl World<'_> {
 
     pub(super) fn propose(&mut self, waiter: Waiter, proposal: Proposal) {
         self.steps += 1;
+        self.check_proposal(&waiter, &proposal);
         let Some(process) = self.server.process.as_mut() else { return };
         process.jobs.issued += 1;
         let id = process.jobs.issued;

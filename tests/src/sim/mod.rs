@@ -12,17 +12,22 @@
 #![expect(clippy::wildcard_enum_match_arm, reason = "the world looks at what it knows of")]
 
 mod agent;
+mod agree;
 mod check;
 mod clock;
 mod engine;
 mod events;
 mod faults;
+mod fit;
 #[cfg(test)]
 mod golden;
 mod ledger;
 mod net;
 mod operator;
+mod owners;
 mod planning;
+mod remembered;
+mod rollouts;
 mod script;
 mod server;
 mod settle;

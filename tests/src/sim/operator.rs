@@ -219,6 +219,7 @@ impl World<'_> {
             | Action::ContainerEnds { .. }
             | Action::ContainerRemoved { .. }
             | Action::ContainerStartedByHand { .. }
+            | Action::Sick { .. }
             | Action::FollowEnds { .. }
             | Action::RegistryAway { .. }
             | Action::ImagesPruned { .. }
@@ -257,6 +258,7 @@ impl World<'_> {
                     self.server_input(link, Input::Removed { wipe: *wipe });
                 }
                 self.edit_live(|live, _, _| live.remove_host(&uid));
+                self.book.present.remove(&uid);
             }
             Action::ReleaseQuarantine { host } => {
                 let uid = self.nodes[self.machine(*host)].uid.clone();
@@ -290,6 +292,8 @@ impl World<'_> {
         self.book.made.retain(|(of, ..)| *of != node);
         disk.wanted = Wanted::NotYetKnown;
         disk.memory.clear();
+        self.book.begun.retain(|(of, _), _| *of != node);
+        self.book.failures.retain(|(of, _), _| *of != node);
         disk.start = 0;
         if disk_kept {
             // The cluster's containers are the new join's to keep or to remove.

@@ -120,6 +120,7 @@ impl World<'_> {
             plans += 1;
             match &planned.key {
                 Key::Whole(uid) => {
+                    self.book.rollouts.planned(&before, &process.live, uid, (at.mono, now));
                     planner.reports.insert(uid.clone(), planned.plan.report.clone());
                 }
                 Key::OnHost(uid, host) => {
@@ -147,8 +148,11 @@ impl World<'_> {
         let count = sent.iter().map(|sent| sent.proposals.len()).sum();
         process.planner.round = Some(Waiting { round, left: count, refused: Vec::new() });
         let live = process.live.clone();
-        for sent in &sent {
-            self.check_plan(&before, &live, sent, at);
+        for one in &sent {
+            self.check_plan(&before, &live, one, at);
+            if sent.len() == 1 {
+                self.check_spread(&before, &live, one);
+            }
         }
         if count == 0 {
             return self.round_ends();

@@ -19,6 +19,14 @@ pub(super) enum Program {
     NoImage,
 }
 
+/// When a program that ended is started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Again {
+    Always,
+    OnFailure,
+    Never,
+}
+
 /// A deployment as somebody writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Spec {
@@ -28,6 +36,12 @@ pub(super) struct Spec {
     /// `None`: on every host.
     pub(super) replicas: Option<u32>,
     pub(super) memory_mib: u64,
+    pub(super) cpu_millis: u64,
+    /// It needs a part of a GPU's memory.
+    pub(super) gpu: bool,
+    /// Spread over zones.
+    pub(super) spread: bool,
+    pub(super) again: Again,
     pub(super) surge: u32,
     pub(super) unavailable: u32,
     pub(super) checked: bool,
@@ -90,6 +104,7 @@ pub(super) enum Action {
     ContainerEnds { host: u8, which: u8, code: i32 },
     ContainerRemoved { host: u8, which: u8 },
     ContainerStartedByHand { host: u8, which: u8 },
+    Sick { host: u8, which: u8, for_ms: u64 },
     FollowEnds { host: u8 },
     RegistryAway { host: u8, for_ms: u64 },
     ImagesPruned { host: u8 },
@@ -107,6 +122,8 @@ pub(super) struct Machine {
     /// An agent of before artifacts.
     pub(super) old: bool,
     pub(super) approval: bool,
+    /// It has a GPU.
+    pub(super) gpu: bool,
 }
 
 /// All of a run but for its draws.
@@ -120,6 +137,8 @@ pub(super) struct Script {
     pub(super) server_per_mille: u64,
     /// Messages are encoded and read back.
     pub(super) wire: bool,
+    /// Pages, groups and what is done at once are small.
+    pub(super) small: bool,
 }
 
 fn draw_rate(rng: &mut Rng) -> u64 {
@@ -146,6 +165,14 @@ fn draw_spec(rng: &mut Rng, hosts: u32) -> Spec {
         version: rng.u8(0..4),
         replicas: (rng.u8(0..6) != 0).then(|| rng.u32(0..=hosts.min(8) + 1)),
         memory_mib: [64, 128, 300, 600][rng.usize(0..4)],
+        cpu_millis: if rng.u8(0..4) == 0 { 1_500 } else { 100 },
+        gpu: rng.u8(0..10) == 0,
+        spread: rng.u8(0..4) == 0,
+        again: match rng.u8(0..10) {
+            0 => Again::Never,
+            1 | 2 => Again::OnFailure,
+            _ => Again::Always,
+        },
         surge: u32::from(unavailable == 0 || rng.bool()),
         unavailable,
         checked: program == Program::Deaf || rng.u8(0..4) == 0,
@@ -229,8 +256,11 @@ fn draw_action(rng: &mut Rng, hosts: u8, deployments: u8) -> Action {
         82..=84 => Action::EngineLosesAnswers { host, calls: rng.u8(1..4) },
         85 => Action::EngineLate { host, for_ms: ms },
         86..=89 => Action::ContainerEnds { host, which, code: i32::from(rng.bool()) },
-        90..=91 => Action::ContainerRemoved { host, which },
-        92 => Action::ContainerStartedByHand { host, which },
+        90 => Action::ContainerRemoved { host, which },
+        91 | 92 if rng.u8(0..6) == 0 => Action::ContainerStartedByHand { host, which },
+        91 | 92 => {
+            Action::Sick { host, which, for_ms: [3_000, 3_000, 40_000, 150_000][rng.usize(0..4)] }
+        }
         93 => Action::FollowEnds { host },
         94..=95 => Action::RegistryAway { host, for_ms: ms },
         96 => Action::ImagesPruned { host },
@@ -262,6 +292,7 @@ impl Script {
             per_mille: draw_rate(rng),
             old: rng.u8(0..12) == 0,
             approval: rng.u8(0..20) == 0,
+            gpu: rng.u8(0..3) == 0,
         };
         let machines = (0..hosts).map(|_| machine(&mut rng)).collect();
         let span_ms = [5_000, 20_000, 60_000, 180_000][rng.usize(0..4)];
@@ -279,12 +310,17 @@ impl Script {
             if matches!(action, Action::Restore { .. }) {
                 actions.push((rng.u64(0..=at), Action::Backup));
             }
+            // One who is well in between is not sick for longer.
+            if matches!(action, Action::Sick { for_ms: 3_000, .. }) {
+                actions.push((at + rng.u64(20_000..40_000), action.clone()));
+            }
             actions.push((at, action));
         }
         actions.sort_by_key(|(at, _)| *at);
         let ping_ms = [10_000, 30_000, 120_000][rng.usize(0..3)];
         let server_per_mille = draw_rate(&mut rng);
-        Self { seed, machines, actions, ping_ms, server_per_mille, wire: rng.u8(0..8) == 0 }
+        let (wire, small) = (rng.u8(0..8) == 0, rng.u8(0..8) == 0);
+        Self { seed, machines, actions, ping_ms, server_per_mille, wire, small }
     }
 }
 
@@ -323,6 +359,11 @@ impl fmt::Display for Spec {
             (self.artifact, "with a model"),
             (self.pause, "paused on failure"),
             (self.keep_lost, "kept on a lost host"),
+            (self.cpu_millis > 100, "with much CPU"),
+            (self.gpu, "with GPU memory"),
+            (self.spread, "spread over zones"),
+            (self.again == Again::OnFailure, "started again when it fails"),
+            (self.again == Again::Never, "never started again"),
         ] {
             if is {
                 write!(f, ", {word}")?;
@@ -446,6 +487,10 @@ impl fmt::Display for Action {
             }
             Self::ContainerStartedByHand { host, which } => {
                 write!(f, "somebody starts a dead container on h{host} (the {which}th)")
+            }
+            Self::Sick { host, which, for_ms } => {
+                let time = ms(*for_ms);
+                write!(f, "a program on h{host} does not answer for {time} (the {which}th)")
             }
             Self::FollowEnds { host } => write!(f, "the event stream of h{host}'s engine ends"),
             Self::RegistryAway { host, for_ms } => {

@@ -1,7 +1,8 @@
 //! The server's pumps for sessions, as `berthd` drives them.
 
+use super::check::word;
 use super::clock::Clock;
-use super::events::{Event, Life, LinkId};
+use super::events::{Event, Life, LinkId, early};
 use super::planning::Planner;
 use super::world::World;
 use berth_agent_core::session::Ended;
@@ -11,7 +12,7 @@ use berth_proto::record::ClusterRecord;
 use berth_server_core::batching::{Batching, Limits};
 use berth_server_core::desk::{Admission, Admitted, Desk};
 use berth_server_core::dispatch::{Newest, host_set, is_news};
-use berth_server_core::live::{Live, Moved};
+use berth_server_core::live::{Live, Moved, Presence};
 use berth_server_core::memory::Memory;
 use berth_server_core::queue::Queue;
 use berth_server_core::restore;
@@ -64,6 +65,8 @@ pub(super) struct ServerSession {
     busy: bool,
     tick: u64,
     hello: Option<Box<Registration>>,
+    /// It has said hello, and no newer one has.
+    counts: bool,
 }
 
 /// The server: what is on its disk, and the process while it runs.
@@ -204,6 +207,7 @@ impl World<'_> {
             busy: false,
             tick: u64::MAX,
             hello: None,
+            counts: false,
         };
         process.sessions.insert(link, session);
         self.hand_out(&host, &newest);
@@ -297,6 +301,29 @@ impl World<'_> {
             session.tick = at;
             self.events.push(at, Event::ServerTick { life, link });
         }
+        if let Some(at) = early(&mut self.server.rng, now, at) {
+            self.events.push(at, Event::EarlyServerTick { life, link });
+        }
+    }
+
+    /// Nothing is due, whatever the time is.
+    pub(super) fn early_server_tick(&mut self, life: Life, link: LinkId) {
+        let now = self.now;
+        if self.server.life != life {
+            return;
+        }
+        let Some(process) = self.server.process.as_mut() else { return };
+        let at = process.clock.now(now);
+        let Some(session) = process.sessions.get_mut(&link) else { return };
+        let waits = session.busy || !session.inbox.is_empty() || !session.effects.is_empty();
+        if waits || session.machine.deadline().is_none_or(|due| due <= at.mono) {
+            return;
+        }
+        let effects = session.machine.step(at, Input::Tick);
+        if let Some(effect) = effects.first() {
+            let words = format!("the session of {} said that nothing was due", session.host);
+            self.broke(format!("{words}, and something was: {}", word(effect)));
+        }
     }
 
     pub(super) fn server_tick(&mut self, life: Life, link: LinkId) {
@@ -339,6 +366,10 @@ impl World<'_> {
                     Admission::Welcome { ends } => {
                         session.busy = true;
                         session.hello = Some(said.clone());
+                        session.counts = true;
+                        for other in process.sessions.values_mut().filter(|s| s.host == host) {
+                            other.counts &= other.id >= id;
+                        }
                         let hello = self.book.hello.entry(host.clone()).or_default();
                         *hello = (*hello).max(id);
                         for older in ends {
@@ -357,6 +388,11 @@ impl World<'_> {
                     Admission::Unknown => self.over(link, Over::Unknown),
                     Admission::Quarantined => self.over(link, Over::Quarantined),
                     Admission::TwoBoots => {
+                        if !self.book.cloned.contains(&host) {
+                            self.broke(format!("{host} is taken for two machines and is one"));
+                        }
+                        let Some(process) = self.server.process.as_mut() else { return };
+                        let Some(session) = process.sessions.get_mut(&link) else { return };
                         session.busy = true;
                         let why = "two boots use this identity".to_owned();
                         self.keep(host, What::Quarantine(why), at.wall, Then::Quarantined(link));
@@ -365,6 +401,7 @@ impl World<'_> {
                 }
             }
             Effect::Take { sequence, reports, absent } => {
+                self.book.taken.entry(link).or_default().insert(sequence);
                 let of = (&host, id, sequence);
                 let admitted = self.edit_live(|live, desk, view| {
                     desk.statuses(live, view, of, (&reports, &absent), at)
@@ -468,9 +505,31 @@ impl World<'_> {
         let Some(process) = self.server.process.as_mut() else { return };
         let Some(session) = process.sessions.remove(&link) else { return };
         let at = process.clock.now(now);
+        let before = process.live.presence(&session.host);
         process.desk.closed(&mut process.live, &session.host, session.id, at);
         self.edit_live(|_, _, _| ());
         self.close_down(link, why.to_agent());
+        self.check_presence(&session.host, before);
+    }
+
+    /// A session is over, or its hello was taken in: its host is present as long as one of them counts,
+    /// and away since the last of them ended.
+    fn check_presence(&mut self, host: &HostUid, before: Presence) {
+        let Some(process) = &self.server.process else { return };
+        let presence = process.live.presence(host);
+        let counts = process.sessions.values().any(|s| s.host == *host && s.counts);
+        let present = counts && self.book.present.contains(host);
+        if !present {
+            self.book.present.remove(host);
+        }
+        if present != (presence == Presence::Present) {
+            return self.broke(format!("{host} is {presence:?}, with a session: {present}"));
+        }
+        if let (Presence::Away(since), Presence::Away(later)) = (before, presence)
+            && since != later
+        {
+            self.broke(format!("{host} was away since {since:?} and is since {later:?}"));
+        }
     }
 
     pub(super) fn up_closed(&mut self, link: LinkId) {
@@ -492,12 +551,15 @@ impl World<'_> {
                     return self.over(link, Over::Unavailable);
                 }
                 self.refresh_sets(&BTreeSet::from([host.clone()]));
-                let boot = said.as_ref().map(|said| said.boot_nonce.clone()).unwrap_or_default();
+                let Some(said) = said else { return };
                 let current = self.edit_live(|live, desk, view| {
-                    said.is_some_and(|said| desk.registered(live, view, (host, id), &said, at))
+                    desk.registered(live, view, (host, id), &said, at)
                 });
                 if current == Some(true) {
-                    self.check_registered(host, id, &boot);
+                    self.book.present.insert(host.clone());
+                    self.check_registered(host, id, &said.boot_nonce);
+                    self.check_heard(host, &said);
+                    self.check_presence(host, Presence::Unknown);
                     let newest = |p: &Process| p.sets.get(host).cloned().flatten();
                     let newest = self.server.process.as_ref().and_then(newest);
                     let Some(session) = self.server_session(link) else { return };

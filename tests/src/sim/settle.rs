@@ -1,7 +1,11 @@
 //! After the faults: everything wanted runs, nothing else does, and the books balance, within a bound.
 
+use super::agent::{Agent, Node};
+use super::engine::Made;
+use super::fit;
 use super::operator::Operation;
 use super::script::{Action, Program};
+use super::server::Process;
 use super::world::World;
 use berth_agent_core::diff::State;
 use berth_proto::api::{ReplicaIntent, RolloutState};
@@ -9,8 +13,8 @@ use berth_proto::ids::{DeploymentUid, ReplicaUid};
 use berth_proto::values::OnRolloutFailure;
 use berth_server_core::audit::{self, Finding};
 use berth_server_core::live::Live;
-use berth_server_core::objects::Replica;
-use berth_server_core::planner;
+use berth_server_core::objects::{Deployment, Host, Replica};
+use berth_server_core::planner::{self, Report};
 use berth_server_core::view::View;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -18,8 +22,50 @@ use std::sync::Arc;
 /// The bound: a quarantined agent dials every five minutes; a set that nobody answers ends its session
 /// after ten; then come a rollout's deadline, and another one back.
 const WITHIN_MS: u64 = 2_400_000;
+/// So long nothing moves.
+const QUIET_MS: u64 = 600_000;
+/// In one of so many seeds that is waited for.
+const QUIET_EVERY: u64 = 8;
+/// What a fault has left behind, as a dead connection or an engine that is asked again seldom, is over
+/// by then.
+const CALM_MS: u64 = 400_000;
 /// How often it is looked whether all is well.
 const LOOK_MS: u64 = 1_000;
+
+/// What people are told of its deployment.
+fn report_of<'a>(process: &'a Process, replica: &Replica) -> Option<&'a Report> {
+    process.planner.reports.get(&replica.deployment)
+}
+
+/// Nothing more becomes of it for now: its rollout stands still, or there is no room elsewhere.
+fn is_over(report: Option<&Report>, view: &View, replica: &Replica) -> bool {
+    let held = view.deployment(&replica.deployment);
+    report.is_some_and(|report| !report.pending.is_empty())
+        || held.is_none_or(|held| held.rollout() == RolloutState::Paused)
+}
+
+/// A place that a deployment has not filled, though a host has room for it.
+fn unfilled(view: &View, live: &Live, deployment: &Deployment) -> Option<String> {
+    let uid = &deployment.uid;
+    let release = view.release(uid, deployment.release()).filter(|_| !deployment.is_deleted())?;
+    let mine: Vec<_> = view.replicas_of(uid).filter(|r| r.runs()).collect();
+    let fits = |host: &&Arc<Host>| {
+        fit::suits(live, deployment, release, host) && fit::has_room(view, host, release)
+    };
+    match deployment.wanted() {
+        Some(wanted) => {
+            let filled: BTreeSet<u32> = mine.iter().map(|r| r.slot).collect();
+            let empty = (0..wanted).find(|slot| !filled.contains(slot))?;
+            let host = view.hosts().find(fits)?;
+            Some(format!("{uid} has nothing in slot {empty}, and {} has room", host.uid))
+        }
+        None => {
+            let lacks = |host: &&Arc<Host>| mine.iter().all(|r| r.host != host.uid);
+            let host = view.hosts().filter(lacks).find(fits)?;
+            Some(format!("{uid} has nothing on {}, which has room", host.uid))
+        }
+    }
+}
 
 impl World<'_> {
     /// Faults end; people put right what only people can.
@@ -35,9 +81,14 @@ impl World<'_> {
             if !self.run_until(at) {
                 return;
             }
+            if let Some(uid) = self.never_started_anew(until - WITHIN_MS) {
+                let words = format!("{uid} does not answer, and its check does not start it anew");
+                return self.broke(words);
+            }
             wrong = self.wrong();
             if wrong.is_none() {
-                return self.full_audit();
+                self.full_audit();
+                return self.quiet();
             }
             next = (next + next / 8).min(30_000);
         }
@@ -70,6 +121,77 @@ impl World<'_> {
                 self.ask(&Action::ResolveOrphans { host, adopt: self.mended });
             }
         }
+    }
+
+    /// A replica whose program does not answer since long, and which its check should have started anew.
+    fn never_started_anew(&self, began: u64) -> Option<&ReplicaUid> {
+        let nodes = self.nodes.iter().filter(|n| !n.gone && n.agent.is_some());
+        let all = nodes.flat_map(|node| node.engine.running().map(move |made| (node, made)));
+        let deaf = all.filter(|(_, made)| made.program == Program::Deaf);
+        let mut late = deaf.filter(|(node, made)| {
+            let uid = &made.shown.replica;
+            let set = node.agent.as_ref().and_then(|a| a.board.wanted.set());
+            let body = set.and_then(|set| set.body(set.entries.get(uid)?));
+            let check = body.and_then(|body| body.value.spec.health.as_ref());
+            let after = check.and_then(|check| Some(check.restart_after_ms? + check.startup_ms));
+            let since = began.max(made.running_since);
+            after.is_some_and(|after| self.now - since > 2 * after + CALM_MS / 8)
+        });
+        late.next().map(|(_, made)| &made.shown.replica)
+    }
+
+    /// Of what is settled nothing moves for a while: no session ends, no container of a program that
+    /// serves is made or stopped, and nothing is written. In some of the seeds, for the time it takes.
+    fn quiet(&mut self) {
+        if !self.script.seed.is_multiple_of(QUIET_EVERY) || !self.run_until(self.now + CALM_MS) {
+            return;
+        }
+        if !self.is_calm() {
+            return;
+        }
+        let before = self.shape();
+        if self.run_until(self.now + QUIET_MS) {
+            let after = self.shape();
+            for (before, after, what) in [
+                (before.0, after.0, "the ledger is written to"),
+                (before.1, after.1, "a session has ended"),
+                (before.2, after.2, "a container is made or stopped"),
+            ] {
+                if before != after && self.broken.is_none() {
+                    self.broke(format!("all is settled, and {what}: {before:?}, {after:?}"));
+                }
+            }
+        }
+    }
+
+    /// Nothing is waited for, and nothing ends by itself.
+    fn is_calm(&self) -> bool {
+        let Some(process) = &self.server.process else { return false };
+        let view = process.machine.durable();
+        let over = |d: &Arc<Deployment>| match d.rollout() {
+            RolloutState::Complete | RolloutState::RolledBack | RolloutState::Paused => true,
+            RolloutState::Unspecified
+            | RolloutState::Rolling
+            | RolloutState::Failed
+            | RolloutState::Deleting => false,
+        };
+        let serves = |made: &Made| matches!(made.program, Program::Good | Program::Slow);
+        // Whoever is refused dials again now and then.
+        let stands = |agent: &Agent| agent.session.is_some();
+        let connected = |n: &Node| n.disk.removed || n.agent.as_ref().is_some_and(stands);
+        self.nodes.iter().all(|n| n.gone || connected(n))
+            && view.hosts().all(|host| host.is_removed() || process.live.is_present(&host.uid))
+            && view.deployments().all(over)
+            && self.nodes.iter().all(|n| n.gone || n.engine.containers.values().all(serves))
+            && self.operations.iter().all(|operation| !operation.open)
+    }
+
+    /// What does not change while nothing happens.
+    fn shape(&self) -> (u64, u64, u64) {
+        let revision = self.server.process.as_ref().map_or(0, |p| p.machine.ahead().revision.0);
+        let containers = self.nodes.iter().map(|n| n.engine.made_and_running());
+        let links = u64::try_from(self.links.len()).unwrap_or(u64::MAX);
+        (revision, links, containers.sum())
     }
 
     fn full_audit(&mut self) {
@@ -132,6 +254,9 @@ impl World<'_> {
             if !live.is_present(uid) {
                 return Some(format!("{uid} is not present"));
             }
+            if let Some(what) = self.disagreement(node, view, live) {
+                return Some(what);
+            }
             let number = view.generation(uid);
             let held = live.host(uid).and_then(|h| h.acknowledged);
             if held.is_none_or(|held| (held.epoch, held.generation) != (view.epoch(), number)) {
@@ -158,11 +283,16 @@ impl World<'_> {
                 let program = view
                     .release(&replica.deployment, replica.release)
                     .and_then(|r| self.programs.get(&r.source.image.digest));
-                let serves = matches!(program, Some(Program::Good | Program::Slow));
-                let under_way =
-                    node.disk.memory.get(&replica.uid).is_some_and(|m| {
-                        m.replacement_begun && !m.replacement_done && !m.rolled_back
-                    });
+                let memory = node.disk.memory.get(&replica.uid);
+                let over = memory.is_some_and(|m| m.finished);
+                let serves = matches!(program, Some(Program::Good | Program::Slow)) && !over;
+                let under_way = memory
+                    .is_some_and(|m| m.replacement_begun && !m.replacement_done && !m.rolled_back);
+                let over = is_over(report_of(process, replica), view, replica)
+                    || self.floor_holds(view, live, &replica.deployment);
+                if !over && view.host(uid).is_some_and(|host| fit::is_draining(host)) {
+                    return Some(format!("{} is left on {uid}, which is drained", replica.uid));
+                }
                 // One that was adopted after a restore takes nobody's place any more.
                 if under_way && !replica.failed && replica.replaces.is_some() {
                     return Some(format!(
@@ -186,6 +316,14 @@ impl World<'_> {
                 return Some(format!("{} is to be wiped and has containers", node.uid));
             }
         }
+        // What was found after a restore and belongs to nobody is nobody's to forget.
+        let planned = |r: &&Arc<Replica>| view.deployment(&r.deployment).is_some();
+        let placed = view.replicas().filter(|r| r.intent != ReplicaIntent::Orphan);
+        for replica in placed.filter(planned) {
+            if view.host(&replica.host).is_none_or(|host| host.is_removed()) {
+                return Some(format!("{} is on a host that was removed", replica.uid));
+            }
+        }
         for replica in view.replicas() {
             let there = view.host(&replica.host).is_some_and(|h| !h.is_removed());
             if replica.intent != ReplicaIntent::Run && self.is_reached(&replica.host) && there {
@@ -195,8 +333,8 @@ impl World<'_> {
         for deployment in view.deployments() {
             let uid = &deployment.uid;
             let deferred = view.replicas_of(uid).any(|r| !self.is_reached(&r.host));
-            if deferred {
-                continue;
+            if let Some(what) = unfilled(view, live, deployment) {
+                return Some(what);
             }
             match deployment.rollout() {
                 RolloutState::Complete | RolloutState::RolledBack | RolloutState::Paused => {}
@@ -207,17 +345,20 @@ impl World<'_> {
                     let report = process.planner.reports.get(uid);
                     let pending =
                         report.is_some_and(|r| !r.pending.is_empty() || !r.deferred.is_empty());
-                    if !pending || state == RolloutState::Deleting {
+                    if !deferred && (!pending || state == RolloutState::Deleting) {
                         return Some(format!("{uid} is {state:?}"));
                     }
                 }
             }
             let stable = deployment.stable();
+            let lacks = |release| view.release(uid, release).is_none();
+            if !deployment.is_deleted() && stable.0 != 0 && lacks(stable) {
+                return Some(format!("the stable release of {uid} is forgotten"));
+            }
             if deployment.rollout() == RolloutState::Paused
                 && deployment.spec.rollout.on_failure == OnRolloutFailure::Rollback
                 && stable.0 != 0
                 && stable != deployment.release()
-                && view.release(uid, stable).is_some()
             {
                 return Some(format!("{uid} is paused and should have rolled back"));
             }

@@ -72,6 +72,7 @@ pub(super) fn story(script: &Script) -> Option<Story> {
     }
     for plain in [
         |s: &mut Script| s.wire = false,
+        |s: &mut Script| s.small = false,
         |s: &mut Script| s.server_per_mille = 1000,
         |s: &mut Script| s.machines.iter_mut().for_each(|m| m.per_mille = 1000),
         |s: &mut Script| s.machines.iter_mut().for_each(|m| m.old = false),
@@ -106,7 +107,13 @@ impl fmt::Display for Story {
             if machine.approval {
                 f.write_str(", waits for approval")?;
             }
+            if machine.gpu {
+                f.write_str(", with a GPU")?;
+            }
             writeln!(f)?;
+        }
+        if self.script.small {
+            writeln!(f, "  (pages, groups and what is done at once are small)")?;
         }
         writeln!(f, "the script, made as short as it still breaks:")?;
         for (at, action) in &self.script.actions {

@@ -1,6 +1,6 @@
 //! A script's deployments and machines in the words of the API.
 
-use super::script::{Machine, Program, Spec};
+use super::script::{Again, Machine, Program, Spec};
 use berth_proto::api;
 use berth_proto::convert::duration;
 use berth_proto::ids::Digest;
@@ -20,6 +20,8 @@ const PROGRAMS: [(Program, &str); 5] = [
 pub(super) const SLOW_MS: u64 = 3_000;
 /// Time after which a program that crashes does.
 pub(super) const CRASH_MS: u64 = 300;
+/// The longest wait before a program that ended is started again.
+pub(super) const MAX_BACKOFF_MS: u64 = 20_000;
 /// Largest number of versions of a program.
 pub(super) const VERSIONS: u8 = 4;
 
@@ -46,26 +48,31 @@ pub(super) fn wanted(deployment: u8, spec: &Spec) -> Wanted {
         restart_after: (spec.version == 3).then(|| duration(20_000)),
     };
     let host_port = if spec.host_port { 8000 } else { 0 };
-    let port = api::Port { name: "http".into(), container: 80, host_port, ..Default::default() };
+    let bind = if spec.host_port { "0.0.0.0".to_owned() } else { String::new() };
+    let port = api::Port { name: "http".into(), container: 80, host_port, bind };
     let written = api::DeploymentSpec {
         source: Some(api::deployment_spec::Source::Image(format!("image-{}", digest.short()))),
         replicas: spec.replicas,
         every_host: spec.replicas.is_none(),
         placement: Some(api::Placement {
             require: spec.zone.map(|zone| format!("zone=z{zone}")).into_iter().collect(),
-            spread: String::new(),
+            spread: if spec.spread { "zone".into() } else { String::new() },
         }),
         resources: Some(api::Resources {
             memory_bytes: spec.memory_mib << 20,
-            cpu_millis: 100,
-            gpu_memory_bytes: 0,
+            cpu_millis: spec.cpu_millis,
+            gpu_memory_bytes: if spec.gpu { 3 << 30 } else { 0 },
         }),
         ports: vec![port],
         health: spec.checked.then_some(check),
         restart: Some(api::RestartPolicy {
-            condition: api::RestartCondition::Always as i32,
+            condition: match spec.again {
+                Again::Always => api::RestartCondition::Always as i32,
+                Again::OnFailure => api::RestartCondition::OnFailure as i32,
+                Again::Never => api::RestartCondition::Never as i32,
+            },
             min_backoff: Some(duration(1_000)),
-            max_backoff: Some(duration(20_000)),
+            max_backoff: Some(duration(MAX_BACKOFF_MS)),
         }),
         rollout: Some(api::RolloutPolicy {
             max_surge: Some(spec.surge),
@@ -135,9 +142,30 @@ pub(super) fn facts(machine: &Machine) -> api::HostFacts {
         capacity: Some(api::Resources {
             cpu_millis: 4_000,
             memory_bytes: machine.memory_mib << 20,
-            gpu_memory_bytes: 0,
+            gpu_memory_bytes: if machine.gpu { 8 << 30 } else { 0 },
         }),
         policy: Some(api::HostPolicy::default()),
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::script::{Action, Script};
+    use super::*;
+
+    #[test]
+    fn whatever_is_drawn_is_something_the_api_takes() {
+        let mut specs = 0;
+        for seed in 0..3_000 {
+            for (_, action) in Script::of(seed).actions {
+                let Action::Apply { deployment, spec } = action else { continue };
+                let read =
+                    berth_proto::convert::deployment_spec_from_api(&wanted(deployment, &spec).spec);
+                assert!(read.is_ok(), "{spec}: {read:?}");
+                specs += 1;
+            }
+        }
+        assert!(specs > 5_000);
     }
 }

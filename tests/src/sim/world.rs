@@ -98,6 +98,8 @@ impl<'s> World<'s> {
             handled: 0,
             mended: false,
         };
+        berth_server_core::bugs::make_small(script.small);
+        berth_agent_core::bugs::make_small(script.small);
         world.begin();
         world
     }
@@ -176,6 +178,8 @@ impl<'s> World<'s> {
             Event::DownClosed { link, how } => self.down_closed(link, how),
             Event::SessionTick { node, life } => self.session_tick(node, life),
             Event::ReconcileTick { node, life } => self.reconcile_tick(node, life),
+            Event::EarlySessionTick { node, life } => self.early_session_tick(node, life),
+            Event::EarlyReconcileTick { node, life } => self.early_reconcile_tick(node, life),
             Event::Written { node, life, write } => self.written(node, life, write),
             Event::SetPersisted { node, life, result } => self.set_persisted(node, life, result),
             Event::Call { node, life, effect } => self.call(node, life, *effect),
@@ -183,11 +187,15 @@ impl<'s> World<'s> {
             Event::ProgramEnds { node, container, start } => {
                 self.program_ends(node, container, start);
             }
+            Event::SickEnds { node, life, container, for_ms } => {
+                self.check_sick(node, life, container, for_ms);
+            }
             Event::ServerStarts => self.server_starts(),
             Event::Commit { life, token, batches } => self.commit(life, token, &batches),
             Event::Committed { life, token } => self.committed(life, token, false),
             Event::CommitFull { life, token } => self.committed(life, token, true),
             Event::ServerTick { life, link } => self.server_tick(life, link),
+            Event::EarlyServerTick { life, link } => self.early_server_tick(life, link),
             Event::Plan { life } => self.plan(life),
             Event::PlansSent { life, sent } => self.plans_sent(life, sent),
             Event::Sent { life, waiter, proposal } => {

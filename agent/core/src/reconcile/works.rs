@@ -80,7 +80,7 @@ impl Works {
     fn room(&self, kind: Kind) -> bool {
         let is_stop = |kind: Kind| kind == Kind::Stop;
         let same = self.works.values().filter(|w| is_stop(w.kind) == is_stop(kind)).count();
-        same < if is_stop(kind) { STOPS } else { STEPS }
+        same < if is_stop(kind) { bound!(STOPS, 1) } else { bound!(STEPS, 1) }
     }
 }
 
@@ -117,7 +117,7 @@ impl Reconcile {
         let mut contents = BTreeSet::from([body.source.image.digest.clone()]);
         contents.extend(body.source.artifact.as_ref().map(|a| a.digest.clone()));
         let shared = self.works.fetches.values().any(|f| !f.contents.is_disjoint(&contents));
-        if shared || self.works.fetches.len() >= FETCHES {
+        if shared || self.works.fetches.len() >= bound!(FETCHES, 1) {
             return;
         }
         let step = self.works.id();

@@ -27,7 +27,7 @@ impl Plan {
             Precondition::At(ObjectKey::Deployment(deployment.uid.clone()), deployment.revision);
         let mut all: Vec<Proposal> = Vec::new();
         for change in self.changes {
-            if all.last().is_none_or(|last| last.changes.len() >= STEPS_PER_COMMIT) {
+            if all.last().is_none_or(|last| last.changes.len() >= bound!(STEPS_PER_COMMIT, 2)) {
                 all.push(Proposal { preconditions: vec![still.clone()], changes: Vec::new() });
             }
             let Some(last) = all.last_mut() else { continue };

@@ -37,6 +37,7 @@ impl<'a> Planning<'a> {
         });
         let nobody = tally.wanted == 0 && !self.plan.report.deferred.is_empty();
         let unheard = tally.unknown > 0 || self.plan.report.unheard;
+        let unheard = unheard && !bug!(DeadlineRunsUnheard);
         if unheard || (tally.wanted > 0 && !in_reach) || nobody {
             self.stand_still(release, tally.new_healthy);
             return;
@@ -48,7 +49,10 @@ impl<'a> Planning<'a> {
             let away = !item.new.is_empty() || !item.old.is_empty();
             let away = away && !reachable(&item.new) && !reachable(&item.old);
             let old = item.old.iter().any(|(_, h)| *h == Health::Healthy);
-            (healthy && !reachable(&item.old)) || away || (old && bug!(OldHealthCounted))
+            (healthy && !reachable(&item.old))
+                || away
+                || (old && bug!(OldHealthCounted))
+                || (healthy && bug!(CompleteInPart))
         });
         let something =
             tally.new_healthy > 0 || (tally.wanted == 0 && self.plan.report.pending.is_empty());
@@ -62,7 +66,7 @@ impl<'a> Planning<'a> {
         let failed_for_good = work
             .iter()
             .flat_map(|item| &item.old)
-            .any(|(r, _)| r.failed && r.release == release.number);
+            .any(|(r, _)| r.failed && (r.release == release.number || bug!(OldFailureCounted)));
         if clock.left_ms == 0 || failed_for_good {
             let why = if failed_for_good {
                 "a replacement did not become ready in time on its host".to_owned()

@@ -225,7 +225,7 @@ impl<'a> Planning<'a> {
     }
 
     fn room(&mut self) -> bool {
-        let room = self.plan.changes.len() < MAX_STEPS;
+        let room = self.plan.changes.len() < bound!(MAX_STEPS, 3);
         if !room {
             self.plan.report.more = true;
         }

@@ -233,7 +233,8 @@ impl<'a> Planning<'a> {
             let has_new = item.new.iter().any(|(_, h)| *h != Health::Deferred);
             let waits =
                 item.new.iter().any(|(_, h)| *h == Health::Deferred) && stand_in_for.is_none();
-            let old_deferred = !item.old.is_empty()
+            let old_deferred = !bug!(BesideDeferred)
+                && !item.old.is_empty()
                 && item.old.iter().all(|(_, h)| *h == Health::Deferred)
                 && stand_in_for.is_none()
                 && !item.old.iter().all(|(r, _)| self.leaving(r));
