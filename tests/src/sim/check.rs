@@ -385,8 +385,9 @@ impl World<'_> {
         self.book.durable = Some(view.clone());
     }
 
-    /// A session's hello is kept, and its host counts as present.
-    pub(super) fn check_registered(&mut self, host: &HostUid, session: u64, boot: &str) {
+    /// A hello is welcome. Asked when it is judged: a quarantine that is ended before it is kept is ended
+    /// for this boot, too.
+    pub(super) fn check_boot(&mut self, host: &HostUid, boot: &str) {
         let boots = self.book.boots.entry(host.clone()).or_default();
         if boots.last().is_none_or(|last| last != boot) {
             if boots.iter().any(|known| known == boot) {
@@ -394,6 +395,10 @@ impl World<'_> {
             }
             boots.push(boot.to_owned());
         }
+    }
+
+    /// A session's hello is kept, and its host counts as present.
+    pub(super) fn check_registered(&mut self, host: &HostUid, session: u64) {
         let newest = self.book.newest.entry(host.clone()).or_insert(session);
         let hello = self.book.hello.get(host).copied().unwrap_or_default();
         if *newest > session || hello > session {

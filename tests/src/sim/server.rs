@@ -377,6 +377,7 @@ impl World<'_> {
                                 self.order(older, Over::Superseded);
                             }
                         }
+                        self.check_boot(&host, &said.boot_nonce);
                         let what = What::Registration(said);
                         self.keep(host, what, at.wall, Then::Registered(link));
                     }
@@ -557,7 +558,7 @@ impl World<'_> {
                 });
                 if current == Some(true) {
                     self.book.present.insert(host.clone());
-                    self.check_registered(host, id, &said.boot_nonce);
+                    self.check_registered(host, id);
                     self.check_heard(host, &said);
                     self.check_presence(host, Presence::Unknown);
                     let newest = |p: &Process| p.sets.get(host).cloned().flatten();
