@@ -151,6 +151,15 @@ pub fn release(which: &[Arc<Replica>]) -> Resolution {
     done
 }
 
+/// What is forgotten with a host that is removed: replicas of deployments that are not known. Those of
+/// known ones go with the next plan. At most [`MAX_CHANGES`].
+#[must_use]
+pub fn forgotten_with(view: &View, host: &HostUid) -> Vec<Change> {
+    let nobodys = |r: &&Arc<Replica>| view.deployment(&r.deployment).is_none();
+    let gone = view.replicas_on(host).filter(nobodys).take(MAX_CHANGES);
+    gone.map(|r| Change::DeleteReplica(r.uid.clone())).collect()
+}
+
 /// Takes orphans into their deployments, lowest slots first. A deployment with a number gets as many
 /// replicas as it takes for their slots to be wanted. At most [`MAX_CHANGES`] are made; the rest is for
 /// the next call.

@@ -233,3 +233,17 @@ fn an_orphan_that_its_host_has_no_room_for_any_more_is_not_adopted() {
     let done = adopted(&mut w);
     assert_eq!((done.resolved, done.kept), (0, vec![("x".parse().unwrap(), Unadoptable::NoRoom)]));
 }
+
+#[test]
+fn with_a_host_goes_what_ran_there_for_deployments_nobody_knows() {
+    let mut w = restored();
+    let body = body(&w);
+    observe(&mut w, &[report("lost", "gone", 1, 0, &body)]);
+    let released: Vec<_> = w.view.orphans_on(&uid()).cloned().collect();
+    assert_eq!(released.len(), 1);
+    w.change(release(&released).changes);
+    let forgotten = forgotten_with(&w.view, &uid());
+    assert_eq!(forgotten, [Change::DeleteReplica(released[0].uid.clone())]);
+    w.change(forgotten);
+    assert_eq!(w.view.replicas_on(&uid()).count(), 2, "those of a known deployment are planned");
+}

@@ -233,11 +233,10 @@ impl HostService for Api {
                 );
                 *removed.lock() = Some(held.uid.clone());
                 let at = call.at(ObjectKey::Host(held.uid.clone()), held.revision);
+                let mut changes = vec![Change::PutHost(Arc::new(next)), event];
+                changes.extend(orphans::forgotten_with(view, &held.uid));
                 Ok(Step {
-                    proposal: Proposal {
-                        preconditions: vec![at],
-                        changes: vec![Change::PutHost(Arc::new(next)), event],
-                    },
+                    proposal: Proposal { preconditions: vec![at], changes },
                     answer: RemoveHostResponse {},
                     objects: vec![host_object(&held)],
                 })

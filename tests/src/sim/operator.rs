@@ -166,10 +166,13 @@ impl World<'_> {
                 });
             }
             Action::Remove { host: h, wipe } => {
-                return edited(&*host(h)?, |record| {
+                let host = host(h)?;
+                let mut proposal = edited(&host, |record| {
                     record.removed = true;
                     record.wipe = *wipe;
-                });
+                })?;
+                proposal.changes.extend(orphans::forgotten_with(view, &host.uid));
+                return Some(proposal);
             }
             Action::ReleaseQuarantine { host: h } => {
                 return edited(&*host(h)?, |record| record.quarantined = false);

@@ -316,10 +316,7 @@ impl World<'_> {
                 return Some(format!("{} is to be wiped and has containers", node.uid));
             }
         }
-        // What was found after a restore and belongs to nobody is nobody's to forget.
-        let planned = |r: &&Arc<Replica>| view.deployment(&r.deployment).is_some();
-        let placed = view.replicas().filter(|r| r.intent != ReplicaIntent::Orphan);
-        for replica in placed.filter(planned) {
+        for replica in view.replicas() {
             if view.host(&replica.host).is_none_or(|host| host.is_removed()) {
                 return Some(format!("{} is on a host that was removed", replica.uid));
             }
