@@ -123,6 +123,12 @@ fn judge(status: &DeploymentStatus, release: u64, adjusted: Option<u32>) -> Verd
         {
             Verdict::Wait
         }
+        // It has failed, and going back waits for room or a host: nobody knows for how long.
+        RolloutState::Rolling
+            if (1..release).contains(&status.release) && status.pending_count > 0 =>
+        {
+            Verdict::Failed(reason())
+        }
         RolloutState::Complete => Verdict::Done { deferred: status.deferred_hosts },
         RolloutState::Rolling | RolloutState::Unspecified => Verdict::Wait,
     }
@@ -395,6 +401,12 @@ mod tests {
         for failed in [S::Failed, S::RolledBack, S::Paused, S::Deleting] {
             assert!(matches!(judge(&status(failed, 1, 0), 2), Verdict::Failed(_)), "{failed:?}");
         }
+        // Going back is waited for as long as it goes on.
+        let back = status(S::Rolling, 1, 0);
+        assert_eq!(judge(&back, 2), Verdict::Wait);
+        let stuck = DeploymentStatus { pending_count: 1, reason: "why".into(), ..back };
+        assert_eq!(judge(&stuck, 2), Verdict::Failed("why".to_owned()));
+        assert_eq!(judge(&stuck, 1), Verdict::Wait);
         // Somebody else's newer release is not the one that was waited for.
         assert!(matches!(judge(&status(S::Complete, 3, 0), 2), Verdict::Failed(_)));
     }

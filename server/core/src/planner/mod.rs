@@ -77,6 +77,12 @@ impl Report {
     /// Takes in what the plan of one host says.
     pub fn merge_host(&mut self, host: &HostUid, plan: &Plan) {
         let of_host = &plan.report;
+        let placed = plan.steps.iter().any(|step| step.kind == PlannedStepKind::Place);
+        if self.wanted == 0 && placed {
+            // That no host takes it is true no more.
+            self.pending.clear();
+            self.pending_on.clear();
+        }
         if of_host.deferred.contains(host) {
             self.deferred.insert(host.clone());
         } else {

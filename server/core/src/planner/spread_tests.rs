@@ -124,3 +124,18 @@ fn a_slot_whose_place_is_taken_until_the_one_before_has_stopped_says_so() {
     assert_eq!(w.releases_running(), [2, 2]);
     assert!(made(&mut w).report.until_gone.is_empty());
 }
+
+#[test]
+fn what_is_said_where_no_host_takes_part_ends_with_the_first_that_does() {
+    let mut report = Report {
+        pending: BTreeMap::from([("no host fits: 1 cordoned".to_owned(), 1)]),
+        ..Report::default()
+    };
+    let host: HostUid = "h0".parse().unwrap();
+    report.merge_host(&host, &Plan::default());
+    assert_eq!(report.pending.len(), 1, "nothing was placed");
+    let kind = PlannedStepKind::Place;
+    let step = Step { kind, slot: 0, host: host.clone(), release: ReleaseNumber(1) };
+    report.merge_host(&host, &Plan { steps: vec![step], ..Plan::default() });
+    assert_eq!((report.wanted, report.pending.len()), (1, 0));
+}
