@@ -425,4 +425,6 @@ impl<'a> Planning<'a> {
 mod tests;
 
 #[cfg(test)]
+mod placed_tests;
+#[cfg(test)]
 mod spread_tests;
