@@ -63,6 +63,8 @@ struct Desk {
     reserved: Option<(u32, Token)>,
     /// Nothing is done for it before this write.
     hold: Option<Token>,
+    /// The write with which its time as a replacement begins, and how long that is in milliseconds.
+    time: Option<(Token, u64)>,
     retry: Backoff,
     /// The check of a running attempt, and whether one is under way.
     probing: Option<(u32, Probing, bool)>,
@@ -235,6 +237,16 @@ impl Reconcile {
             self.wake_at(at);
             return;
         }
+        // A write that was refused is asked for again up to a minute later: nothing was done for a
+        // replacement meanwhile, and its time begins with the write that is taken.
+        let done = self.disk.done;
+        for (uid, desk) in &self.desks {
+            if let Some((_, time_ms)) = desk.time.filter(|(token, _)| *token > done)
+                && let Some(until) = self.memory.get_mut(uid).and_then(|m| m.replace_until.as_mut())
+            {
+                *until = now.plus_ms(time_ms);
+            }
+        }
         self.disk.issued.0 += 1;
         self.disk.dirty = false;
         self.disk.under_way = true;
@@ -323,8 +335,12 @@ impl Reconcile {
                     let said = if last.is_empty() { last } else { format!("; last: {last}") };
                     life.because(Reason::REPLACEMENT_FAILED, &format!("{NOT_IN_TIME}{said}"));
                 }
+                let begins = self.memory.get(&replica).is_none_or(|m| !m.replacement_begun);
+                let time = memory.replace_until.filter(|_| begins);
                 let token = self.remember(&replica, memory);
-                self.desk(&replica).hold = Some(token);
+                let desk = self.desk(&replica);
+                desk.hold = Some(token);
+                desk.time = time.map(|until| (token, until.since_ms(now.mono))).or(desk.time);
                 true
             }
             Step::Absent(_) => {
@@ -434,11 +450,16 @@ impl Reconcile {
             // The first attempt of a replacement: from here on it has its time.
             let first = self.memory.get(uid).is_none_or(|m| m.attempt == 0);
             let replaces = self.entry(uid).and_then(|e| e.replaces.as_ref());
-            if let Some(replaces) = replaces.filter(|_| first && next.replace_until.is_some()) {
-                next.replace_until = Some(now.mono.plus_ms(replaces.ready_within_ms));
+            let time_ms = replaces
+                .filter(|_| first && next.replace_until.is_some())
+                .map(|replaces| replaces.ready_within_ms);
+            if let Some(time_ms) = time_ms {
+                next.replace_until = Some(now.mono.plus_ms(time_ms));
             }
             let token = self.remember(uid, next);
-            self.desk(uid).reserved = Some((attempt, token));
+            let desk = self.desk(uid);
+            desk.reserved = Some((attempt, token));
+            desk.time = time_ms.map(|ms| (token, ms)).or(desk.time);
             return;
         };
         if !self.durable(token) && !bug!(CreatedBeforeRecorded) {

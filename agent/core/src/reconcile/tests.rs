@@ -667,6 +667,30 @@ fn the_bytes_are_here_before_the_predecessor_is_stopped() {
 }
 
 #[test]
+fn a_replacement_has_all_of_its_time_after_a_disk_that_took_nothing() {
+    let mut w = World::new();
+    w.want(&[want("old")]);
+    w.run_for(100);
+    w.disk_full = true;
+    w.healthy = false;
+    w.want(&replaced());
+    w.run_for(200_000);
+    assert_eq!(w.running(), ["old"]);
+    w.disk_full = false;
+    let mut waited = 0;
+    while w.running() == ["old"] {
+        w.run_for(100);
+        waited += 100;
+        assert!(waited <= MAX_RETRY_MS, "the disk takes it and nothing is done");
+    }
+    w.run_for(WITHIN_MS - 2_000);
+    assert_eq!(w.running(), ["new"], "it has its time");
+    w.healthy = true;
+    w.run_for(2_000);
+    assert!(w.running() == ["new"] && w.status("new").ready);
+}
+
+#[test]
 fn a_replacement_that_is_not_ready_in_time_gives_the_place_back_with_no_server() {
     for never in [false, true] {
         for restart in [false, true] {
