@@ -130,7 +130,11 @@ impl World<'_> {
         if !up {
             // Refused at once, or it hangs until its deadline.
             let hangs = held.rng.u8(0..3) == 0;
-            let at = now + if hangs { CALL_DEADLINE_MS } else { answer_ms };
+            let hangs_ms = match &effect {
+                Effect::Probe { check, .. } => check.timeout_ms.min(CALL_DEADLINE_MS),
+                _ => CALL_DEADLINE_MS,
+            };
+            let at = now + if hangs { hangs_ms } else { answer_ms };
             let input = match effect {
                 Effect::Observe(look) => Input::EngineAway { look, why: away },
                 Effect::Follow => Input::FollowEnded,

@@ -120,7 +120,10 @@ fn counts(view: &View, live: &Live, deployment: &Deployment) -> bool {
             return false;
         }
         reached |= presence == Presence::Present;
-        places.insert(place);
+        // What is left on a host that takes no part is not waited for.
+        if part {
+            places.insert(place);
+        }
     }
     match deployment.wanted() {
         Some(wanted) => reached || places.len() < wanted as usize,
