@@ -275,6 +275,8 @@ pub fn to_file(
                 // Time left, as the machine gives it: a stored deadline means nothing to another boot.
                 replacement_left_ms: m.replace_until.map(|left| left.0),
                 backoff_left_ms: m.not_before.map(|left| left.0),
+                must_restart: m.must_restart,
+                stopping: m.stopping,
             })
             .collect(),
         agent_start,
@@ -321,6 +323,8 @@ pub fn from_file(
                 replaces: m.replaces.parse().ok(),
                 replace_until: m.replacement_left_ms.map(Mono),
                 not_before: m.backoff_left_ms.map(Mono),
+                must_restart: m.must_restart,
+                stopping: m.stopping,
                 ..Memory::default()
             };
             Some((m.replica_uid.parse().ok()?, memory))
@@ -385,6 +389,8 @@ mod tests {
             rolled_back: true,
             replacement_done: true,
             finished: true,
+            stopping: 5,
+            must_restart: true,
             not_before: Some(Mono(1_500)),
             replace_until: Some(Mono(2_500)),
             ..Memory::default()

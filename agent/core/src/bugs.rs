@@ -39,7 +39,16 @@ pub enum Bug {
     RollbackWakeLost,
     PlaceTakenAtOnce,
     NeverUnready,
+    StopForgotten,
+    OwnEndCounted,
     FinishedStartedAgain,
+    HeldByNothing,
+    LogsThrownAway,
+    NoGrace,
+    HungTakenForEnded,
+    BackoffUnbounded,
+    DialsSeldom,
+    FollowsNoMore,
 }
 
 /// Every bug, with what goes wrong.
@@ -70,9 +79,21 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::PlaceTakenAtOnce, "a replacement that has just started has taken the place"),
     (Bug::NeverUnready, "a program that does not answer any more stays ready"),
     (
+        Bug::OwnEndCounted,
+        "one that was stopped for another that is not wanted any more passes for ended",
+    ),
+    (Bug::StopForgotten, "an agent that dies takes an end by its own hand for the program's"),
+    (
         Bug::FinishedStartedAgain,
         "a program that ended well is started again whatever its policy is",
     ),
+    (Bug::HeldByNothing, "what is being remembered is acted on before it is durable"),
+    (Bug::LogsThrownAway, "the last attempt's container is removed with its logs"),
+    (Bug::NoGrace, "a program is given no time to end"),
+    (Bug::HungTakenForEnded, "a program that was stopped for its check passes for ended"),
+    (Bug::BackoffUnbounded, "the wait before a start has no bound"),
+    (Bug::DialsSeldom, "the wait before dialling has no bound"),
+    (Bug::FollowsNoMore, "an engine's events are followed once only"),
 ];
 
 /// From now on this one is planted in this thread's machines, and no other.

@@ -87,14 +87,17 @@ pub struct Memory {
     pub not_before: Option<Mono>,
     /// Durable: a replacement that is not ready by then has failed.
     pub replace_until: Option<Mono>,
+    /// Durable: the attempt that is stopped for whoever takes its place. Its end is no failure and does
+    /// not finish it, also when nobody takes the place after all.
+    pub stopping: u32,
+    /// Durable: its check says that it must be started anew.
+    pub must_restart: bool,
     /// Image and artifact are here and verified.
     pub bytes_here: bool,
     /// The present attempt has passed its check, or has none and runs.
     pub ready: bool,
     /// Since when.
     pub ready_since: Option<Mono>,
-    /// Its check says that it must be started anew.
-    pub must_restart: bool,
 }
 
 impl Memory {
@@ -309,17 +312,15 @@ fn put_down(uid: &ReplicaUid, here: &[Container], memory: &Memory, out: &mut Dif
     for container in here {
         let (replica, id) = (uid.clone(), container.id.clone());
         match container.state {
+            State::Running if container.attempt > memory.stopping => {
+                let memory = Memory { stopping: container.attempt, ..memory.clone() };
+                out.steps.push(Step::Remember { replica, memory });
+                return;
+            }
             State::Running => out.steps.push(Step::Stop { replica, id }),
             State::Created => out.steps.push(Step::Remove { replica, id }),
             State::Exited { .. } if container.attempt > memory.exit_taken => {
-                let memory = Memory {
-                    exit_taken: container.attempt,
-                    attempt: memory.attempt.max(container.attempt),
-                    ready: false,
-                    ready_since: None,
-                    must_restart: false,
-                    ..memory.clone()
-                };
+                let memory = put_aside(memory, container.attempt);
                 let (attempt, state) = (container.attempt, container.state.clone());
                 out.steps.push(Step::TakeExit { replica, attempt, state, memory });
                 // Older ones are taken in with it.
@@ -327,6 +328,18 @@ fn put_down(uid: &ReplicaUid, here: &[Container], memory: &Memory, out: &mut Dif
             }
             State::Exited { .. } => {}
         }
+    }
+}
+
+/// What is remembered after an end that counts for nothing.
+fn put_aside(memory: &Memory, attempt: u32) -> Memory {
+    Memory {
+        exit_taken: attempt,
+        attempt: memory.attempt.max(attempt),
+        ready: false,
+        ready_since: None,
+        must_restart: false,
+        ..memory.clone()
     }
 }
 
@@ -365,6 +378,11 @@ impl One<'_> {
             return;
         }
         let running = self.tidy(out);
+        if running.is_some_and(|running| running.attempt == self.memory.stopping) {
+            // It was to be stopped, and was not: whatever ends it now is not our doing.
+            out.steps.push(self.remember(Memory { stopping: 0, ..self.memory.clone() }));
+            return;
+        }
         if self.replaces(running, now, out) {
             return;
         }
@@ -390,7 +408,9 @@ impl One<'_> {
             out.steps.push(Step::Stop { replica: self.replica(), id: older.id.clone() });
         }
         let dead = self.here.iter().filter(|c| matches!(c.state, State::Exited { .. }));
-        for old in dead.skip(if newest.is_some() { 1 } else { 2 }) {
+        for old in
+            dead.skip(if bug!(LogsThrownAway) { 0 } else { 1 + usize::from(newest.is_none()) })
+        {
             out.steps.push(Step::Remove { replica: self.replica(), id: old.id.clone() });
         }
         // Left by a call that was done after all: it was never started and never will be.
@@ -466,7 +486,10 @@ impl One<'_> {
                 return;
             }
             let (attempt, state) = (last.attempt, last.state.clone());
-            let memory = self.ended(attempt, code, now);
+            // Nobody takes its place after all, and it was stopped already.
+            let own = attempt == memory.stopping && !memory.must_restart && !bug!(OwnEndCounted);
+            let memory =
+                if own { put_aside(memory, attempt) } else { self.ended(attempt, code, now) };
             out.steps.push(Step::TakeExit { replica, attempt, state, memory });
             return;
         }
@@ -513,7 +536,7 @@ pub fn ended(memory: &Memory, policy: &Restart, attempt: u32, code: i32, now: Mo
         ..memory.clone()
     };
     // Ended by its failing check, whatever the code: that is a failure, and asks for a new start.
-    let next = if memory.must_restart {
+    let next = if memory.must_restart && !bug!(HungTakenForEnded) {
         Next::After { wait_ms: restart::wait_ms(policy, failures) }
     } else {
         restart::next(policy, code, failures)

@@ -234,10 +234,14 @@ fn a_replacement_stops_the_old_one_only_once_its_bytes_are_here_and_that_is_reme
         panic!("{begins:?}")
     };
     assert!(*replica == uid("new") && begun.replacement_begun && begun.replace_until.is_some());
+    // That it is stopped for another is remembered as well.
+    let stopping = Memory { stopping: 1, ..here() };
+    let first = steps(&both, &old, &memory(begun.clone()), 0);
+    assert_eq!(first, [Step::Remember { replica: uid("old"), memory: stopping.clone() }]);
     // After a restart of the agent, too: the bytes are looked for again, the old one stays down.
     let again = Memory { bytes_here: false, ..begun.clone() };
     for new in [begun.clone(), again] {
-        let all = steps(&both, &old, &memory(new), 0);
+        let all = steps(&both, &old, &[("old", stopping.clone()), ("new", new)], 0);
         assert!(all.contains(&Step::Stop { replica: uid("old"), id: "old-1".into() }), "{all:?}");
         assert!(!all.iter().any(|s| matches!(s, Step::Create { .. })), "{all:?}");
     }
@@ -256,6 +260,27 @@ fn being_put_down_for_another_is_no_failure_and_finishes_nothing() {
         _ => None,
     });
     assert_eq!(taken, Some(&Memory { exit_taken: 1, attempt: 1, ..here() }));
+}
+
+#[test]
+fn one_that_was_stopped_for_another_that_is_not_wanted_any_more_is_started_again() {
+    // Its policy is not to start again, which speaks of ends of its own.
+    let alone = set(&[("old", None)], true);
+    let stopped = Memory { stopping: 1, ..here() };
+    let down = [container("old", 1, exited(0))];
+    let all = steps(&alone, &down, &[("old", stopped.clone())], 0);
+    let [Step::TakeExit { memory, .. }] = all.as_slice() else { panic!("{all:?}") };
+    assert!(!memory.finished && memory.failures == 0 && memory.not_before.is_none());
+    // One that was not stopped after all may end by itself.
+    let runs = [container("old", 1, State::Running)];
+    let cleared = Memory { stopping: 0, ..here() };
+    assert_eq!(
+        steps(&alone, &runs, &[("old", stopped)], 0),
+        [Step::Remember { replica: uid("old"), memory: cleared.clone() }]
+    );
+    let all = steps(&alone, &down, &[("old", cleared)], 0);
+    let [Step::TakeExit { memory, .. }] = all.as_slice() else { panic!("{all:?}") };
+    assert!(memory.finished);
 }
 
 #[test]

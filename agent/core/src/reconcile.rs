@@ -259,7 +259,7 @@ impl Reconcile {
                 bytes_here: false,
                 ready: false,
                 ready_since: None,
-                must_restart: false,
+                must_restart: m.must_restart && !bug!(StopForgotten),
                 ..m.clone()
             };
             (uid.clone(), durable)
@@ -373,6 +373,7 @@ impl Reconcile {
                     let found = self.container(&replica, &id);
                     let (attempt, grace_ms) =
                         found.map_or((0, works::GRACE_MS), |c| (c.attempt, c.grace_ms));
+                    let grace_ms = if bug!(NoGrace) { 0 } else { grace_ms };
                     let step = self.begin(&replica, works::Kind::Stop, &id, attempt);
                     self.desk(&replica).life.set_ready(false);
                     out.push(Effect::Stop { step, replica, id, grace_ms });
@@ -399,7 +400,7 @@ impl Reconcile {
             self.desks.get(uid).is_none_or(|desk| {
                 desk.step.is_none()
                     && !desk.unsure
-                    && desk.hold.is_none_or(|token| self.durable(token))
+                    && desk.hold.is_none_or(|token| self.durable(token) || bug!(HeldByNothing))
             })
         };
         calm(uid) && self.places.others(uid).all(calm)
@@ -547,7 +548,18 @@ impl Reconcile {
         let memory = self.memory.entry(uid.clone()).or_default();
         memory.ready = ready;
         memory.ready_since = if ready { memory.ready_since.or(Some(now)) } else { None };
-        memory.must_restart = probing.must_restart(&check, now);
+        // Decided once, it stands until the program answers; and whatever it answers while it is stopped.
+        let decided = memory.must_restart && (desk.step.is_some() || !ready);
+        let must_restart = decided || probing.must_restart(&check, now);
+        if memory.must_restart != must_restart {
+            memory.must_restart = must_restart;
+            self.disk.dirty = true;
+            // Durable before it is stopped: its end would else pass for its own, and a program that is not
+            // started again after ending well would stay down.
+            if must_restart {
+                desk.hold = Some(Token(self.disk.issued.0 + 1));
+            }
+        }
         self.changed.insert(uid.clone());
     }
 

@@ -34,7 +34,8 @@ pub fn next(policy: &Restart, code: i32, failures: u32) -> Next {
 /// How long to wait after the `failures`-th failure in a row.
 #[must_use]
 pub fn wait_ms(policy: &Restart, failures: u32) -> u64 {
-    doubled(policy.min_backoff_ms, policy.max_backoff_ms, failures)
+    let longer = if bug!(BackoffUnbounded) { 60 } else { 1 };
+    doubled(policy.min_backoff_ms, policy.max_backoff_ms.saturating_mul(longer), failures)
 }
 
 /// `min`, 2 `min`, 4 `min`... for the 1st, 2nd, 3rd... time, at most `max`.

@@ -93,7 +93,9 @@ impl Sight {
     }
 
     pub(super) fn follow_ended(&mut self, now: Mono) {
-        self.events.answered(false, now);
+        if !bug!(FollowsNoMore) {
+            self.events.answered(false, now);
+        }
         self.due = Some(self.due.map_or(now, |due| due.min(now)));
     }
 
