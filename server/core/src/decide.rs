@@ -107,6 +107,12 @@ pub fn event(
     })
 }
 
+/// How many are kept in this run: fewer where all bounds are small.
+#[must_use]
+pub fn kept_releases() -> usize {
+    bound!(KEPT_RELEASES, 2)
+}
+
 fn newest(view: &View, uid: &DeploymentUid) -> ReleaseNumber {
     view.releases_of(uid).last().map(|r| r.number).unwrap_or_default()
 }
@@ -122,7 +128,7 @@ fn next_number(view: &View, uid: &DeploymentUid) -> ReleaseNumber {
 fn forget_old(view: &View, deployment: &Deployment) -> Vec<Change> {
     let used: Vec<ReleaseNumber> = view.replicas_of(&deployment.uid).map(|r| r.release).collect();
     let all: Vec<ReleaseNumber> = view.releases_of(&deployment.uid).map(|r| r.number).collect();
-    let keep_from = all.len().saturating_sub(bound!(KEPT_RELEASES, 2));
+    let keep_from = all.len().saturating_sub(kept_releases());
     all[..keep_from]
         .iter()
         .filter(|n| !used.contains(n) && **n != deployment.stable() && **n != deployment.release())
@@ -218,7 +224,8 @@ pub fn apply(
     let mut record = existing.record.clone();
     record.spec = Some(wanted.spec.clone());
     if let Some(replicas) = wanted.spec.replicas {
-        record.replicas = replicas;
+        let least = if bug!(NeverFewer) { record.replicas } else { 0 };
+        record.replicas = replicas.max(least);
     }
     if let Some(meta) = &mut record.meta {
         meta.labels.clone_from(&wanted.labels);
@@ -228,7 +235,10 @@ pub fn apply(
     let next = Deployment::new(record.clone())?;
     let number = newest(view, &existing.uid);
     let newest = view.release(&existing.uid, number);
-    let resolved_changed = newest.is_none_or(|r| r.source != wanted.resolved);
+    let resolved_changed = newest.is_none_or(|r| {
+        r.source != wanted.resolved
+            && !(bug!(NewModelKept) && r.source.image == wanted.resolved.image)
+    });
     // Its newest release has failed, and it is on its way back or back: this is another try.
     let stuck = matches!(existing.rollout(), RolloutState::RolledBack | RolloutState::Paused)
         || existing.release() != number;
@@ -355,7 +365,7 @@ pub fn undo(
     let to = if to == ReleaseNumber(0) {
         view.releases_of(&deployment.uid)
             .filter(|r| r.number < deployment.release())
-            .filter(|r| r.state() == ReleaseState::Complete)
+            .filter(|r| r.state() == ReleaseState::Complete || bug!(UndoneToAny))
             .map(|r| r.number)
             .last()
             .ok_or_else(|| Refused::NoEarlierRelease(deployment.name.clone()))?

@@ -92,7 +92,7 @@ impl Desk {
     ) -> Admission {
         let Some(held) = view.host(host) else { return Admission::Unknown };
         if held.is_removed() {
-            return Admission::Removed { wipe: held.record.wipe };
+            return Admission::Removed { wipe: held.record.wipe || bug!(WipedUnasked) };
         }
         if held.record.quarantined {
             return Admission::Quarantined;

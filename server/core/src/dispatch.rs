@@ -39,7 +39,11 @@ pub fn host_set(view: &View, host: &HostUid) -> Option<Result<HostSet, Hold>> {
     for replica in view.replicas_on(host).filter(named) {
         let Some(release) = view.release(&replica.deployment, replica.release) else { continue };
         bodies.insert(release.body_digest.clone(), Arc::clone(&release.body));
-        let within = release.spec.health.as_ref().map_or(0, |h| h.startup_ms)
+        let within = release
+            .spec
+            .health
+            .as_ref()
+            .map_or(0, |h| if bug!(StartUpForgotten) { 0 } else { h.startup_ms })
             + release.spec.rollout.ready_for_ms;
         entries.push(SetEntry {
             replica_uid: replica.uid.to_string(),

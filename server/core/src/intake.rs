@@ -95,7 +95,7 @@ pub fn registration(view: &View, host: &HostUid, said: &Registration, now: Wall)
     if said.engine_observed || said.held.is_none() {
         raise_floors(view, host, &said.observed, &mut changes);
     }
-    if said.engine_observed && !bug!(GoneStayInLedger) {
+    if (said.engine_observed || bug!(UnseenIsGone)) && !bug!(GoneStayInLedger) {
         // Complete means that what is not in it is not there.
         let observed = uids(&said.observed);
         let gone = view

@@ -102,6 +102,7 @@ impl Unheard {
             self.since.insert(host.uid.clone(), since);
         }
         let within = idle_timeout_ms.saturating_add(BACK_WITHIN_MS);
+        let within = if bug!(NeverGivenUp) { u64::MAX } else { within };
         for (host, _) in self.since.iter().filter(|(_, since)| now.since_ms(**since) >= within) {
             live.edit_host(host, |h| h.presence = Presence::Away(now));
         }

@@ -195,7 +195,7 @@ pub fn adopt(view: &View, which: &[Arc<Replica>], asked: &Asked<'_>) -> Resoluti
         filled.insert(place);
         if let Some(number) = deployment.wanted() {
             let least = wanted.entry(deployment.uid.clone()).or_insert(number);
-            *least = (*least).max(replica.slot.saturating_add(1));
+            *least = (*least).max(replica.slot.saturating_add(u32::from(!bug!(AdoptedBeyond))));
         }
         done.changes.push(Change::PutReplica(Arc::new(Replica {
             intent: ReplicaIntent::Run,

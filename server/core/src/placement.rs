@@ -220,7 +220,10 @@ pub fn fits_at_all(
     }
     let platforms = &release.source.image.platforms;
     let facts = &host.facts;
-    if !platforms.is_empty() && !platforms.iter().any(|p| p.arch == facts.arch && p.os == facts.os)
+    if !platforms.is_empty()
+        && !platforms
+            .iter()
+            .any(|p| (p.arch == facts.arch || bug!(AnyArchitecture)) && p.os == facts.os)
     {
         return Err(Rejection::Platform(format!("{}/{}", facts.os, facts.arch)));
     }

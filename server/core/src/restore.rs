@@ -33,7 +33,7 @@ pub fn next_epoch(epoch: u64, now: Wall) -> u64 {
     if bug!(EpochKept) {
         return epoch.max(1);
     }
-    (epoch + 1).max(seconds)
+    (epoch + 1).max(if bug!(EpochAgain) { 0 } else { seconds })
 }
 
 /// The cluster's record as a server begins with it: a new cluster's, or one whose ledger fell back to an

@@ -553,7 +553,7 @@ impl Session {
                 features: self.terms.features.clone(),
             }),
         );
-        if self.terms.trust.version > trust_version {
+        if self.terms.trust.version > trust_version && !bug!(TrustNeverTold) {
             send(out, session_response::Item::Trust(self.terms.trust.clone()));
         }
     }
@@ -646,7 +646,8 @@ impl Session {
                 if ack.verdict() == SetVerdict::Broken {
                     self.held_bodies.clear();
                 }
-                self.not_before = now.mono.plus_ms(RETRY_SET_MS);
+                self.not_before =
+                    now.mono.plus_ms(if bug!(SetAtOnceAgain) { 0 } else { RETRY_SET_MS });
                 out.push(refusal(&flight, held, ack));
             }
             SetVerdict::Older | SetVerdict::Changed | SetVerdict::Unspecified => {

@@ -342,15 +342,22 @@ impl World<'_> {
         let life = held.life;
         let Some(agent) = &mut held.agent else { return };
         let Some(session) = agent.session.take() else { return };
-        let at = self.now + agent.dialling.ended(how, held.rng.u64(0..1000));
+        let away = matches!(how, Ended::Refused { stay_away: true });
+        let wait_ms = agent.dialling.ended(how, held.rng.u64(0..1000));
+        let at = self.now + wait_ms;
         agent.dial_at = Some(at);
         self.events.push(at, Event::Dial { node, life });
         self.close_up(session.link);
+        self.check_dials(node, wait_ms, away);
     }
 
     /// The host was removed from its cluster.
     fn removed(&mut self, node: NodeId, wipe: bool) {
         let held = &mut self.nodes[node];
+        if !self.book.wipes.get(&held.uid).is_some_and(|asked| asked.contains(&wipe)) {
+            let words = format!("{} hears that it is removed, wiped: {wipe}", held.uid);
+            return self.broke(format!("{words}, and nobody has said so"));
+        }
         (held.disk.removed, held.disk.wipe) = (true, wipe);
         if !wipe {
             return;

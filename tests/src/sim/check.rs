@@ -1,5 +1,6 @@
 //! What must hold at every step, asked of the world and not of the machines that make it.
 
+use super::agent::Node;
 use super::events::{Life, LinkId, NodeId};
 use super::fit;
 use super::rollouts::Rollouts;
@@ -7,12 +8,14 @@ use super::script::Program;
 use super::world::World;
 use berth_proto::agent::SetVerdict;
 use berth_proto::api::ReplicaIntent;
-use berth_proto::ids::{DeploymentUid, HostUid, Now, ReplicaUid, Revision, SetNumber};
+use berth_proto::ids::{
+    DeploymentUid, HostUid, Now, ReleaseNumber, ReplicaUid, Revision, SetNumber,
+};
 use berth_proto::values::Resources;
 use berth_server_core::audit::{self, Finding};
 use berth_server_core::change::Change;
 use berth_server_core::live::Live;
-use berth_server_core::objects::Replica;
+use berth_server_core::objects::{Host, Replica};
 use berth_server_core::round::Sent;
 use berth_server_core::view::View;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,6 +23,9 @@ use std::sync::Arc;
 
 /// A full audit is made after so many durable groups.
 const FULL_EVERY: u64 = 200;
+
+/// A disk that did not take a set is left alone for so long, by a clock that runs too fast.
+const OFFERED_MS: u64 = 4_000;
 
 /// A container has begun to run.
 #[derive(Debug)]
@@ -75,6 +81,14 @@ pub(super) struct Book {
     pub(super) failures: BTreeMap<(NodeId, ReplicaUid), u32>,
     /// Somebody removed a container of these.
     pub(super) removed: BTreeSet<ReplicaUid>,
+    /// Hosts that somebody asked to remove, with and without a wipe.
+    pub(super) wipes: BTreeMap<HostUid, BTreeSet<bool>>,
+    /// Where each replica was placed first: its slot, its release and its host.
+    placed: BTreeMap<ReplicaUid, (u32, ReleaseNumber, HostUid)>,
+    /// The greatest epoch so far.
+    epoch: u64,
+    /// The ledger was turned back since the server's last start.
+    pub(super) turned: bool,
 }
 
 /// What something is, without what it holds.
@@ -216,7 +230,19 @@ impl World<'_> {
             |uid: &ReplicaUid| set.entries.get(uid).and_then(berth_agent_core::diff::predecessor);
         let in_exchange = replaces(replica).is_some()
             || set.entries.keys().any(|uid| replaces(uid).as_ref() == Some(replica));
-        if wiped || in_exchange || others > 0 {
+        if wiped || others > 0 {
+            return;
+        }
+        if in_exchange {
+            // Which of the two gives way is durable before one is stopped for the other.
+            let failed = |uid: &ReplicaUid| {
+                held.disk.memory.get(uid).is_some_and(|memory| memory.rolled_back)
+            };
+            let gives_way = set.entries.keys().find(by_successor).is_some_and(begun);
+            if !gives_way && !failed(replica) && !unhealthy {
+                let words = format!("{replica} is stopped for another one before");
+                self.broke(format!("{words} that is durable on {}", held.uid));
+            }
             return;
         }
         if !unhealthy {
@@ -244,6 +270,7 @@ impl World<'_> {
                 }
                 view.apply(change, revision);
             }
+            self.check_at_once(before, &view, live, &sent.uid);
             let found = audit::floor(before, &view, live, &sent.uid, now.mono);
             self.found(found);
             self.found(audit::placed(before, &view, live, &sent.uid, &proposal.changes, now.mono));
@@ -291,8 +318,11 @@ impl World<'_> {
         let mut hosts: BTreeSet<HostUid> = BTreeSet::new();
         let mut deployments: BTreeSet<DeploymentUid> = BTreeSet::new();
         let mut found = Vec::new();
-        for (_, change) in changes {
+        let mut then = before.clone();
+        for (revision, change) in changes {
             found.extend(audit::change(&before, view, change));
+            self.check_one(&then, change);
+            then.apply(change, *revision);
             match change {
                 Change::PutReplica(replica) => {
                     hosts.insert(replica.host.clone());
@@ -333,6 +363,55 @@ impl World<'_> {
         self.found(found);
     }
 
+    /// One change, to what was before it.
+    fn check_one(&mut self, before: &View, change: &Change) {
+        match change {
+            Change::PutReplica(replica) => {
+                let uid = &replica.uid;
+                let mut place = (replica.slot, replica.release, replica.host.clone());
+                let of_set = |node: &Node| {
+                    node.disk.wanted.set().is_some_and(|set| set.entries.contains_key(uid))
+                };
+                // The slot of what no set names any more is not known on its host.
+                let found = replica.found_body.is_some()
+                    && !self.nodes.iter().any(|node| node.uid == replica.host && of_set(node));
+                if let Some(known) = self.book.placed.get(uid) {
+                    if found {
+                        place.0 = known.0;
+                    }
+                    // Its machine may have joined as another host, which a restore has undone.
+                    if self.book.restored {
+                        place.2 = known.2.clone();
+                    }
+                }
+                if self.book.placed.entry(uid.clone()).or_insert_with(|| place.clone()) != &place {
+                    return self.broke(format!("{uid} is in another place than it was given"));
+                }
+                let takes_none = |host: &Host| host.is_removed() || fit::is_shut(host);
+                let shut = before.host(&replica.host).is_none_or(|host| takes_none(host));
+                if replica.runs() && before.replica(uid).is_none() && shut {
+                    self.broke(format!("{uid} is placed on {}, which takes none", replica.host));
+                }
+            }
+            Change::DeleteReplica(uid) => {
+                let Some(host) = before.replica(uid).map(|replica| replica.host.clone()) else {
+                    return;
+                };
+                let there = before.host(&host).is_some_and(|host| !host.is_removed());
+                let runs = |(id, node): (NodeId, &Node)| {
+                    node.uid == host
+                        && !self.book.joined.contains_key(&id)
+                        && node.engine.running().any(|made| made.shown.replica == *uid)
+                };
+                let known = !self.book.cloned.contains(&host) && !self.book.by_hand.contains(uid);
+                if there && known && self.nodes.iter().enumerate().any(runs) {
+                    self.broke(format!("{uid} is forgotten and runs on {host}"));
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// The server has started from this.
     pub(super) fn check_loaded(&mut self, view: &View) {
         if view.revision < self.book.acknowledged {
@@ -344,6 +423,11 @@ impl World<'_> {
         }
         let live = Live::default();
         self.found(audit::everything(view, &live));
+        let (epoch, turned) = (view.epoch().0, std::mem::take(&mut self.book.turned));
+        if epoch < self.book.epoch || (turned && epoch == self.book.epoch) {
+            return self.broke(format!("epoch {epoch} is taken again"));
+        }
+        self.book.epoch = epoch;
         // What was durable and not told of before the server died.
         let stopping = view.replicas().filter(|r| r.intent == ReplicaIntent::Stop);
         self.book.may_stop.extend(stopping.map(|r| r.uid.clone()));
@@ -358,7 +442,7 @@ impl World<'_> {
         self.book.hello.clear();
         self.book.boots.clear();
         // What was published is the same after it was written and read.
-        let Some(durable) = self.book.durable.take() else { return };
+        let Some(durable) = self.book.durable.replace(view.clone()) else { return };
         if durable.revision == view.revision {
             let replicas = durable.replicas().eq(view.replicas());
             let hosts = durable.hosts().eq(view.hosts());
@@ -382,7 +466,6 @@ impl World<'_> {
         } else if durable.revision > view.revision {
             self.broke("what was published was not durable".to_owned());
         }
-        self.book.durable = Some(view.clone());
     }
 
     /// A hello is welcome. Asked when it is judged: a quarantine that is ended before it is kept is ended
@@ -444,6 +527,11 @@ impl World<'_> {
 
     /// The server begins to send a set.
     pub(super) fn check_offered(&mut self, link: LinkId) {
+        let soon = |at: u64| self.now < at + OFFERED_MS;
+        if self.links[link].not_durable.is_some_and(soon) {
+            let node = &self.nodes[self.links[link].node];
+            self.broke(format!("{} is sent a set at once that its disk did not take", node.uid));
+        }
         if std::mem::replace(&mut self.links[link].unanswered, true) {
             let node = &self.nodes[self.links[link].node];
             self.broke(format!("{} is sent a set before it has answered the last one", node.uid));
@@ -471,7 +559,10 @@ impl World<'_> {
     ) {
         let node = &self.nodes[self.links[link].node];
         let told = match verdict {
-            SetVerdict::NotDurable => return,
+            SetVerdict::NotDurable => {
+                self.links[link].not_durable = Some(self.now);
+                return;
+            }
             SetVerdict::Broken if self.links[link].doubled => return,
             SetVerdict::Changed | SetVerdict::Older if self.book.cloned.contains(&node.uid) => {
                 return;

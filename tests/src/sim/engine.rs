@@ -39,6 +39,8 @@ pub(super) struct Made {
     pub(super) running_since: u64,
     /// When it ended by itself.
     pub(super) ended: Option<u64>,
+    /// Its agent stopped it.
+    pub(super) stopped: bool,
     /// It ended while one of two that change places: that counts for nothing.
     pub(super) ended_in_exchange: bool,
 }
@@ -65,6 +67,8 @@ pub(super) struct Engine {
     pub(super) loses: u8,
     /// Who follows its events.
     pub(super) follower: Option<Life>,
+    /// When that one hears that it does.
+    pub(super) followed_at: u64,
 }
 
 impl Engine {
@@ -165,7 +169,10 @@ impl World<'_> {
                 answers.push((0, Input::Observed { look, containers }));
             }
             Effect::Follow => {
-                held.engine.follower = (held.life == life).then_some(life);
+                if held.life == life {
+                    held.engine.follower = Some(life);
+                    held.engine.followed_at = now + answer_ms;
+                }
                 answers.push((0, Input::Followed));
             }
             Effect::EnsureNetwork => answers.push((0, Input::Network(Ok(())))),
@@ -184,14 +191,19 @@ impl World<'_> {
                 };
                 answers.push((0, input));
             }
-            Effect::Stop { step, replica, id, .. } => {
+            Effect::Stop { step, replica, id, grace_ms } => {
+                let made = held.engine.containers.get(&number(&id));
+                if made.is_some_and(|made| made.shown.grace_ms != grace_ms) {
+                    self.broke(format!("{replica} is given {grace_ms} ms to end"));
+                }
                 let took_ms = self.nodes[node].rng.u64(0..STOP_MS);
                 let done = self.stops(node, life, &replica, number(&id));
                 answers.push((took_ms, Input::StepDone { step, done }));
             }
             Effect::Remove { step, id, .. } => {
-                let engine = &mut self.nodes[node].engine;
                 let id = number(&id);
+                self.check_put_away(node, id);
+                let engine = &mut self.nodes[node].engine;
                 let runs =
                     engine.containers.get(&id).is_some_and(|c| c.shown.state == State::Running);
                 let input = if runs {
@@ -348,6 +360,7 @@ impl World<'_> {
             starts: 0,
             running_since: 0,
             ended: None,
+            stopped: false,
             ended_in_exchange: false,
         };
         engine.containers.insert(engine.made, made);
@@ -400,6 +413,7 @@ impl World<'_> {
         }
         container.shown.state = State::Exited { code: 0, out_of_memory: false, time };
         container.shown.started = None;
+        container.stopped = true;
         // Whoever does not answer for long may be stopped for that.
         let sick = container.sick.last().filter(|(_, until)| now < until + SICK_MS);
         // Starting up is no illness.

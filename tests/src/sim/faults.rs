@@ -155,12 +155,13 @@ impl World<'_> {
         let held = &mut self.nodes[node];
         let Some(life) = held.engine.follower.take() else { return };
         let input = Box::new(berth_agent_core::reconcile::Input::FollowEnded);
-        self.events.push(self.now + 1, Event::Tell { node, life, input });
+        let at = self.now.max(held.engine.followed_at) + 1;
+        self.events.push(at, Event::Tell { node, life, input });
     }
 
     /// The server goes back to its newest backup.
     fn restore(&mut self, down_ms: u64) {
-        let Some((mut store, acknowledged)) = self.backup.take() else { return };
+        let Some((mut store, acknowledged)) = self.backup.clone() else { return };
         self.kill_server(down_ms);
         // One that was down already comes back later, with what is on the disk then.
         let Some((mut batches, revision)) = self.turned(&store) else { return };
@@ -172,9 +173,12 @@ impl World<'_> {
         self.server.store = store;
         self.book.acknowledged = acknowledged.min(revision);
         self.book.durable = None;
-        self.book.restored = true;
+        (self.book.restored, self.book.turned) = (true, true);
         self.book.rollouts.forget();
-        self.backup = None;
+        // One backup may be restored twice.
+        if self.server.rng.u8(0..3) != 0 {
+            self.backup = None;
+        }
     }
 
     fn turned(

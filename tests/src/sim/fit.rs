@@ -26,7 +26,9 @@ pub(super) fn is_draining(host: &Host) -> bool {
 pub(super) fn is_of_its_kind(host: &Host, deployment: &Deployment, release: &Release) -> bool {
     let labels = deployment.spec.placement.require.iter().all(|r| r.matches(&host.labels));
     let knows = |feature: &str| host.facts.features.iter().any(|f| f == feature);
-    labels && (release.source.artifact.is_none() || knows("artifact"))
+    let mut platforms = release.source.image.platforms.iter();
+    let runs = platforms.any(|p| (&p.arch, &p.os) == (&host.facts.arch, &host.facts.os));
+    labels && runs && (release.source.artifact.is_none() || knows("artifact"))
 }
 
 /// It may be asked to run one more, whatever runs there already.

@@ -94,6 +94,7 @@ fn script(text: &str) -> Script {
                 old: rest.contains(&"old"),
                 approval: false,
                 gpu: false,
+                foreign: false,
             }),
             ["at", at, rest @ ..] => script.actions.push((at.parse().unwrap(), action(rest))),
             _ => panic!("{line} is neither a machine nor an action"),

@@ -13,12 +13,14 @@
 
 mod agent;
 mod agree;
+mod asked;
 mod check;
 mod clock;
 mod engine;
 mod events;
 mod faults;
 mod fit;
+mod floors;
 #[cfg(test)]
 mod golden;
 mod ledger;

@@ -28,6 +28,8 @@ pub(super) struct Link {
     pub(super) doubled: bool,
     /// A set was begun that the server has not been answered.
     pub(super) unanswered: bool,
+    /// When its agent's disk did not take a set.
+    pub(super) not_durable: Option<u64>,
     /// The messages of the newest set that was sent whole, and of the one that is being sent.
     last_set: Vec<SessionResponse>,
     this_set: Vec<SessionResponse>,
@@ -96,6 +98,7 @@ impl World<'_> {
             down_last: at,
             doubled: false,
             unanswered: false,
+            not_durable: None,
             last_set: Vec::new(),
             this_set: Vec::new(),
         });
@@ -106,9 +109,11 @@ impl World<'_> {
         let now = self.now;
         let held = &mut self.nodes[node];
         let Some(agent) = held.agent.as_mut().filter(|_| held.life == life) else { return };
-        let at = now + agent.dialling.ended(Ended::Lost, held.rng.u64(0..1000));
+        let wait_ms = agent.dialling.ended(Ended::Lost, held.rng.u64(0..1000));
+        let at = now + wait_ms;
         agent.dial_at = Some(at);
         self.events.push(at, Event::Dial { node, life });
+        self.check_dials(node, wait_ms, false);
     }
 
     /// A dial has reached the server, and the agent says hello.

@@ -94,6 +94,7 @@ impl World<'_> {
         let view = process.machine.ahead().clone();
         match self.proposal(&view, &action, now) {
             Some(proposal) => {
+                self.check_asked(&view, &action, &proposal);
                 // A server that dies answers nobody.
                 self.events.push(self.now + 20_000, Event::Again { operation });
                 let at = self.now + self.a_moment_ms();

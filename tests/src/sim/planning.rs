@@ -3,17 +3,19 @@
 use super::events::{Event, Life};
 use super::ledger::Waiter;
 use super::world::World;
-use berth_proto::ids::{DeploymentUid, Mono, ReplicaUid};
+use berth_proto::ids::{DeploymentUid, HostUid, Mono, ReplicaUid};
 use berth_server_core::batching::Refusal;
 use berth_server_core::change::Change;
-use berth_server_core::live::Unheard;
+use berth_server_core::live::{Live, Presence, Unheard};
 use berth_server_core::planner::Report;
 use berth_server_core::queue::{Key, Queue, Why};
 use berth_server_core::round::{Round, Sent};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A pass over all deployments, as in the program.
 const FULL_PASS_MS: u64 = 60_000;
+/// A host that was never heard of is waited for as long as a session may be silent, and so long.
+const UNHEARD_MS: u64 = 85_000;
 
 /// A round whose proposals are not all answered yet.
 struct Waiting {
@@ -29,6 +31,7 @@ pub(super) struct Planner {
     pub(super) reports: BTreeMap<DeploymentUid, Report>,
     check_at: Mono,
     unheard: Unheard,
+    started: Mono,
     round: Option<Waiting>,
     tick: u64,
 }
@@ -41,6 +44,7 @@ impl Planner {
             reports: BTreeMap::new(),
             check_at: now.plus_ms(FULL_PASS_MS),
             unheard: Unheard::default(),
+            started: now,
             round: None,
             tick: u64::MAX,
         }
@@ -93,7 +97,26 @@ impl World<'_> {
         if at.mono >= planner.check_at {
             planner.check_at = at.mono.plus_ms(FULL_PASS_MS);
             let idle = 3 * self.script.ping_ms;
-            planner.unheard.look(process.machine.durable(), &mut process.live, idle, at.mono);
+            let view = process.machine.durable();
+            let unknown = |live: &Live| -> BTreeSet<HostUid> {
+                let all = view.hosts().map(|host| host.uid.clone());
+                all.filter(|uid| live.presence(uid) == Presence::Unknown).collect()
+            };
+            let before = unknown(&process.live);
+            planner.unheard.look(view, &mut process.live, idle, at.mono);
+            let after = unknown(&process.live);
+            let up_ms = at.mono.since_ms(planner.started);
+            let joined =
+                |uid: &HostUid| self.book.joined.keys().any(|node| self.nodes[*node].uid == *uid);
+            let late = up_ms > idle + UNHEARD_MS + 3 * FULL_PASS_MS && !self.book.restored;
+            let late = after.iter().find(|uid| late && !joined(uid));
+            if up_ms < idle + UNHEARD_MS && before != after {
+                let words = format!("{before:?} are given up {up_ms} ms after the start");
+                return self.broke(words);
+            }
+            if let Some(uid) = late {
+                return self.broke(format!("{uid} is waited for, {up_ms} ms after the start"));
+            }
             for moved in process.live.take_moved() {
                 planner.queue.moved(&ahead, &process.live, &moved);
             }
@@ -203,6 +226,13 @@ impl World<'_> {
         if busy || !planner.heard.is_empty() || !process.news.is_empty() {
             return self.plan_soon();
         }
+        let all = self.now > self.server.full_until + 2_000;
+        if all && process.machine.ahead().revision == process.machine.durable().revision {
+            let (view, live) = (process.machine.durable().clone(), process.live.clone());
+            self.check_lost(&view, &live, mono);
+        }
+        let Some(process) = self.server.process.as_mut() else { return };
+        let planner = &mut process.planner;
         let due = planner.queue.due().map_or(planner.check_at, |due| due.min(planner.check_at));
         let at = process.clock.when(due).max(now + 1);
         self.plan_at(at);

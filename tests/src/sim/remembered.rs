@@ -12,8 +12,6 @@ use berth_proto::values::{AssignmentBody, RestartCondition};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// A replacement gets at least so long to be ready, less what a clock that runs too fast makes of it.
-const REPLACE_MS: u64 = 27_000;
 /// An agent learns of an end so long after it at the most, unless its engine is away: events come
 /// late, and looks take long.
 const HEARD_MS: u64 = 90_000;
@@ -54,11 +52,16 @@ impl World<'_> {
                 let since = (!refused).then_some(now);
                 self.book.begun.entry((node, uid.clone())).or_insert(since);
             }
+            // What is written is the time left.
+            if next.not_before.is_some_and(|left| left.0 > specs::MAX_BACKOFF_MS) {
+                let words = format!("{uid} is not started again before {:?}", next.not_before);
+                return self.broke(words);
+            }
             let by_hand = self.book.by_hand.contains(uid) || self.book.removed.contains(uid);
             if next.rolled_back
                 && !last.rolled_back
                 && let Some(Some(begun)) = self.book.begun.get(&(node, uid.clone()))
-                && now - begun < REPLACE_MS
+                && now - begun < self.replace_ms(node, uid)
             {
                 let words = format!("{uid} has failed to take another's place after");
                 return self.broke(format!("{words} {} ms", now - begun));
@@ -71,6 +74,17 @@ impl World<'_> {
                 self.check_finished(node, uid, next);
             }
         }
+    }
+
+    /// How long one that takes another's place has at least until it is given up: as long as its check
+    /// lets it start and its deployment asks it to be ready, and half a minute at least; by a clock that
+    /// runs too fast.
+    fn replace_ms(&self, node: NodeId, uid: &ReplicaUid) -> u64 {
+        let asked_ms = self.body(node, uid).map_or(0, |body| {
+            let startup_ms = body.spec.health.as_ref().map_or(0, |check| check.startup_ms);
+            startup_ms + body.spec.rollout.ready_for_ms
+        });
+        asked_ms.max(30_000) * 9 / 10
     }
 
     /// A replica has taken another's place for good.
@@ -104,6 +118,18 @@ impl World<'_> {
         let Some(body) = self.body(node, uid) else { return };
         let all = self.nodes[node].engine.containers.values();
         let ended = |c: &&Made| c.shown.replica == *uid && c.shown.attempt == memory.exit_taken;
+        // Nor does a join know what an earlier one did.
+        let known = self.book.by_hand.contains(uid)
+            || self.book.removed.contains(uid)
+            || self.book.joined.contains_key(&node);
+        // What was let go for good may be wanted again by a restored ledger.
+        if !known
+            && !self.book.restored
+            && all.clone().filter(ended).any(|c| c.stopped && c.ended.is_none())
+        {
+            let words = format!("{uid} was stopped by its agent");
+            return self.broke(format!("{words}, and is not started again"));
+        }
         let code = all.filter(ended).find_map(|c| match c.shown.state {
             State::Exited { code, .. } => Some(code),
             State::Created | State::Running => None,
@@ -164,6 +190,7 @@ impl World<'_> {
             && let Some(last) = exits.exits.last()
             && last.attempt >= attempt
             && !self.book.restored
+            && !self.book.joined.contains_key(&node)
             && !self.book.cloned.contains(&self.nodes[node].uid)
         {
             let words = format!("attempt {attempt} of {uid} is made, and attempt");
@@ -230,6 +257,34 @@ impl World<'_> {
         }
         if quiet && restart_ms.is_some_and(|least| for_ms * 8 / 10 > least) {
             self.broke(format!("{uid} does not answer for {for_ms} ms and is not started anew"));
+        }
+    }
+
+    /// A dead container is about to be removed: the newest one of a replica that is wanted is kept for its
+    /// logs.
+    pub(super) fn check_put_away(&mut self, node: NodeId, id: u32) {
+        let held = &self.nodes[node];
+        let Some(made) = held.engine.containers.get(&id) else { return };
+        let uid = &made.shown.replica;
+        let wanted = held.disk.wanted.set().is_some_and(|set| set.entries.contains_key(uid));
+        let given_back = held.disk.memory.get(uid).is_some_and(|memory| memory.rolled_back);
+        let dead = |c: &&Made| matches!(c.shown.state, State::Exited { .. });
+        let newer = |c: &Made| c.shown.replica == *uid && c.shown.attempt > made.shown.attempt;
+        let kept = held.engine.containers.values().filter(dead).any(newer);
+        let meddled = self.book.by_hand.contains(uid) || self.book.removed.contains(uid);
+        if wanted && dead(&made) && !kept && !given_back && !meddled {
+            self.broke(format!("the logs of {uid} are removed with its last attempt"));
+        }
+    }
+
+    /// An agent waits so long before it dials again.
+    pub(super) fn check_dials(&mut self, node: NodeId, wait_ms: u64, away: bool) {
+        let (least, most) = if away { (150_000, 300_000) } else { (0, 30_000) };
+        if !(least..=most).contains(&wait_ms) {
+            let uid = &self.nodes[node].uid;
+            self.broke(format!(
+                "{uid} waits {wait_ms} ms before it dials, told to stay away: {away}"
+            ));
         }
     }
 

@@ -4,6 +4,7 @@ use super::fit;
 use super::world::World;
 use berth_proto::api::RolloutState;
 use berth_proto::ids::{DeploymentUid, HostUid, Mono, ReleaseNumber};
+use berth_proto::values::OnRolloutFailure;
 use berth_server_core::live::{Live, Presence};
 use berth_server_core::objects::{Deployment, Release, Replica};
 use berth_server_core::view::View;
@@ -214,6 +215,9 @@ impl World<'_> {
                     self.broke(format!("the rollout of {uid} is complete and not what is stable"));
                 }
             }
+            _ if next.release() != held.release() && !goes_back(&held, next) => {
+                self.broke(format!("{uid} goes back to a release, and is not to"));
+            }
             _ if next.rollout() == RolloutState::Paused || next.release() != held.release() => {
                 let failed =
                     |(_, r): (Place, &Arc<Replica>)| r.failed && r.release == held.release();
@@ -234,6 +238,11 @@ impl World<'_> {
             _ => {}
         }
     }
+}
+
+/// It is to go back when its rollout fails, and does so to what is stable.
+fn goes_back(held: &Deployment, next: &Deployment) -> bool {
+    held.spec.rollout.on_failure == OnRolloutFailure::Rollback && next.release() == held.stable()
 }
 
 /// Why a rollout is not complete.

@@ -124,6 +124,8 @@ pub(super) struct Machine {
     pub(super) approval: bool,
     /// It has a GPU.
     pub(super) gpu: bool,
+    /// Of another architecture than the images.
+    pub(super) foreign: bool,
 }
 
 /// All of a run but for its draws.
@@ -293,6 +295,7 @@ impl Script {
             old: rng.u8(0..12) == 0,
             approval: rng.u8(0..20) == 0,
             gpu: rng.u8(0..3) == 0,
+            foreign: rng.u8(0..24) == 0,
         };
         let machines = (0..hosts).map(|_| machine(&mut rng)).collect();
         let span_ms = [5_000, 20_000, 60_000, 180_000][rng.usize(0..4)];

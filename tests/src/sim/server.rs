@@ -80,6 +80,8 @@ pub(super) struct Server {
     pub(super) arm: Option<(super::script::Moment, u64)>,
     pub(super) process: Option<Process>,
     pub(super) rng: fastrand::Rng,
+    /// Its roots and addresses change.
+    pub(super) moves: bool,
 }
 
 /// A running server.
@@ -96,6 +98,11 @@ pub(super) struct Process {
 }
 
 impl Server {
+    /// The number of its roots and addresses: newer ones at every start, in some of the runs.
+    pub(super) fn trust(&self) -> u64 {
+        if self.moves { 1 + u64::from(self.life) } else { 1 }
+    }
+
     pub(super) fn is_up(&self) -> bool {
         self.process.is_some()
     }
@@ -166,7 +173,7 @@ impl World<'_> {
             reconnect_window_ms: 1_000,
             version: "0".into(),
             features: Vec::new(),
-            trust: berth_proto::agent::Trust { version: 1, ..Default::default() },
+            trust: berth_proto::agent::Trust { version: self.server.trust(), ..Default::default() },
         }
     }
 

@@ -257,6 +257,14 @@ impl World<'_> {
             if let Some(what) = self.disagreement(node, view, live) {
                 return Some(what);
             }
+            if node.engine.follower != Some(node.life) {
+                return Some(format!("nobody follows what happens on {uid}"));
+            }
+            let trust = self.server.trust();
+            if (node.disk.trust, host.record.trust_version) != (trust, trust) {
+                let told = host.record.trust_version;
+                return Some(format!("{uid} holds roots {}, told as {told}", node.disk.trust));
+            }
             let number = view.generation(uid);
             let held = live.host(uid).and_then(|h| h.acknowledged);
             if held.is_none_or(|held| (held.epoch, held.generation) != (view.epoch(), number)) {
@@ -294,7 +302,7 @@ impl World<'_> {
                     return Some(format!("{} is left on {uid}, which is drained", replica.uid));
                 }
                 // One that was adopted after a restore takes nobody's place any more.
-                if under_way && !replica.failed && replica.replaces.is_some() {
+                if under_way && !exchanged && !replica.failed && replica.replaces.is_some() {
                     return Some(format!(
                         "{} has begun to take another's place on {uid} and has neither taken it nor \
                          given it back",

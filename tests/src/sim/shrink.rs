@@ -110,6 +110,9 @@ impl fmt::Display for Story {
             if machine.gpu {
                 f.write_str(", with a GPU")?;
             }
+            if machine.foreign {
+                f.write_str(", of another architecture")?;
+            }
             writeln!(f)?;
         }
         if self.script.small {

@@ -44,7 +44,7 @@ pub(super) fn wanted(deployment: u8, spec: &Spec) -> Wanted {
         interval: Some(duration(5_000)),
         timeout: Some(duration(1_000)),
         failures: 2,
-        startup: Some(duration(10_000)),
+        startup: Some(duration(if spec.version == 1 { 60_000 } else { 10_000 })),
         restart_after: (spec.version == 3).then(|| duration(20_000)),
     };
     let host_port = if spec.host_port { 8000 } else { 0 };
@@ -134,7 +134,7 @@ pub(super) fn wanted(deployment: u8, spec: &Spec) -> Wanted {
 pub(super) fn facts(machine: &Machine) -> api::HostFacts {
     let features = if machine.old { Vec::new() } else { vec!["artifact".to_owned()] };
     api::HostFacts {
-        arch: "amd64".into(),
+        arch: if machine.foreign { "arm64" } else { "amd64" }.into(),
         os: "linux".into(),
         engine_available: true,
         container_network_reachable: true,

@@ -86,6 +86,7 @@ impl<'s> World<'s> {
                 arm: None,
                 process: None,
                 rng: seeded(1),
+                moves: script.seed % 4 == 1,
             },
             nodes: nodes.collect(),
             links: Vec::new(),

@@ -39,6 +39,7 @@ impl Plan {
                 // less to give, must not get it.
                 if let Change::PutReplica(replica) = &change
                     && at == Revision(0)
+                    && !bug!(HostNotHeld)
                 {
                     let host = ObjectKey::Host(replica.host.clone());
                     let at = view.revision_of(&host);

@@ -176,7 +176,8 @@ impl<'a> Planning<'a> {
         let number = release.number;
         let now = self.now.wall;
         let stable = self.deployment.stable();
-        let rollback = self.deployment.spec.rollout.on_failure == OnRolloutFailure::Rollback;
+        let rollback = self.deployment.spec.rollout.on_failure == OnRolloutFailure::Rollback
+            || bug!(PauseGoesBack);
         let back_to = (rollback && !bug!(RollbackForgotten) && stable.0 != 0 && stable != number)
             .then(|| self.view.release(&self.deployment.uid, stable).cloned())
             .flatten();

@@ -101,7 +101,9 @@ impl<'a> Planning<'a> {
             .iter()
             .filter(|r| r.intent == ReplicaIntent::Stop && self.live.is_present(&r.host))
             .collect();
-        tally.existing += count(stopping.iter());
+        if !bug!(EndingNotCounted) {
+            tally.existing += count(stopping.iter());
+        }
         let started = self.start(release, mine, &work, &stopping, &tally);
         self.stop_old(release, &work, &started, &tally);
         self.plan.report.unsettled = work.iter().any(|item| !item.old.is_empty());
@@ -199,7 +201,8 @@ impl<'a> Planning<'a> {
             surge_room = u32::MAX;
         }
         // A single slot that cannot stand side by side must be allowed to change places.
-        let replace_at_most = rollout.max_unavailable.max(1);
+        let all_at_once = if bug!(AllChangeAtOnce) { tally.wanted } else { 1 };
+        let replace_at_most = rollout.max_unavailable.max(all_at_once);
         let mut replacing = tally.replacing;
         let halted =
             matches!(self.deployment.rollout(), RolloutState::Paused | RolloutState::Failed);
@@ -390,7 +393,10 @@ impl<'a> Planning<'a> {
                     may
                 } else if let Some(successor) = replaced_by {
                     *successor == Health::Healthy
-                } else if halted && (old.release != current || self.leaving(old)) {
+                } else if halted
+                    && (old.release != current || self.leaving(old))
+                    && !bug!(PausedGoesOn)
+                {
                     unmoved += u32::from(self.leaving(old));
                     false
                 } else if *health == Health::Healthy {
@@ -436,6 +442,7 @@ impl<'a> Planning<'a> {
                 return None;
             }
             match self.lost(&replica.host) {
+                Ok(()) if bug!(LostNeverReplaced) => return None,
                 Ok(()) => first = first.or(Some(replica)),
                 Err(at) => {
                     if let Some(at) = at {
