@@ -5,6 +5,7 @@
 //! that is expired or of another cluster ends the handshake, and the log says why.
 
 pub mod certificates;
+mod unread;
 
 use axum::Router;
 use berth_proto::tls::{self, TlsError};
@@ -24,6 +25,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tower::Service as _;
+use unread::Lent;
 
 /// How long a handshake may take: three round trips of a bad mobile link.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -252,6 +254,7 @@ pub async fn serve_http(
     mut stop: watch::Receiver<bool>,
 ) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let unread = Arc::new(Semaphore::new(unread::AT_ONCE));
     let graceful = hyper_util::server::graceful::GracefulShutdown::new();
     loop {
         let next = tokio::select! {
@@ -267,7 +270,7 @@ pub async fn serve_http(
         let certs = stream.get_ref().1.peer_certificates().map(|certs| {
             PeerCerts(Arc::new(certs.iter().map(|c| c.clone().into_owned()).collect()))
         });
-        let router = router.clone();
+        let (router, unread) = (router.clone(), Arc::clone(&unread));
         let (asked, mut first) = watch::channel(false);
         let service =
             hyper::service::service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
@@ -276,7 +279,7 @@ pub async fn serve_http(
                 }
                 request.extensions_mut().insert(PeerAddr(addr));
                 asked.send_if_modified(|asked| !std::mem::replace(asked, true));
-                router.clone().call(request)
+                router.clone().call(Lent::of(request, &unread))
             });
         let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
         builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD);

@@ -203,3 +203,53 @@ fn addresses_of_one_household_share_their_handshakes() {
     assert!(crowd.enter(address("192.0.2.2")).is_some());
     drop(held);
 }
+
+#[tokio::test]
+async fn a_refusal_reaches_a_client_that_is_still_sending_and_its_stream_is_not_reset() {
+    use http_body_util::StreamBody;
+    let (_dir, ca) = ca();
+    let internal = certificates::Internal::new(&ca, vec!["127.0.0.1".to_owned()]).unwrap();
+    let certificates = Certificates { internal: Arc::new(internal), operators: None };
+    let config = server_config(certificates, ca.root_pem(), &[ALPN_H2], Speaks::Ours).unwrap();
+    let listener = bind("--listen", "127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (_stop, stop) = watch::channel(false);
+    let entered = accept("gateway", listener, config, stop.clone());
+    let refuses = Router::new().fallback(async || (http::StatusCode::UNAUTHORIZED, "no token"));
+    tokio::spawn(serve_http("gateway", entered, refuses, stop));
+
+    let trusted = Trusted::Roots { pem: ca.root_pem().to_owned(), cluster: ca.cluster().clone() };
+    let client = tls::client_config(trusted, None, &[ALPN_H2], None).unwrap();
+    let stream = tls::connect(&address, client, PATIENCE).await.unwrap();
+    let io = TokioIo::new(stream);
+    let (mut sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
+    tokio::spawn(connection);
+
+    let piece = || {
+        let bytes = bytes::Bytes::from_static(&[7; 32 * 1024]);
+        Ok::<_, std::convert::Infallible>(http_body::Frame::data(bytes))
+    };
+    let (pieces, rx) = mpsc::channel(1);
+    let body = StreamBody::new(tokio_stream::wrappers::ReceiverStream::new(rx));
+    let request = http::Request::post("https://berth/v2/models/x/infer").body(body).unwrap();
+    let told = async {
+        let asked = tokio::spawn(sender.send_request(request));
+        pieces.send(piece()).await.unwrap();
+        let answer = asked.await.unwrap().unwrap();
+        assert_eq!(answer.status(), http::StatusCode::UNAUTHORIZED);
+        let words = http_body_util::BodyExt::collect(answer.into_body()).await.unwrap();
+        assert_eq!(words.to_bytes(), "no token");
+        // Three round trips of the connection: whatever was sent behind the answer is here.
+        for _ in 0..3 {
+            let empty =
+                StreamBody::new(tokio_stream::wrappers::ReceiverStream::new(mpsc::channel(1).1));
+            let request = http::Request::get("https://berth/").body(empty).unwrap();
+            sender.send_request(request).await.unwrap();
+        }
+        for _ in 0..20 {
+            pieces.send(piece()).await.expect("the stream was reset");
+        }
+    };
+    tokio::time::timeout(PATIENCE, told).await.expect("it ends");
+}
