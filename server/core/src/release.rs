@@ -89,9 +89,12 @@ pub fn draft(draft: &Draft<'_>) -> Result<Release, BadRecord> {
         ("BERTH_NAMESPACE".to_owned(), deployment.namespace.to_string()),
         ("BERTH_RELEASE".to_owned(), draft.number.to_string()),
     ]);
-    if let Some(artifact) = &draft.source.artifact {
+    // Also of a version that is an image: what is in it may want to tell its version.
+    if let Some(version) = &draft.source.model_version {
         system_env.insert("BERTH_MODEL_NAME".to_owned(), deployment.name.to_string());
-        system_env.insert("BERTH_MODEL_VERSION".to_owned(), artifact.version.clone());
+        system_env.insert("BERTH_MODEL_VERSION".to_owned(), version.clone());
+    }
+    if draft.source.artifact.is_some() {
         system_env.insert("BERTH_MODEL_DIR".to_owned(), ARTIFACT_TARGET.to_owned());
     }
     let body = AssignmentBody {
@@ -136,4 +139,49 @@ pub fn needs_release(before: &DeploymentSpec, after: &DeploymentSpec) -> bool {
     };
     let (before, after): (WrittenSpec, WrittenSpec) = (neutral(before), neutral(after));
     before != after
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::miniature::World;
+    use berth_proto::values::ResolvedArtifact;
+
+    /// What the server adds to the environment of a release's containers.
+    fn added(change: impl FnOnce(&mut ResolvedSource)) -> BTreeMap<String, String> {
+        let mut w = World::new(1);
+        w.apply_as("iris", World::spec("one"));
+        let deployment = w.view.deployments().next().unwrap();
+        let number = deployment.release();
+        let mut source = w.view.release(&deployment.uid, number).unwrap().source.clone();
+        change(&mut source);
+        let (actor, cause, now) = ("user/test", "", Wall(0));
+        let made = Draft { deployment, number, source, actor, cause, now, copied_from: number };
+        let body = draft(&made).unwrap().body;
+        berth_proto::agent::AssignmentBody::decode(&*body).unwrap().system_env
+    }
+
+    #[test]
+    fn a_version_is_told_its_name_whether_it_is_files_or_an_image() {
+        let told = |env: &BTreeMap<String, String>, name: &str| env.get(name).cloned();
+        let plain = added(|_| {});
+        assert!(!plain.keys().any(|name| name.starts_with("BERTH_MODEL")), "{plain:?}");
+        let built = added(|source| source.model_version = Some("1.2".to_owned()));
+        assert_eq!(told(&built, "BERTH_MODEL_NAME").as_deref(), Some("iris"));
+        assert_eq!(told(&built, "BERTH_MODEL_VERSION").as_deref(), Some("1.2"));
+        assert_eq!(told(&built, "BERTH_MODEL_DIR"), None, "it has no files beside its image");
+        let files = added(|source| {
+            source.model_version = Some("1.2".to_owned());
+            source.artifact = Some(ResolvedArtifact {
+                model: "iris".to_owned(),
+                version: "1.2".to_owned(),
+                repository: "models/iris".to_owned(),
+                digest: source.image.digest.clone(),
+                size_bytes: 1,
+                format: "onnx".to_owned(),
+            });
+        });
+        assert_eq!(told(&files, "BERTH_MODEL_VERSION").as_deref(), Some("1.2"));
+        assert_eq!(told(&files, "BERTH_MODEL_DIR").as_deref(), Some(ARTIFACT_TARGET));
+    }
 }
