@@ -276,10 +276,11 @@ fn deployment(value: &Value, origin: &str, p: &mut Problems) -> Option<Written> 
     Some(Written { name, namespace, labels, spec, origin: origin.to_owned() })
 }
 
-const SPEC: [&str; 21] = [
+const SPEC: [&str; 22] = [
     "model",
     "image",
     "runtime",
+    "servedModel",
     "replicas",
     "everyHost",
     "placement",
@@ -342,6 +343,7 @@ fn read_spec(value: &Value, p: &mut Problems) -> Option<api::DeploymentSpec> {
     let mut spec = api::DeploymentSpec {
         source,
         runtime: s.text("runtime", p),
+        served_model: s.text("servedModel", p),
         replicas: s.number("replicas", p),
         every_host: s.flag("everyHost", p),
         placement: s.object("placement", &["require", "spread"], p).map(|o| api::Placement {
@@ -479,6 +481,7 @@ pub fn spec_to_json(spec: &api::DeploymentSpec) -> Value {
     }
     let o = &mut out;
     set(o, "runtime", Some(json!(spec.runtime)));
+    set(o, "servedModel", Some(json!(spec.served_model)));
     set(o, "replicas", spec.replicas.map(|n| json!(n)));
     set(o, "everyHost", Some(json!(spec.every_host)));
     if let Some(placement) = &spec.placement {

@@ -9,6 +9,7 @@ kind: Deployment
 metadata: {name: iris, labels: {team: vision}}
 spec:
   model: iris@champion
+  servedModel: iris-sklearn
   replicas: 3
   placement: {require: [\"arch=amd64\", \"zone in (eu, us)\"], spread: zone}
   resources: {cpu: 500m, memory: 256MiB}

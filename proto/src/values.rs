@@ -20,6 +20,8 @@ pub struct DeploymentSpec {
     pub source: Source,
     /// Runtime image's reference or short name; `None`: chosen by the model's format.
     pub runtime: Option<String>,
+    /// The model's name as the program knows it; `None`: the deployment's.
+    pub served_model: Option<String>,
     /// How many, and of what kind.
     pub scale: Scale,
     /// Where replicas may go.

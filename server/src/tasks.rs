@@ -99,13 +99,16 @@ pub(crate) fn table(cluster: &Cluster) -> Vec<(Backend, Vec<Ready>)> {
             .replicas_of(&deployment.uid)
             .filter(|r| r.runs() && live.is_present(&r.host))
             .filter(|r| live.replica(&r.uid).is_some_and(|l| l.status.ready))
-            .map(|r| Ready {
-                replica: r.uid.clone(),
-                host: r.host.clone(),
-                version: view
-                    .release(&r.deployment, r.release)
-                    .and_then(|release| release.source.model_version.clone())
-                    .unwrap_or_default(),
+            .map(|r| {
+                let own = view.release(&r.deployment, r.release);
+                let version = own.and_then(|release| release.source.model_version.clone());
+                let served = own.and_then(|release| release.spec.served_model.clone());
+                Ready {
+                    replica: r.uid.clone(),
+                    host: r.host.clone(),
+                    version: version.unwrap_or_default(),
+                    served: served.unwrap_or_else(|| deployment.name.to_string()),
+                }
             })
             .collect();
         let backend = Backend {

@@ -75,6 +75,39 @@ fn a_folder_is_built_registered_with_its_lineage_and_deployed_as_a_model() {
 }
 
 #[test]
+fn a_built_model_server_that_has_a_name_of_its_own_for_the_model_answers_by_the_deployments() {
+    if !has_docker("a_built_model_server") {
+        return;
+    }
+    let cluster = one_host();
+    let folder = cluster.dir.path().join("served");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::copy(stand_in::program().unwrap(), folder.join("berth-stand-in")).unwrap();
+    std::fs::write(folder.join("about"), cluster.uid().unwrap()).unwrap();
+    let recipe = "FROM scratch\nCOPY about berth-stand-in /\nENV DO=model:iris-sklearn\n\
+                  ENTRYPOINT [\"/berth-stand-in\"]\n";
+    std::fs::write(folder.join("Dockerfile"), recipe).unwrap();
+    cluster.berth_ok(&["build", "-t", "server:1", folder.to_str().unwrap()]).unwrap();
+
+    // Its health is asked as that of any model.
+    let spec = "  model: server:1\n  servedModel: iris-sklearn\n  \
+                ports: [{name: http, container: 8080}]\n  rollout: {readyFor: 0s}\n";
+    let container = deploy(&cluster, "iris", spec);
+    let env = docker(&["inspect", "--format", "{{json .Config.Env}}", &container]).unwrap();
+    for told in ["BERTH_MODEL_NAME=iris-sklearn", "BERTH_MODEL_VERSION=1"] {
+        assert!(env.contains(told), "{env}");
+    }
+
+    let input = cluster.dir.path().join("input.json");
+    std::fs::write(&input, r#"{"inputs":[]}"#).unwrap();
+    let ask = ["infer", "iris", "--input", input.to_str().unwrap()];
+    let answer: Value = serde_json::from_str(&cluster.berth_ok(&ask).unwrap()).unwrap();
+    assert_eq!(answer, json!({"model_name": "iris", "model_version": "1", "outputs": []}));
+    let versioned = [&ask[..], &["--model-version", "2"]].concat();
+    assert!(cluster.berth_ok(&versioned).is_err(), "no replica serves it");
+}
+
+#[test]
 fn models_are_listed_and_a_folder_in_a_models_folder_is_read_by_a_program_of_another_user() {
     if !has_docker("models_are_listed") {
         return;

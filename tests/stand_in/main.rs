@@ -4,6 +4,8 @@
 //!
 //! - `serve` (the default): answers on port 8080, 200 on `/healthy` and 503 elsewhere, and writes a
 //!   line when it starts and one a second;
+//! - `model:NAME`: answers on port 8080 as a server of the Open Inference Protocol does that knows one
+//!   model, by this name;
 //! - `exit:CODE`: writes a line and ends at once;
 //! - `flood:LINES`: writes so many lines of 1,000 bytes, then serves;
 //! - `read:PATH`: writes a line with what is in a file, then serves;
@@ -14,14 +16,49 @@ use std::net::{TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::time::Duration;
 
-fn answer(mut stream: TcpStream) {
-    let mut request = [0_u8; 1024];
-    let read = stream.read(&mut request).unwrap_or(0);
-    let healthy = request[..read].starts_with(b"GET /healthy ");
-    let status = if healthy { "200 OK" } else { "503 Service Unavailable" };
-    let head = format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+fn answer(mut stream: TcpStream, model: Option<&str>) {
+    let request = request(&mut stream);
+    let path = request.split(' ').nth(1).unwrap_or_default();
+    let (status, body) = match model {
+        None if path == "/healthy" => ("200 OK", String::new()),
+        None => ("503 Service Unavailable", String::new()),
+        Some(_) if path == "/v2/health/ready" => ("200 OK", String::new()),
+        Some(name) if path == format!("/v2/models/{name}") => {
+            ("200 OK", format!(r#"{{"name":"{name}","versions":["1"],"platform":"none"}}"#))
+        }
+        Some(name) if path == format!("/v2/models/{name}/infer") => {
+            ("200 OK", format!(r#"{{"model_name":"{name}","model_version":"1","outputs":[]}}"#))
+        }
+        Some(_) => ("404 Not Found", format!(r#"{{"error":"nothing is at {path}"}}"#)),
+    };
+    let length = body.len();
+    let kind = "Content-Type: application/json\r\nConnection: close";
+    let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n{kind}\r\n\r\n");
     // A caller that is gone needs no answer.
-    let _ = stream.write_all(head.as_bytes());
+    let _ = stream.write_all((head + &body).as_bytes());
+}
+
+/// All of a request: closed with some of it unread, the connection would be reset.
+fn request(stream: &mut TcpStream) -> String {
+    let mut request = Vec::new();
+    let mut piece = [0_u8; 1024];
+    loop {
+        let text = String::from_utf8_lossy(&request).into_owned();
+        if let Some((head, body)) = text.split_once("\r\n\r\n") {
+            let length = head.lines().find_map(|line| {
+                let (name, value) = line.split_once(':')?;
+                let is_it = name.eq_ignore_ascii_case("content-length");
+                is_it.then(|| value.trim().parse::<usize>().ok())?
+            });
+            if body.len() >= length.unwrap_or(0) {
+                return text;
+            }
+        }
+        match stream.read(&mut piece) {
+            Ok(0) | Err(_) => return text,
+            Ok(read) => request.extend_from_slice(&piece[..read]),
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -63,7 +100,7 @@ fn main() -> ExitCode {
         }
     });
     for stream in listener.incoming().flatten() {
-        answer(stream);
+        answer(stream, what.strip_prefix("model:"));
     }
     ExitCode::SUCCESS
 }

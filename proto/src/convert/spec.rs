@@ -107,9 +107,11 @@ pub fn deployment_spec_from_api(from: &api::DeploymentSpec) -> Result<Deployment
         }
     }
     let mounts = mounts(&mut p, &from.mounts);
+    served_model(&mut p, &from.served_model);
     let spec = DeploymentSpec {
         source,
         runtime: (!from.runtime.is_empty()).then(|| from.runtime.clone()),
+        served_model: (!from.served_model.is_empty()).then(|| from.served_model.clone()),
         scale,
         placement,
         resources: resources_from_api(from.resources.as_ref()),
@@ -129,6 +131,14 @@ pub fn deployment_spec_from_api(from: &api::DeploymentSpec) -> Result<Deployment
         privileges: privileges(&mut p, from.privileges.as_ref()),
     };
     p.finish(spec)
+}
+
+/// It stands in a path as one segment.
+fn served_model(p: &mut Problems, name: &str) {
+    let segment = !name.contains('/') && !name.contains(char::is_control);
+    if !segment || name.chars().count() > 253 || matches!(name, "." | "..") {
+        p.add("spec.servedModel", "must be 1 to 253 characters without '/' and control characters");
+    }
 }
 
 fn bound(p: &mut Problems, path: &str, value: u64, low: u64, high: u64) {
@@ -510,6 +520,7 @@ pub fn deployment_spec_to_api(from: &DeploymentSpec) -> api::DeploymentSpec {
         args: from.args.clone(),
         user: from.user.clone().unwrap_or_default(),
         read_only_root: from.read_only_root,
+        served_model: from.served_model.clone().unwrap_or_default(),
         log: Some(api::LogOptions {
             max_size_bytes: from.log.max_size_bytes,
             max_files: from.log.max_files,
@@ -603,6 +614,22 @@ mod tests {
             "spec.placement.require[0]",
         ] {
             assert!(paths.contains(&path), "{path} is not among {paths:?}");
+        }
+    }
+
+    #[test]
+    fn the_name_behind_the_gateway_is_one_segment_of_a_path() {
+        let with = |name: &str| {
+            let spec = api::DeploymentSpec { served_model: name.to_owned(), ..model() };
+            deployment_spec_from_api(&spec).map(|spec| spec.served_model)
+        };
+        assert_eq!(with(""), Ok(None));
+        for good in ["iris-sklearn", "Iris v2 (ä%?)", "...", &"ä".repeat(253)] {
+            assert_eq!(with(good), Ok(Some(good.to_owned())), "{good}");
+        }
+        for bad in ["a/b", ".", "..", "a\nb", "\u{7f}", &"a".repeat(254)] {
+            let problems = with(bad).unwrap_err();
+            assert_eq!(problems.0[0].path, "spec.servedModel", "{bad}");
         }
     }
 

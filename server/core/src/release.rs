@@ -91,7 +91,8 @@ pub fn draft(draft: &Draft<'_>) -> Result<Release, BadRecord> {
     ]);
     // Also of a version that is an image: what is in it may want to tell its version.
     if let Some(version) = &draft.source.model_version {
-        system_env.insert("BERTH_MODEL_NAME".to_owned(), deployment.name.to_string());
+        let name = spec.served_model.clone().unwrap_or_else(|| deployment.name.to_string());
+        system_env.insert("BERTH_MODEL_NAME".to_owned(), name);
         system_env.insert("BERTH_MODEL_VERSION".to_owned(), version.clone());
     }
     if draft.source.artifact.is_some() {
@@ -149,8 +150,15 @@ mod tests {
 
     /// What the server adds to the environment of a release's containers.
     fn added(change: impl FnOnce(&mut ResolvedSource)) -> BTreeMap<String, String> {
+        added_to(World::spec("one"), change)
+    }
+
+    fn added_to(
+        spec: WrittenSpec,
+        change: impl FnOnce(&mut ResolvedSource),
+    ) -> BTreeMap<String, String> {
         let mut w = World::new(1);
-        w.apply_as("iris", World::spec("one"));
+        w.apply_as("iris", spec);
         let deployment = w.view.deployments().next().unwrap();
         let number = deployment.release();
         let mut source = w.view.release(&deployment.uid, number).unwrap().source.clone();
@@ -183,5 +191,21 @@ mod tests {
         });
         assert_eq!(told(&files, "BERTH_MODEL_VERSION").as_deref(), Some("1.2"));
         assert_eq!(told(&files, "BERTH_MODEL_DIR").as_deref(), Some(ARTIFACT_TARGET));
+    }
+    #[test]
+    fn a_program_with_a_name_of_its_own_for_the_model_is_told_that_one() {
+        let spec = WrittenSpec { served_model: "iris-sklearn".to_owned(), ..World::spec("one") };
+        let env = added_to(spec, |source| source.model_version = Some("1".to_owned()));
+        assert_eq!(env["BERTH_MODEL_NAME"], "iris-sklearn");
+        assert_eq!(env["BERTH_DEPLOYMENT"], "iris");
+    }
+
+    #[test]
+    fn another_name_behind_the_gateway_is_another_release() {
+        let read = |spec: &WrittenSpec| convert::deployment_spec_from_api(spec).unwrap();
+        let before = World::spec("one");
+        let after = WrittenSpec { served_model: "iris-sklearn".to_owned(), ..before.clone() };
+        assert!(needs_release(&read(&before), &read(&after)));
+        assert!(!needs_release(&read(&after), &read(&after)));
     }
 }

@@ -2,6 +2,8 @@
 
 use super::body::{BUDGET_KIB, BodyError, Payload};
 use super::dial::{self, DialError, DialIo};
+use super::grpc;
+use super::names::{self, Naming};
 use super::reply::{Placed, Reply};
 use super::route::{Backend, Chosen, REQUESTS_OF_ONE, Routes};
 use crate::session::reverse::ReverseHub;
@@ -107,9 +109,11 @@ pub struct Onward {
     pub wire: Wire,
     /// May it be sent twice.
     pub repeat: Repeat,
+    /// Where it names the model.
+    pub naming: Naming,
     /// Method.
     pub method: Method,
-    /// Path and query; with scheme and authority for HTTP/2.
+    /// Path and query, the model by the name callers use; with scheme and authority for HTTP/2.
     pub uri: Uri,
     /// Headers; the body's length is added.
     pub headers: HeaderMap,
@@ -251,11 +255,14 @@ impl Forwarder {
                 Failure::NotReached(ForwardError::Unreachable { model: model.clone(), source })
             })?;
         let link = stream.link();
-        let request = onward.request()?;
+        let request = onward.request(&target.served)?;
         let broken = |source| ForwardError::Broken { model: model.clone(), source };
         match exchange(stream, onward.wire, request).await {
             // The replica counts as busy until its body has gone by.
-            Ok(response) => Ok(response.map(|body| Body::new(Reply::new(body, chosen)))),
+            Ok(response) => {
+                let response = response.map(|body| Body::new(Reply::new(body, chosen)));
+                Ok(names::answered(response, &onward.naming, &target.served, &model).await)
+            }
             Err(Unanswered { error, unsent }) => {
                 if let Some(unsent) = unsent {
                     onward.payload.give_back(unsent.into_body());
@@ -287,11 +294,29 @@ enum Failure {
 }
 
 impl Onward {
-    fn request(&mut self) -> Result<Request<Body>, Failure> {
+    /// The request for a replica that knows the model by this name.
+    fn request(&mut self, served: &str) -> Result<Request<Body>, Failure> {
         let fail = |error: http::Error| Failure::Final(error.into());
-        let mut builder = Request::builder().method(self.method.clone()).uri(self.uri.clone());
+        let mut uri = self.uri.clone();
+        match &mut self.naming {
+            Naming::Nowhere => {}
+            Naming::Path if served == self.model => {}
+            Naming::Path => uri = names::in_path(&uri, served).map_err(fail)?,
+            Naming::Field { written } if written == served => {}
+            Naming::Field { written } => {
+                grpc::rename(&mut self.payload, served);
+                served.clone_into(written);
+            }
+        }
+        let renamed = self.naming != Naming::Nowhere && served != self.model;
+        let mut builder = Request::builder().method(self.method.clone()).uri(uri);
         if let Some(headers) = builder.headers_mut() {
             headers.clone_from(&self.headers);
+            if renamed {
+                // The name in the answer is to be found.
+                headers.remove(header::ACCEPT_ENCODING);
+                headers.remove("grpc-accept-encoding");
+            }
             let bodiless = matches!(self.method, Method::GET | Method::HEAD);
             if let Some(length) = self.payload.length()
                 && self.wire == Wire::Http1

@@ -2,6 +2,7 @@
 
 use super::body::Payload;
 use super::forward::{ForwardError, Forwarder, Onward, Repeat, Wire};
+use super::names::Naming;
 use super::route::{Backend, REQUESTS_OF_ONE, Ready, Routes};
 use crate::session::reverse::ReverseHub;
 use axum::body::Body;
@@ -50,6 +51,8 @@ struct Scene {
     does: BTreeMap<&'static str, Does>,
     /// Who was sent the whole request, in order.
     seen: Mutex<Vec<String>>,
+    /// The first lines of those requests.
+    lines: Mutex<Vec<String>>,
 }
 
 impl Scene {
@@ -59,6 +62,7 @@ impl Scene {
             hub: ReverseHub::default(),
             does: [("r1", first), ("r2", second)].into(),
             seen: Mutex::default(),
+            lines: Mutex::default(),
         });
         for host in ["h1", "h2"] {
             let (tickets, mut asked) = mpsc::channel(4);
@@ -87,6 +91,7 @@ impl Scene {
             replica: replica.parse().unwrap(),
             host: replica.replace('r', "h").parse().unwrap(),
             version: String::new(),
+            served: format!("app-{replica}"),
         });
         self.routes.replace([(backend, ready.collect())]);
     }
@@ -115,6 +120,7 @@ impl Scene {
             version: String::new(),
             wire: Wire::Http1,
             repeat,
+            naming: Naming::Nowhere,
             method: http::Method::POST,
             uri: "/x".parse().unwrap(),
             headers: http::HeaderMap::new(),
@@ -154,6 +160,7 @@ async fn replicas_that_cannot_be_reached_are_not_all_tried_past_a_callers_patien
         replica: format!("r{n}").parse().unwrap(),
         host: "h3".parse().unwrap(),
         version: String::new(),
+        served: "app".into(),
     });
     scene.routes.replace([(backend, ready.collect())]);
     let begun = tokio::time::Instant::now();
@@ -179,6 +186,7 @@ async fn a_deployment_that_hangs_leaves_the_others_their_places() {
             replica: replica.parse().unwrap(),
             host: host.parse().unwrap(),
             version: String::new(),
+            served: "app".into(),
         };
         (backend, vec![ready])
     };
@@ -190,6 +198,7 @@ async fn a_deployment_that_hangs_leaves_the_others_their_places() {
         version: String::new(),
         wire: Wire::Http1,
         repeat: Repeat::Never,
+        naming: Naming::Nowhere,
         method: http::Method::POST,
         uri: "/x".parse().unwrap(),
         headers: http::HeaderMap::new(),
@@ -278,6 +287,8 @@ impl HostService for Host {
                     Some(dial_request::Item::Start(_)) | None => return,
                 }
             }
+            let text = String::from_utf8_lossy(&got);
+            scene.lines.lock().extend(text.lines().next().map(str::to_owned));
             scene.seen.lock().push(replica.clone());
             let head =
                 |length: usize| format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n");
@@ -380,4 +391,25 @@ async fn what_no_deployment_serves_is_said_at_once() {
     let told =
         Answer::Other("no deployment with a port (spec.ports) serves a model \"app\"".into());
     assert_eq!(scene.ask_small(Repeat::Harmless).await, told);
+}
+
+#[tokio::test]
+async fn each_replica_is_asked_for_the_model_by_the_name_it_knows() {
+    // Of a rollout from one name to the other, and the first is not reached.
+    let scene = Scene::start(Does::Refuses, Does::Answers);
+    let onward = Onward {
+        model: "app".into(),
+        version: String::new(),
+        wire: Wire::Http1,
+        repeat: Repeat::Never,
+        naming: Naming::Path,
+        method: http::Method::POST,
+        uri: "/v2/models/app/infer?x=app".parse().unwrap(),
+        headers: http::HeaderMap::new(),
+        payload: Payload::whole(Bytes::from("body"), None),
+        patience: Some(PATIENCE),
+    };
+    let forwarder = Forwarder::new(Arc::clone(&scene.routes), scene.hub.clone());
+    forwarder.send(onward).await.unwrap();
+    assert_eq!(*scene.lines.lock(), ["POST /v2/models/app-r2/infer?x=app HTTP/1.1"]);
 }

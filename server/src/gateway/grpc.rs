@@ -7,6 +7,7 @@
 use super::body::{BodyError, MAX_BODY, Payload};
 use super::forward::{ForwardError, Onward, Repeat, Wire};
 use super::http::{Forbidden, Gateway, respond};
+use super::names::Naming;
 use crate::error::Chain;
 use axum::extract::{Path, Request, State};
 use axum::response::Response;
@@ -47,7 +48,7 @@ pub async fn call(
         Ok(payload) => payload,
         Err(why) => return refuse(body_code(why), &why.to_string()),
     };
-    let (named, payload) = match route(payload) {
+    let named = match route(&payload) {
         Ok(found) => found,
         Err((code, why)) => return refuse(code, why),
     };
@@ -71,11 +72,13 @@ pub async fn call(
     let Ok(uri) = format!("http://replica/inference.GRPCInferenceService/{method}").parse() else {
         return refuse(Code::InvalidArgument, "the call's name is not valid");
     };
+    let naming = Naming::Field { written: model.clone() };
     let onward = Onward {
         model,
         version: named.version,
         wire: Wire::Http2,
         repeat: Repeat::Harmless,
+        naming,
         method: http::Method::POST,
         uri,
         headers: headers(&parts.headers),
@@ -125,8 +128,8 @@ fn timeout(value: &HeaderValue) -> Option<Duration> {
     }
 }
 
-/// Whom a call is for, and its body as the replica behind shall see it: with its own name.
-fn route(payload: Payload) -> Result<(Named, Payload), (Code, &'static str)> {
+/// Whom a call is for.
+fn route(payload: &Payload) -> Result<Named, (Code, &'static str)> {
     let invalid = |why| Err((Code::InvalidArgument, why));
     let Some((framing, message)) = payload.head().split_at_checked(FRAMING) else {
         return invalid("the request must be one message");
@@ -142,7 +145,7 @@ fn route(payload: Payload) -> Result<(Named, Payload), (Code, &'static str)> {
     if whole && message.len() != length as usize {
         return invalid("the request must be one message that is not cut");
     }
-    let Some((named, lead)) = Named::of(message, whole) else {
+    let Some((named, _)) = Named::of(message, whole) else {
         return invalid("the message cannot be read");
     };
     if named.model.is_empty() {
@@ -150,13 +153,21 @@ fn route(payload: Payload) -> Result<(Named, Payload), (Code, &'static str)> {
             "the message names no model; in a large one the model's name and version must come first",
         );
     }
-    let Some((_, own)) = named.model.split_once('.') else { return Ok((named, payload)) };
+    Ok(named)
+}
+
+/// Writes another name of the model into a call that was routed.
+pub(super) fn rename(payload: &mut Payload, name: &str) {
+    let Some((framing, message)) = payload.head().split_at_checked(FRAMING) else { return };
+    let whole = payload.is_whole();
     let (lead, cut) = if whole {
-        (BytesMut::from(&renamed(message, own)[..]), FRAMING + message.len())
+        (BytesMut::from(&renamed(message, name)[..]), FRAMING + message.len())
     } else {
         // Its end is not here: the leading two fields are written anew.
+        let length = u32::from_be_bytes([framing[1], framing[2], framing[3], framing[4]]);
+        let Some((named, lead)) = Named::of(message, whole) else { return };
         let mut fields = BytesMut::new();
-        prost::encoding::string::encode(1, &own.to_owned(), &mut fields);
+        prost::encoding::string::encode(1, &name.to_owned(), &mut fields);
         if !named.version.is_empty() {
             prost::encoding::string::encode(2, &named.version, &mut fields);
         }
@@ -164,8 +175,7 @@ fn route(payload: Payload) -> Result<(Named, Payload), (Code, &'static str)> {
         bytes.put_slice(&fields);
         (bytes, FRAMING + lead)
     };
-    let payload = payload.with_lead(&lead, cut);
-    Ok((named, payload))
+    payload.put_lead(&lead, cut);
 }
 
 fn code(error: &ForwardError) -> Code {
@@ -228,9 +238,9 @@ fn answer(message: &Bytes) -> Response {
 }
 
 /// Flag and length before a message.
-const FRAMING: usize = 5;
+pub(super) const FRAMING: usize = 5;
 
-fn framing_of(length: usize) -> [u8; FRAMING] {
+pub(super) fn framing_of(length: usize) -> [u8; FRAMING] {
     let [a, b, c, d] = u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
     [0, a, b, c, d]
 }
@@ -308,14 +318,18 @@ mod tests {
         }
     }
 
-    /// Routes a body and gives the message the replica sees.
+    /// Routes a body and gives the message that a replica sees that knows the model without its
+    /// namespace.
     async fn routed(body: Bytes) -> Result<(Named, inference::ModelInferRequest), Code> {
         let budget = Arc::new(Semaphore::new(super::super::body::BUDGET_KIB));
         let pieces: Vec<_> = body.chunks(8000).map(Bytes::copy_from_slice).collect();
         let stream = tokio_stream::iter(pieces.into_iter().map(Ok::<_, std::io::Error>));
-        let payload =
+        let mut payload =
             Payload::read(axum::body::Body::from_stream(stream), None, &budget).await.unwrap();
-        let (named, mut payload) = route(payload).map_err(|(code, _)| code)?;
+        let named = route(&payload).map_err(|(code, _)| code)?;
+        if let Some((_, own)) = named.model.split_once('.') {
+            rename(&mut payload, own);
+        }
         let seen = payload.take().unwrap().collect().await.unwrap().to_bytes();
         let (framing, message) = seen.split_at(FRAMING);
         assert_eq!(framing, framing_of(message.len()));

@@ -5,6 +5,7 @@
 
 use super::body::{BodyError, Payload};
 use super::forward::{ForwardError, Forwarder, Onward, Repeat, Wire};
+use super::names::Naming;
 use super::{grpc, through};
 use crate::error::Chain;
 use axum::Json;
@@ -253,12 +254,10 @@ const PASSED: [HeaderName; 9] = [
     HeaderName::from_static("x-request-id"),
 ];
 
-/// The request as the replica gets it: HTTP/1.1, the same path (the runtime is told the deployment's
-/// name as its model's name), no credentials of the caller. A namespace is ours, not the runtime's.
+/// The request as the replica gets it: HTTP/1.1, the same path (but for the model's name, which is put
+/// in when the replica is known), no credentials of the caller.
 fn onward(parts: Parts, payload: Payload, named: Named) -> Result<Onward, http::Error> {
-    let own = named.model.split_once('.').map_or(named.model.as_str(), |(_, name)| name);
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-    let path = path.replacen(&named.model, own, 1);
     let mut headers = HeaderMap::new();
     headers.insert(header::HOST, HeaderValue::from_static("replica"));
     for name in PASSED {
@@ -272,6 +271,7 @@ fn onward(parts: Parts, payload: Payload, named: Named) -> Result<Onward, http::
         version: named.version,
         wire: Wire::Http1,
         repeat: Repeat::Harmless,
+        naming: Naming::Path,
         method: parts.method,
         headers,
         payload,
@@ -324,11 +324,5 @@ mod tests {
         let onward = sent("/v2/models/iris/infer", &headers, "iris");
         assert!(onward.headers.get(header::AUTHORIZATION).is_none());
         assert_eq!(onward.headers[header::CONTENT_TYPE], "application/json");
-    }
-
-    #[test]
-    fn the_namespace_is_taken_off_before_the_replica() {
-        let onward = sent("/v2/models/prod.iris/versions/3/infer?a=b", &[], "prod.iris");
-        assert_eq!(onward.uri, "/v2/models/iris/versions/3/infer?a=b");
     }
 }

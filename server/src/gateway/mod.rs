@@ -16,6 +16,7 @@ pub mod dial;
 pub mod forward;
 pub mod grpc;
 pub mod http;
+pub mod names;
 pub mod reply;
 pub mod route;
 pub mod through;

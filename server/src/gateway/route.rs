@@ -22,6 +22,8 @@ pub struct Target {
     pub host: HostUid,
     /// The model version it serves; empty for images.
     pub version: String,
+    /// The model's name as the replica knows it.
+    pub served: String,
     /// Requests under way to it.
     outstanding: Arc<AtomicUsize>,
 }
@@ -72,6 +74,8 @@ pub struct Ready {
     pub host: HostUid,
     /// The model version it serves.
     pub version: String,
+    /// The model's name as the replica knows it: its own release says it.
+    pub served: String,
 }
 
 /// The table.
@@ -138,6 +142,7 @@ impl Routes {
                             replica: ready.replica,
                             host: ready.host,
                             version: ready.version,
+                            served: ready.served,
                             outstanding: known.unwrap_or_default(),
                         }
                     })
@@ -209,6 +214,7 @@ mod tests {
             replica: format!("r{n}").parse().unwrap(),
             host: format!("h{n}").parse().unwrap(),
             version: version.into(),
+            served: "iris".into(),
         }
     }
 

@@ -8,6 +8,7 @@
 use super::body::Payload;
 use super::forward::{Onward, Repeat, Wire};
 use super::http::{Gateway, HOP_BY_HOP, declared, error, forbidden};
+use super::names::Naming;
 use axum::extract::{Path, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
@@ -51,6 +52,7 @@ fn onward(parts: Parts, payload: Payload, model: String) -> Option<Onward> {
         version: String::new(),
         wire: Wire::Http1,
         repeat: if safe { Repeat::Harmless } else { Repeat::Never },
+        naming: Naming::Nowhere,
         method: parts.method,
         headers: headers(parts.headers),
         payload,
