@@ -41,7 +41,10 @@ Examples:
   berth ps iris -o wide          with replica and container ids
   berth ps -l team=vision        deployments with this label
   berth ps --host edge-7
-  berth ps -o json | jq -r '.[] | select(.ready | not) | .message'";
+  berth ps -o json | jq -r '.[] | select(.ready | not) | .message'
+
+Slots that wait for a host are rows of their own: for programs with `state` \"pending\", `slots` (how
+many), `reason` and `message`, and null in place of `uid`, `slot` and `host`.";
 
 pub const LOGS: &str = "\
 Examples:

@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 fn host_json(h: &Host) -> Value {
     let (m, s) = (h.meta.clone().unwrap_or_default(), h.status.clone().unwrap_or_default());
     let (f, spec) = (s.facts.clone().unwrap_or_default(), h.spec.unwrap_or_default());
+    let reason = reason(&spec, &s);
     let amounts = |r: Option<Resources>| {
         let r = r.unwrap_or_default();
         json!({"cpuMillis": r.cpu_millis, "memoryBytes": r.memory_bytes, "gpuMemoryBytes": r.gpu_memory_bytes})
@@ -25,7 +26,7 @@ fn host_json(h: &Host) -> Value {
         "uid": m.uid, "name": m.name, "labels": labels_of(h), "createTime": moment(m.create_time.as_ref()), "revision": m.revision,
         "presence": word(s.presence().as_str_name(), "HOST_PRESENCE_"),
         "lastSeenTime": moment(s.last_seen_time.as_ref()), "cordoned": spec.cordoned,
-        "draining": spec.draining, "replicas": s.replicas, "ready": s.ready, "reason": s.reason,
+        "draining": spec.draining, "replicas": s.replicas, "ready": s.ready, "reason": reason,
         "generation": s.generation, "acknowledgedGeneration": s.acknowledged_generation,
         "quarantined": s.quarantined, "waitingForApproval": s.waiting_for_approval,
         "engine": f.engine, "engineAvailable": f.engine_available, "agentVersion": f.agent_version,
@@ -356,5 +357,9 @@ mod tests {
         assert_eq!(reason(&spec(true), &status(1, "")), "draining: 1 replica still there");
         assert_eq!(reason(&spec(true), &status(0, "")), "drained: nothing is left on it");
         assert_eq!(reason(&spec(true), &status(1, "its engine is away")), "its engine is away");
+        // For programs, too.
+        let (spec, status) = (Some(spec(true)), Some(status(1, "")));
+        let told = host_json(&Host { spec, status, ..Host::default() });
+        assert_eq!(told["reason"], "draining: 1 replica still there");
     }
 }

@@ -2,7 +2,7 @@
 
 use super::host::labels_of;
 use super::{ask, connect, pages};
-use crate::args::{Global, Output, TopOf};
+use crate::args::{Global, TopOf};
 use crate::client::Client;
 use crate::error::Result;
 use crate::output::{age, moment, print, transfer, waits, word};
@@ -29,10 +29,13 @@ fn selected(global: &Global, all: &[Deployment]) -> BTreeSet<(String, String)> {
     chosen.map(|m| (m.namespace.clone(), m.name.clone())).collect()
 }
 
-/// Rows for the slots that have no replica, because no host fits or the one before still stops: `deployment list -o json` has them as
-/// `pending`.
-fn placeless(global: &Global, all: &[Deployment]) -> Vec<Vec<String>> {
-    let mut rows = Vec::new();
+/// A row of the table, and the same for programs.
+type Shown = (Vec<String>, Value);
+
+/// The slots that have no replica, because no host fits or the one before still stops. For programs with
+/// the fields of a replica: null where only a replica has something to tell.
+fn placeless(global: &Global, all: &[Deployment]) -> Vec<Shown> {
+    let mut shown = Vec::new();
     for deployment in all {
         let meta = deployment.meta.clone().unwrap_or_default();
         if !global.selects(&meta.labels) {
@@ -40,7 +43,7 @@ fn placeless(global: &Global, all: &[Deployment]) -> Vec<Vec<String>> {
         }
         let status = deployment.status.clone().unwrap_or_default();
         for pending in status.pending.iter().filter(|p| is_of_empty_slots(&p.reason)) {
-            rows.push(vec![
+            let row = vec![
                 meta.namespace.clone(),
                 meta.name.clone(),
                 counted(pending.count, "slot"),
@@ -50,10 +53,76 @@ fn placeless(global: &Global, all: &[Deployment]) -> Vec<Vec<String>> {
                 String::new(),
                 String::new(),
                 pending.message.clone(),
-            ]);
+            ];
+            let value = json!({
+                "uid": null, "namespace": meta.namespace, "deployment": meta.name, "slot": null,
+                "slots": pending.count, "host": null, "release": status.release,
+                "state": "pending", "ready": false, "phase": null, "attempt": 0, "intent": "run",
+                "hostPresence": null, "reason": pending.reason, "message": pending.message,
+                "containerId": null, "startTime": null, "createTime": null,
+                "firstReadyTime": null, "nextAttemptTime": null, "progress": null,
+                "lastExit": null,
+            });
+            shown.push((row, value));
         }
     }
-    rows
+    shown
+}
+
+/// How a replica is, in a word or two.
+fn state(r: &Replica) -> String {
+    let s = r.status.clone().unwrap_or_default();
+    if r.host_presence() != HostPresence::Present {
+        format!("host {}", word(r.host_presence().as_str_name(), "HOST_PRESENCE_"))
+    } else if r.intent() == ReplicaIntent::Stop {
+        "stopping".to_owned()
+    } else if s.ready {
+        "ready".to_owned()
+    } else {
+        word(s.phase().as_str_name(), "REPLICA_PHASE_")
+    }
+}
+
+fn placed(r: &Replica) -> Shown {
+    let s = r.status.clone().unwrap_or_default();
+    let state = state(r);
+    // How far a transfer is stands in `progress` for programs.
+    let fetched = s.progress.as_ref().filter(|p| p.total_bytes > 0 && state == "fetching");
+    let told = fetched.map_or(state.clone(), |p| format!("fetching {}", transfer(p)));
+    let row = vec![
+        r.namespace.clone(),
+        r.deployment.clone(),
+        r.slot.to_string(),
+        r.host.clone(),
+        r.release.to_string(),
+        told,
+        s.attempt.to_string(),
+        age(s.start_time.as_ref()),
+        waits(&s),
+        r.uid.clone(),
+        s.container_id.clone(),
+    ];
+    let value = json!({
+        "uid": r.uid, "namespace": r.namespace, "deployment": r.deployment, "slot": r.slot,
+        "slots": 1, "host": r.host, "release": r.release, "state": state, "ready": s.ready,
+        "phase": word(s.phase().as_str_name(), "REPLICA_PHASE_"), "attempt": s.attempt,
+        "intent": word(r.intent().as_str_name(), "REPLICA_INTENT_"),
+        "hostPresence": word(r.host_presence().as_str_name(), "HOST_PRESENCE_"),
+        "reason": s.reason, "message": s.message, "containerId": s.container_id,
+        "startTime": moment(s.start_time.as_ref()), "createTime": moment(r.create_time.as_ref()),
+        "firstReadyTime": moment(r.first_ready_time.as_ref()),
+        "nextAttemptTime": moment(s.next_attempt_time.as_ref()),
+        "progress": s.progress.map(|p| json!({
+            "what": p.what, "doneBytes": p.done_bytes, "totalBytes": p.total_bytes,
+            "bytesPerSecond": p.rate_bytes_per_second, "part": p.part, "parts": p.parts,
+            "timeLeftMs": p.time_left_ms,
+        })),
+        "lastExit": s.last_exit.map(|e| json!({
+            "attempt": e.attempt, "code": e.code, "outOfMemory": e.out_of_memory,
+            "time": moment(e.time.as_ref()),
+        })),
+    });
+    (row, value)
 }
 
 /// Where replicas are looked for: a name alone is that of a deployment in `default`, as everywhere;
@@ -68,8 +137,7 @@ pub async fn ps(global: &Global, deployment: Option<String>, host: Option<String
     let (name, host) = (deployment.unwrap_or_default(), host.unwrap_or_default());
     let namespace = where_to_look(&client.namespace, &name).to_owned();
     // Slots that have no host match no filter of replicas.
-    let for_people = matches!(global.output, Output::Table | Output::Wide);
-    let with_placeless = for_people && host.is_empty() && global.filter.is_none();
+    let with_placeless = host.is_empty() && global.filter.is_none();
     let known = if !name.is_empty() {
         // Also so that a name that does not exist is an error, not an empty list.
         let request = GetDeploymentRequest { namespace: namespace.clone(), name: name.clone() };
@@ -89,75 +157,12 @@ pub async fn ps(global: &Global, deployment: Option<String>, host: Option<String
         let selected = selected(global, &known);
         all.retain(|r| selected.contains(&(r.namespace.clone(), r.deployment.clone())));
     }
-    let state = |r: &Replica| {
-        let s = r.status.clone().unwrap_or_default();
-        if r.host_presence() != HostPresence::Present {
-            format!("host {}", word(r.host_presence().as_str_name(), "HOST_PRESENCE_"))
-        } else if r.intent() == ReplicaIntent::Stop {
-            "stopping".to_owned()
-        } else if s.ready {
-            "ready".to_owned()
-        } else {
-            word(s.phase().as_str_name(), "REPLICA_PHASE_")
-        }
-    };
-    // For people; programs find the numbers in `progress`.
-    let shown = |r: &Replica| {
-        let progress = r.status.as_ref().and_then(|s| s.progress.as_ref());
-        match progress.filter(|p| p.total_bytes > 0) {
-            Some(p) if state(r) == "fetching" => format!("fetching {}", transfer(p)),
-            Some(_) | None => state(r),
-        }
-    };
-    let mut rows: Vec<Vec<String>> = all
-        .iter()
-        .map(|r| {
-            let s = r.status.clone().unwrap_or_default();
-            vec![
-                r.namespace.clone(),
-                r.deployment.clone(),
-                r.slot.to_string(),
-                r.host.clone(),
-                r.release.to_string(),
-                shown(r),
-                s.attempt.to_string(),
-                age(s.start_time.as_ref()),
-                waits(&s),
-                r.uid.clone(),
-                s.container_id,
-            ]
-        })
-        .collect();
+    let mut shown: Vec<Shown> = all.iter().map(placed).collect();
     if with_placeless {
-        rows.extend(placeless(global, &known));
-        rows.sort_by(|a, b| (&a[0], &a[1]).cmp(&(&b[0], &b[1])));
+        shown.extend(placeless(global, &known));
+        shown.sort_by(|(a, _), (b, _)| (&a[0], &a[1]).cmp(&(&b[0], &b[1])));
     }
-    let value = all
-        .iter()
-        .map(|r| {
-            let s = r.status.clone().unwrap_or_default();
-            json!({
-                "uid": r.uid, "namespace": r.namespace, "deployment": r.deployment, "slot": r.slot,
-                "host": r.host, "release": r.release, "state": state(r), "ready": s.ready,
-                "phase": word(s.phase().as_str_name(), "REPLICA_PHASE_"), "attempt": s.attempt,
-                "intent": word(r.intent().as_str_name(), "REPLICA_INTENT_"),
-                "hostPresence": word(r.host_presence().as_str_name(), "HOST_PRESENCE_"),
-                "reason": s.reason, "message": s.message, "containerId": s.container_id,
-                "startTime": moment(s.start_time.as_ref()), "createTime": moment(r.create_time.as_ref()),
-                "firstReadyTime": moment(r.first_ready_time.as_ref()),
-                "nextAttemptTime": moment(s.next_attempt_time.as_ref()),
-                "progress": s.progress.map(|p| json!({
-                    "what": p.what, "doneBytes": p.done_bytes, "totalBytes": p.total_bytes,
-                    "bytesPerSecond": p.rate_bytes_per_second, "part": p.part, "parts": p.parts,
-                    "timeLeftMs": p.time_left_ms,
-                })),
-                "lastExit": s.last_exit.map(|e| json!({
-                    "attempt": e.attempt, "code": e.code, "outOfMemory": e.out_of_memory,
-                    "time": moment(e.time.as_ref()),
-                })),
-            })
-        })
-        .collect();
+    let (rows, values) = shown.into_iter().unzip();
     let heads = [
         "NAMESPACE",
         "DEPLOYMENT",
@@ -171,7 +176,7 @@ pub async fn ps(global: &Global, deployment: Option<String>, host: Option<String
         "REPLICA",
         "CONTAINER",
     ];
-    print(global, &heads, 9, rows, &Value::Array(value))
+    print(global, &heads, 9, rows, &Value::Array(values))
 }
 
 pub async fn top(global: &Global, of: TopOf, deployment: Option<String>) -> Result<()> {
@@ -297,6 +302,42 @@ async fn top_replicas(global: &Global, deployment: Option<String>) -> Result<()>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::args::Cli;
+    use clap::Parser as _;
+
+    #[test]
+    fn slots_without_a_replica_are_told_to_programs_with_the_fields_of_replicas() {
+        let global = Cli::try_parse_from(["berth", "ps"]).unwrap().global;
+        let pending = |reason: &str, count| Pending {
+            reason: reason.to_owned(),
+            message: "no host fits: 1 cordoned".to_owned(),
+            count,
+        };
+        let status = DeploymentStatus {
+            release: 4,
+            pending: vec![pending("NO_HOST_FITS", 2), pending("FETCHING", 1)],
+            ..DeploymentStatus::default()
+        };
+        let meta = ObjectMeta {
+            name: "iris".to_owned(),
+            namespace: "default".to_owned(),
+            ..ObjectMeta::default()
+        };
+        let one = Deployment { meta: Some(meta), status: Some(status), ..Deployment::default() };
+        let told = placeless(&global, &[one]);
+        // What waits with a replica is that replica's row.
+        let [(row, value)] = told.as_slice() else { panic!("{told:?}") };
+        assert_eq!((row[2].as_str(), row[5].as_str()), ("2 slots", "pending"));
+        assert_eq!(value["state"], "pending");
+        assert_eq!((&value["slots"], &value["reason"]), (&json!(2), &json!("NO_HOST_FITS")));
+        assert_eq!(value["message"], row[8]);
+        let names = |value: &Value| -> BTreeSet<String> {
+            value.as_object().unwrap().keys().cloned().collect()
+        };
+        let (_, replica) = placed(&Replica::default());
+        assert_eq!(names(value), names(&replica));
+        assert_eq!(replica["slots"], 1);
+    }
 
     #[test]
     fn a_name_alone_is_looked_for_in_default_and_nothing_everywhere() {
