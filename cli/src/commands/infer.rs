@@ -57,6 +57,22 @@ fn differs(got: &Value, want: &Value) -> Option<String> {
     want.is_empty().then(|| "the file with the right answer names no output".to_owned())
 }
 
+/// What an answer means that is no prediction. It came from the gateway: whatever it says, the server
+/// was reached.
+fn refused(status: u16, words: &str, deployment: &str) -> Error {
+    let words = format!("{} ({status})", berth_proto::escape::for_terminal(words));
+    match status {
+        401 | 403 => Error::new(Kind::Denied, words),
+        404 => Error::user(words)
+            .hint("`berth deployment list` shows what there is; -n names another namespace"),
+        502..=504 => Error::user(words).hint(format!(
+            "`berth ps {deployment}` shows its replicas and why one is not ready, `berth logs \
+             {deployment}` what they said"
+        )),
+        _ => Error::user(words),
+    }
+}
+
 pub async fn infer(global: &Global, args: Infer) -> Result<()> {
     let body = if args.input.as_os_str() == "-" {
         let mut bytes = Vec::new();
@@ -81,14 +97,8 @@ pub async fn infer(global: &Global, args: Infer) -> Result<()> {
     let value: Value = serde_json::from_slice(answer.body())
         .unwrap_or_else(|_| json!({"error": String::from_utf8_lossy(answer.body())}));
     if !answer.status().is_success() {
-        let kind = match answer.status().as_u16() {
-            401 | 403 => Kind::Denied,
-            502..=504 => Kind::Unavailable,
-            _ => Kind::User,
-        };
         let words = value["error"].as_str().unwrap_or("no reason was given");
-        let words = berth_proto::escape::for_terminal(words);
-        return Err(Error::new(kind, format!("{} ({})", words, answer.status().as_u16())));
+        return Err(refused(answer.status().as_u16(), words, &args.deployment));
     }
     put(&remote_lines(&format!("{}\n", serde_json::to_string(&value)?)))?;
     if let Some(path) = args.expect {
@@ -104,6 +114,18 @@ pub async fn infer(global: &Global, args: Infer) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_gateway_that_answers_was_reached_and_says_where_to_look() {
+        for status in [502, 503, 504] {
+            let error = refused(status, "model \"iris\" has no ready replica", "iris");
+            assert_eq!(error.kind, Kind::User, "{status}");
+            assert!(error.hint.unwrap().contains("berth ps iris"));
+        }
+        assert_eq!(refused(401, "x", "iris").kind, Kind::Denied);
+        assert!(refused(404, "x", "iris").hint.unwrap().contains("berth deployment list"));
+        assert_eq!(refused(400, "x", "iris").hint, None);
+    }
 
     #[test]
     fn a_wrong_number_a_missing_one_and_no_output_at_all_are_told() {
