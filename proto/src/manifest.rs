@@ -4,11 +4,12 @@
 //! known, the nearest one that is. What is shown as YAML can be applied again and changes nothing.
 
 use crate::api;
-use crate::convert::{Problems, duration, duration_ms};
+use crate::convert::{Problem, Problems, duration, duration_ms};
 use crate::quantity::{
     format_bytes, format_cpu, format_duration_ms, parse_bytes, parse_cpu, parse_duration_ms,
 };
 use serde_json::{Map, Value, json};
+use serde_saphyr::MessageFormatter as _;
 use std::fmt::Write as _;
 
 /// A manifest of more bytes is refused before it is read.
@@ -203,6 +204,17 @@ const RESTART: [(&str, i32); 3] = [("always", 1), ("onFailure", 2), ("never", 3)
 const ON_FAILURE: [(&str, i32); 2] = [("rollback", 1), ("pause", 2)];
 const ON_LOSS: [(&str, i32); 2] = [("replace", 1), ("keep", 2)];
 
+/// What is wrong with a text that is no YAML: one line, with the place as compilers write it.
+fn unread(origin: &str, error: &serde_saphyr::Error) -> Problem {
+    let place = match error.location() {
+        Some(at) if at.line() > 0 => format!("{origin}:{}:{}", at.line(), at.column()),
+        Some(_) | None => origin.to_owned(),
+    };
+    let words = serde_saphyr::DefaultMessageFormatter.format_message(error.without_snippet());
+    let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
+    Problem { path: place, message: format!("cannot be read: {words}"), hint: None }
+}
+
 /// Reads all documents of a text.
 ///
 /// # Errors
@@ -216,7 +228,7 @@ pub fn parse(text: &str, origin: &str) -> Result<Vec<Written>, Problems> {
     let documents: Vec<Value> = match serde_saphyr::from_multiple::<Value>(text) {
         Ok(documents) => documents.into_iter().filter(|d| !d.is_null()).collect(),
         Err(error) => {
-            p.add(origin, format!("cannot be read: {error}"));
+            p.0.push(unread(origin, &error));
             return Err(p);
         }
     };

@@ -214,3 +214,16 @@ fn the_example_of_every_option_is_taken_and_a_number_in_env_becomes_text() {
     let written = parse(text, "all-options.yaml").unwrap();
     assert_eq!(written[0].spec.env["BERTH_MAX_BATCH"], "32");
 }
+
+#[test]
+fn what_is_no_yaml_is_one_problem_in_one_line_with_its_place() {
+    let torn = "apiVersion: berth/v1\nkind: Deployment\nmetadata:\n  name: [a\nspec: {image: x}\n";
+    for text in [torn, "a: b: c\n", "a: 1\na: 2\n", "a: *nothing\n"] {
+        let found = parse(text, "iris.yaml").unwrap_err();
+        let [problem] = found.0.as_slice() else { panic!("{found}") };
+        let place = problem.path.strip_prefix("iris.yaml:").unwrap_or_else(|| panic!("{found}"));
+        assert!(place.split(':').all(|number| number.parse::<u32>().is_ok()), "{found}");
+        assert_eq!(found.to_string().lines().count(), 1, "{found}");
+        assert!(!found.to_string().contains("<input>"), "{found}");
+    }
+}

@@ -125,7 +125,7 @@ fn inputs(global: &Global, files: &Files) -> Result<Vec<DeploymentInput>> {
 
 /// Problems as people see them: one a line.
 fn told(problems: &Problems) -> Error {
-    let lines: Vec<String> = problems.to_string().lines().map(for_terminal).collect();
+    let lines: Vec<String> = problems.0.iter().map(|p| for_terminal(&p.to_string())).collect();
     match lines.as_slice() {
         [one] => Error::user(one.clone()),
         many => Error::user(format!("{} problems:\n  {}", many.len(), many.join("\n  "))),
@@ -355,6 +355,14 @@ mod tests {
             inputs.into_iter().filter_map(|i| Some(i.meta?.name)).collect()
         };
         assert_eq!(names(read(&["more", "two.yaml"], &[]).unwrap()), ["a", "b", "c", "d"]);
+
+        // One place is one problem, named as compilers name theirs.
+        std::fs::write(at("torn.yaml"), "kind: Deployment\nspec: {image: [x}\n").unwrap();
+        let error = read(&["torn.yaml"], &[]).unwrap_err();
+        assert!(!error.message.contains("problems"), "{}", error.message);
+        assert!(error.message.contains("torn.yaml:2:"), "{}", error.message);
+        assert!(!error.message.contains("<input>"), "{}", error.message);
+        assert_eq!(error.message.lines().count(), 1, "{}", error.message);
 
         std::fs::write(at("bad.yaml"), manifest("e").replace("image", "imgae")).unwrap();
         let many = ["bad.yaml", "missing.yaml", "more", "more/b.yaml"];
