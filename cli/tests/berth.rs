@@ -20,17 +20,25 @@ fn said(output: &Output) -> String {
 #[test]
 fn whoever_removes_something_is_asked_before_the_server_is() {
     for words in [
-        "host rm a",
-        "host drain a",
         "user revoke a",
         "user revoke a --token x",
         "model rm a:1",
         "model unalias a x",
         "orphan release --host a",
-        "rm a",
+        "deployment rm a --allow-missing",
     ] {
         let output = berth(words);
         assert_eq!(output.status.code(), Some(1), "{words}");
         assert!(said(&output).contains("nobody can be asked"), "{words}: {}", said(&output));
+    }
+}
+
+#[test]
+fn nobody_is_asked_about_a_host_or_a_deployment_before_it_is_known_to_be_there() {
+    for words in ["host rm a", "host drain a", "rm a", "deployment rm a"] {
+        let output = berth(words);
+        assert_eq!(output.status.code(), Some(1), "{words}");
+        assert!(said(&output).contains("there is no context"), "{words}: {}", said(&output));
+        assert!(!said(&output).contains("nobody can be asked"), "{words}: {}", said(&output));
     }
 }

@@ -1,7 +1,7 @@
 //! Deployments and their releases.
 
 use super::follow::settle;
-use super::{ask, confirm, connect, pages, write};
+use super::{ask, confirm_known, connect, pages, write};
 use crate::args::{Deployment as Verb, Global, Output, Release as ReleaseVerb, Rollout, Scale};
 use crate::error::{Error, Result};
 use crate::output::{age, moment, print, put, remote_lines, say, word};
@@ -46,7 +46,18 @@ pub async fn scale(global: &Global, args: Scale) -> Result<()> {
 }
 
 pub async fn remove(global: &Global, name: &str, allow_missing: bool) -> Result<()> {
-    confirm(global, &format!("stop all replicas of \"{name}\" and remove it"))?;
+    let known = async {
+        if allow_missing {
+            return Ok(());
+        }
+        let client = connect(global).await?;
+        let (namespace, name) = (client.namespace.clone(), name.to_owned());
+        let request = GetDeploymentRequest { namespace, name };
+        ask(global, client.deployments().get_deployment(request)).await?;
+        Ok(())
+    };
+    // People think as long as they like: no connection waits for that.
+    confirm_known(global, &format!("stop all replicas of \"{name}\" and remove it"), known).await?;
     let client = connect(global).await?;
     let request = DeleteRequest {
         write: write(),

@@ -1,6 +1,6 @@
 //! Hosts, the tokens they join with, and replicas found after a restore.
 
-use super::{ask, confirm, connect, pages, pair, write};
+use super::{ask, confirm, confirm_known, connect, pages, pair, write};
 use crate::args::{Global, Host as HostVerb, Orphan, Orphans, Token};
 use crate::client::Client;
 use crate::error::{Error, Result};
@@ -78,6 +78,13 @@ fn reason(spec: &HostSpec, status: &HostStatus) -> String {
     }
 }
 
+/// Whether there is such a host.
+async fn known(global: &Global, name: &str) -> Result<()> {
+    let request = GetHostRequest { name: name.to_owned() };
+    ask(global, connect(global).await?.hosts().get_host(request)).await?;
+    Ok(())
+}
+
 fn told(global: &Global, words: &str, host: Option<Host>) -> Result<()> {
     say(global, words, &host_json(&host.unwrap_or_default()))
 }
@@ -85,10 +92,12 @@ fn told(global: &Global, words: &str, host: Option<Host>) -> Result<()> {
 pub async fn host(global: &Global, verb: HostVerb) -> Result<()> {
     // People think as long as they like: no connection waits for that.
     if let HostVerb::Drain { name } = &verb {
-        confirm(global, &format!("move all replicas away from \"{name}\""))?;
+        let what = format!("move all replicas away from \"{name}\"");
+        confirm_known(global, &what, known(global, name)).await?;
     }
     if let HostVerb::Rm { name, .. } = &verb {
-        confirm(global, &format!("remove host \"{name}\""))?;
+        let what = format!("remove host \"{name}\"");
+        confirm_known(global, &what, known(global, name)).await?;
     }
     let client = connect(global).await?;
     let mut hosts = client.hosts();

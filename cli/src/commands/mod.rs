@@ -265,6 +265,18 @@ fn write() -> Option<WriteOptions> {
     Some(WriteOptions { request_id: uuid::Uuid::new_v4().to_string(), ..WriteOptions::default() })
 }
 
+/// Asks as [`confirm`] does, once `known` has told that it is there.
+async fn confirm_known(
+    global: &Global,
+    what: &str,
+    known: impl Future<Output = Result<()>>,
+) -> Result<()> {
+    if !global.yes {
+        known.await?;
+    }
+    confirm(global, what)
+}
+
 /// Asks before something is removed.
 fn confirm(global: &Global, what: &str) -> Result<()> {
     if global.yes {
@@ -452,6 +464,18 @@ mod tests {
         for bad in ["a", ":1", "a:"] {
             assert_eq!(name_and_version(bad).unwrap_err().kind, Kind::Usage, "{bad}");
         }
+    }
+
+    #[tokio::test]
+    async fn nobody_is_asked_about_what_is_not_there_and_nothing_is_looked_up_that_is_meant() {
+        let global = |args: &[&str]| {
+            Cli::try_parse_from([&["berth"], args, &["ps"]].concat()).unwrap().global
+        };
+        let missing = async { Err(Error::user("host \"x\" does not exist")) };
+        let error = confirm_known(&global(&[]), "move all", missing).await.unwrap_err();
+        assert_eq!(error.message, "host \"x\" does not exist");
+        let never = std::future::pending();
+        assert!(confirm_known(&global(&["--yes"]), "move all", never).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
