@@ -13,7 +13,8 @@ Data goes to standard output, everything else to standard error. Text from hosts
 escaped on a terminal and raw in a pipe. NO_COLOR turns colours off.
 
 Exit codes: 0 done, 1 the request cannot be, 2 command line, 3 server not reached,
-4 not permitted, 5 rollout failed, 6 rollout done but hosts deferred (with --wait-all).";
+4 not permitted, 5 rollout failed or not complete by --timeout, 6 rollout done but hosts deferred
+(with --wait-all).";
 
 pub const APPLY: &str = "\
 Examples:
@@ -25,8 +26,9 @@ Examples:
 
 Hosts that are away block nothing: they are told apart and get the release when they return. With
 --wait-all they are waited for, and 6 is the exit code when they have not returned by --timeout.
-A rollout that fails goes back by itself (rollout.onFailure); the exit code is then 5. A server that
-restarts meanwhile is waited for. deploy/examples/all-options.yaml explains every field.";
+A rollout that fails goes back by itself (rollout.onFailure); the exit code is then 5. It is 5, too,
+when the rollout is not complete by --timeout: what was written stays, the rollout goes on, and
+`rollout` in -o json is \"rolling\". A server that restarts meanwhile is waited for. deploy/examples/all-options.yaml explains every field.";
 
 pub const PLAN: &str = "\
 Examples:

@@ -134,6 +134,30 @@ fn judge(status: &DeploymentStatus, release: u64, adjusted: Option<u32>) -> Verd
     }
 }
 
+/// The time of somebody who waits is over. That is no failure of the rollout, but whoever waited must not
+/// go on as if it were there: 1 would say that nothing was written, 3 that nobody was reached, 6 that it
+/// is done.
+fn late(status: &DeploymentStatus, release: u64, adjusted: Option<u32>) -> Error {
+    let why = status.pending.iter().find(|p| !p.message.is_empty());
+    match judge(status, release, adjusted) {
+        Verdict::Done { deferred } if deferred > 0 => Error::new(
+            Kind::Deferred,
+            format!("complete, but {}", on_return(deferred, &BTreeSet::new())),
+        )
+        .hint("`berth ps` shows which; --timeout sets how long to wait for them"),
+        Verdict::Done { .. } | Verdict::Wait | Verdict::Failed(_) => Error::new(
+            Kind::RolloutFailed,
+            for_terminal(&format!(
+                "not complete in time ({}/{} ready{}); the rollout goes on",
+                status.updated_ready,
+                status.wanted,
+                why.map(|p| format!("; {}", p.message)).unwrap_or_default()
+            )),
+        )
+        .hint("`berth deployment rollout status` shows where it is, `berth ps` why"),
+    }
+}
+
 /// What to do about a rollout that has ended like this.
 fn advice(rollout: RolloutState, name: &str) -> Option<String> {
     match rollout {
@@ -208,7 +232,10 @@ impl Following<'_> {
         loop {
             let next = match tokio::time::timeout_at(self.end, stream.message()).await {
                 Ok(next) => next.map_err(broken)?,
-                Err(_) => return Err(self.late(last.as_ref(), adjusted)),
+                Err(_) => {
+                    let status = last.as_ref().and_then(|d| d.status.clone()).unwrap_or_default();
+                    return Err(late(&status, self.release, adjusted));
+                }
             };
             let Some(now) = next else {
                 return Err(Error::new(Kind::Unavailable, "the server ended the watch"));
@@ -246,29 +273,6 @@ impl Following<'_> {
                     });
                 }
             }
-        }
-    }
-
-    /// The time is over.
-    fn late(&self, last: Option<&Deployment>, adjusted: Option<u32>) -> Error {
-        let status = last.and_then(|d| d.status.clone()).unwrap_or_default();
-        let why = status.pending.iter().find(|p| !p.message.is_empty());
-        match judge(&status, self.release, adjusted) {
-            Verdict::Done { deferred } if deferred > 0 => Error::new(
-                Kind::Deferred,
-                format!("complete, but {}", on_return(deferred, &BTreeSet::new())),
-            )
-            .hint("`berth ps` shows which; --timeout sets how long to wait for them"),
-            Verdict::Done { .. } | Verdict::Wait | Verdict::Failed(_) => Error::new(
-                Kind::RolloutFailed,
-                for_terminal(&format!(
-                    "not complete in time ({}/{} ready{}); the rollout goes on",
-                    status.updated_ready,
-                    status.wanted,
-                    why.map(|p| format!("; {}", p.message)).unwrap_or_default()
-                )),
-            )
-            .hint("`berth deployment rollout status` shows where it is, `berth ps` why"),
         }
     }
 
@@ -409,6 +413,23 @@ mod tests {
         assert_eq!(judge(&stuck, 1), Verdict::Wait);
         // Somebody else's newer release is not the one that was waited for.
         assert!(matches!(judge(&status(S::Complete, 3, 0), 2), Verdict::Failed(_)));
+    }
+
+    #[test]
+    fn whose_time_is_over_is_told_that_it_is_not_there_and_goes_on() {
+        let status = |rollout: RolloutState, deferred_hosts| DeploymentStatus {
+            rollout: rollout as i32,
+            release: 1,
+            wanted: 3,
+            updated_ready: 1,
+            deferred_hosts,
+            ..DeploymentStatus::default()
+        };
+        let rolling = late(&status(RolloutState::Rolling, 0), 1, None);
+        assert_eq!((rolling.kind, rolling.kind.code()), (Kind::RolloutFailed, 5));
+        assert!(rolling.message.contains("1/3 ready); the rollout goes on"), "{}", rolling.message);
+        // All but hosts that are away have it.
+        assert_eq!(late(&status(RolloutState::Complete, 2), 1, None).kind, Kind::Deferred);
     }
 
     #[test]
