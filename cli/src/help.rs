@@ -103,11 +103,12 @@ For admins. Every write is there with its actor, address, call and what it was a
 
 pub const EXEC: &str = "\
 Examples:
-  berth exec iris -- ls /model                     in any running replica
-  berth exec -t iris -- sh                         with a terminal
-  cat x.json | berth exec iris --replica 0192 -- python ask.py
+  berth exec iris -- /berth-runtime --version      in any running replica
+  berth exec -t app -- sh                          with a terminal, where the image has a shell
+  cat x.json | berth exec app --replica 0192 -- python ask.py
 
-The exit code is the program's. Needs the permission to run commands (`berth user create --exec`).";
+The program must be in the image; that of the ONNX runtime holds nothing but the runtime itself. The
+exit code is the program's. Needs the permission to run commands (`berth user create --exec`).";
 
 pub const TOP_COMMAND: &str = "\
 Examples:
