@@ -45,8 +45,15 @@ pub fn statuses(
             let extra = next.exits.len().saturating_sub(MAX_EXITS);
             next.exits.drain(..extra);
             let why = if exit.out_of_memory { " for lack of memory" } else { "" };
-            let words = format!("attempt {} ended with code {}{why}", exit.attempt, exit.code);
-            let severity = EventSeverity::Warning;
+            // A program that is told to stop ends with whatever code it likes.
+            let (severity, planned) = match replica.intent {
+                ReplicaIntent::Stop => (EventSeverity::Info, ": it was to be stopped"),
+                ReplicaIntent::Run | ReplicaIntent::Orphan | ReplicaIntent::Unspecified => {
+                    (EventSeverity::Warning, "")
+                }
+            };
+            let words =
+                format!("attempt {} ended with code {}{why}{planned}", exit.attempt, exit.code);
             changes.push(replica_event(view, replica, severity, "REPLICA_EXITED", words, now));
         }
         if status.ready && next.first_ready.is_none() {

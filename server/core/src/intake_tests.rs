@@ -96,6 +96,24 @@ fn each_exit_is_kept_once_and_the_oldest_give_way() {
 }
 
 #[test]
+fn an_exit_that_was_asked_for_is_no_warning() {
+    let severity = |w: &World, replica: &Replica| {
+        let changes = statuses(&w.view, &h0(), &[report(replica, exited(1))], &[], w.now.wall);
+        changes.iter().find_map(|change| match change {
+            Change::AppendEvent(event) => Some((event.severity(), event.message.clone())),
+            _ => None,
+        })
+    };
+    let mut w = running();
+    let (told, _) = severity(&w, &first(&w)).unwrap();
+    assert_eq!(told, EventSeverity::Warning);
+    let stopped = mark(&mut w, ReplicaIntent::Stop);
+    let (told, words) = severity(&w, &stopped).unwrap();
+    assert_eq!(told, EventSeverity::Info);
+    assert_eq!(words, "attempt 1 ended with code 3: it was to be stopped");
+}
+
+#[test]
 fn the_first_readiness_is_kept_and_a_second_is_not() {
     let mut w = running();
     let fresh = Arc::new(Replica { first_ready: None, ..Replica::clone(&first(&w)) });
