@@ -255,13 +255,16 @@ pub fn apply(
         return Ok(Decision { proposal, action: ApplyAction::Changed, deployment });
     }
     let same = {
-        let strip = |mut r: DeploymentRecord| {
-            if let Some(meta) = &mut r.meta {
+        // Going back leaves a spec with everything filled in: what is written counts, not how.
+        let strip = |deployment: &Deployment| {
+            let mut record = deployment.record.clone();
+            if let Some(meta) = &mut record.meta {
                 meta.update_unix_ms = 0;
             }
-            r
+            record.spec = Some(release::filled_in(&deployment.spec));
+            record
         };
-        strip(existing.record.clone()) == strip(record)
+        strip(existing) == strip(&next)
     };
     if same {
         let proposal = Proposal { preconditions, changes: Vec::new() };
@@ -396,6 +399,7 @@ fn repeat(
         let mut spec = release.record.spec.clone().unwrap_or_default();
         spec.replicas = record.spec.as_ref().and_then(|s| s.replicas);
         record.spec = Some(spec);
+        record.resolved = release::source_words(release);
     }
     let (deployment_next, changes) =
         take_release(view, record, release.source.clone(), cause, number, asked)?;

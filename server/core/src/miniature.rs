@@ -134,7 +134,7 @@ impl World {
                 artifact: None,
                 model_version: None,
             },
-            resolved_words: image,
+            resolved_words: format!("r@{}", digest(&image)),
         };
         let asked = Asked { actor: "user/test", now: self.now.wall };
         let decision = {

@@ -77,6 +77,31 @@ pub fn with_model_defaults(spec: &DeploymentSpec) -> DeploymentSpec {
     spec
 }
 
+/// What a release's source was resolved to, in words, as they are told when it is applied.
+#[must_use]
+pub fn source_words(release: &Release) -> String {
+    let source = &release.source;
+    let (image, version) = (&source.image, &source.model_version);
+    match (&source.artifact, version, &release.spec.source) {
+        (Some(artifact), _, _) => {
+            format!("{}:{}@{}", artifact.model, artifact.version, artifact.digest)
+        }
+        (None, Some(version), Source::Model(reference)) => {
+            let name = reference.split(['@', ':']).next().unwrap_or_default();
+            format!("{name}:{version}@{}", image.digest)
+        }
+        (None, Some(_) | None, Source::Image(_) | Source::Model(_)) => {
+            format!("{}@{}", image.repository, image.digest)
+        }
+    }
+}
+
+/// A spec with everything filled in that it leaves out: two that mean the same are equal.
+#[must_use]
+pub fn filled_in(spec: &DeploymentSpec) -> WrittenSpec {
+    convert::deployment_spec_to_api(&with_model_defaults(spec))
+}
+
 /// Makes a release.
 ///
 /// # Errors
@@ -115,7 +140,7 @@ pub fn draft(draft: &Draft<'_>) -> Result<Release, BadRecord> {
         number: draft.number.0,
         body_digest: Digest::of(&bytes).to_string(),
         body: bytes,
-        spec: Some(convert::deployment_spec_to_api(&spec)),
+        spec: Some(filled_in(&deployment.spec)),
         source: Some(convert::resolved_to_api(&draft.source)),
         create_unix_ms: draft.now.0,
         created_by: draft.actor.to_owned(),
@@ -130,7 +155,7 @@ pub fn draft(draft: &Draft<'_>) -> Result<Release, BadRecord> {
 #[must_use]
 pub fn needs_release(before: &DeploymentSpec, after: &DeploymentSpec) -> bool {
     let neutral = |spec: &DeploymentSpec| {
-        let mut spec = convert::deployment_spec_to_api(&with_model_defaults(spec));
+        let mut spec = filled_in(spec);
         spec.replicas = None;
         spec.every_host = false;
         spec.placement = None;

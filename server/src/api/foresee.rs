@@ -3,10 +3,11 @@
 
 use super::Api;
 use berth_proto::api::{DeploymentSpec, FieldChange};
+use berth_proto::convert::deployment_spec_from_api;
 use berth_proto::ids::ReplicaUid;
 use berth_server_core::decide::Decision;
-use berth_server_core::planner;
 use berth_server_core::view::View;
+use berth_server_core::{planner, release};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Leaves of a manifest's spec by their path; lists are told as a whole.
@@ -29,15 +30,27 @@ fn leaves(value: &serde_json::Value, path: &str, out: &mut BTreeMap<String, Stri
     }
 }
 
-/// Differences between two specs, as people write them.
+/// Differences between two specs, as people write them. What one of them leaves out and the other spells
+/// out as it is by default is none: going back leaves a spec with everything filled in.
 pub(super) fn changes(before: Option<&DeploymentSpec>, after: &DeploymentSpec) -> Vec<FieldChange> {
     let flat = |spec: &DeploymentSpec| {
         let mut out = BTreeMap::new();
         leaves(&berth_proto::manifest::spec_to_json(spec), "spec", &mut out);
         out
     };
-    let before = before.map(flat).unwrap_or_default();
-    let after = flat(after);
+    // Of one that is new all that was written is told, and no more.
+    let Some(before) = before else { return differences(&BTreeMap::new(), &flat(after)) };
+    let filled_in = |spec: &DeploymentSpec| match deployment_spec_from_api(spec) {
+        Ok(spec) => flat(&release::filled_in(&spec)),
+        Err(_) => flat(spec),
+    };
+    differences(&filled_in(before), &filled_in(after))
+}
+
+fn differences(
+    before: &BTreeMap<String, String>,
+    after: &BTreeMap<String, String>,
+) -> Vec<FieldChange> {
     let keys: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
     keys.into_iter()
         .filter(|key| before.get(*key) != after.get(*key))
@@ -64,4 +77,25 @@ pub(super) fn foresee(api: &Api, view: &View, decision: &Decision) -> planner::P
         format!("planned-{number}").parse().expect("a uid")
     };
     planner::plan(&next, &live, &decision.deployment.uid, api.0.time(), &mut mint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_proto::api::deployment_spec::Source;
+
+    #[test]
+    fn what_is_filled_in_is_no_difference() {
+        let model = |reference: &str| DeploymentSpec {
+            source: Some(Source::Model(reference.to_owned())),
+            ..DeploymentSpec::default()
+        };
+        let kept = release::filled_in(&deployment_spec_from_api(&model("iris:1")).unwrap());
+        assert_eq!(changes(Some(&kept), &model("iris:1")), []);
+        let told = changes(Some(&kept), &model("iris:2"));
+        let words: Vec<_> = told.iter().map(|c| (&*c.path, &*c.before, &*c.after)).collect();
+        assert_eq!(words, [("spec.model", "iris:1", "iris:2")]);
+        let new = changes(None, &model("iris:1"));
+        assert_eq!(new.iter().map(|c| &*c.path).collect::<Vec<_>>(), ["spec.model"]);
+    }
 }

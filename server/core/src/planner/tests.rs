@@ -5,6 +5,7 @@ use crate::audit;
 use crate::change::Change;
 use crate::decide::{self, Asked};
 use crate::miniature::World;
+use crate::release;
 use berth_proto::api::{self, RolloutState};
 use berth_proto::ids::Revision;
 use berth_proto::values::Phase;
@@ -95,6 +96,25 @@ fn a_restart_after_a_rollback_repeats_what_runs_and_not_what_has_failed() {
     w.change(again.proposal.changes);
     w.settle();
     assert_eq!(w.releases_running(), [3, 3]);
+}
+
+#[test]
+fn what_was_written_changes_nothing_once_going_back_has_led_to_it() {
+    let mut w = World::new(3);
+    w.apply(World::spec("one"));
+    w.settle();
+    w.apply(World::spec("two"));
+    w.settle();
+    let asked = Asked { actor: "user/test", now: w.now.wall };
+    let back = decide::undo(&w.view, w.deployment(), ReleaseNumber(1), &asked).unwrap();
+    w.change(back.proposal.changes);
+    w.settle();
+    let told = w.deployment().record.resolved.clone();
+    assert_eq!(told, release::source_words(w.view.release(&w.uid(), ReleaseNumber(1)).unwrap()));
+    assert_eq!(w.apply(World::spec("one")), api::ApplyAction::Unchanged);
+    let mut spec = World::spec("one");
+    spec.rollout.as_mut().unwrap().max_surge = Some(2);
+    assert_eq!(w.apply(spec), api::ApplyAction::Adjusted);
 }
 
 #[test]
