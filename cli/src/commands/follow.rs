@@ -10,7 +10,7 @@ use crate::style::Ink;
 use berth_proto::api::deployment_service_client::DeploymentServiceClient;
 use berth_proto::api::*;
 use berth_proto::escape::for_terminal;
-use berth_proto::words::{counted, is_of_empty_slots};
+use berth_proto::words::{NO_HOST_FITS, counted, is_of_empty_slots};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -158,6 +158,18 @@ fn late(status: &DeploymentStatus, release: u64, adjusted: Option<u32>) -> Error
     }
 }
 
+/// How a rollout is told that is complete: also where that is so because no host is eligible.
+fn complete(status: &DeploymentStatus) -> String {
+    let nobody = status.pending.iter().find(|p| status.wanted == 0 && p.reason == NO_HOST_FITS);
+    match nobody {
+        Some(nobody) => for_terminal(&format!(
+            "runs nowhere, no host is eligible: {}; the first that is gets it",
+            nobody.message
+        )),
+        None => format!("complete, {}/{} ready", status.updated_ready, status.wanted),
+    }
+}
+
 /// What to do about a rollout that has ended like this.
 fn advice(rollout: RolloutState, name: &str) -> Option<String> {
     match rollout {
@@ -255,10 +267,7 @@ impl Following<'_> {
                 Verdict::Wait => {}
                 Verdict::Done { deferred } if deferred > 0 && self.wait_all => {}
                 Verdict::Done { deferred } => {
-                    let mut words = format!(
-                        "{}: complete, {}/{} ready",
-                        self.meta.name, status.updated_ready, status.wanted
-                    );
+                    let mut words = format!("{}: {}", self.meta.name, complete(&status));
                     if deferred > 0 {
                         words.push_str(&format!("; deferred: {}", on_return(deferred, &away)));
                     }
@@ -413,6 +422,21 @@ mod tests {
         assert_eq!(judge(&stuck, 1), Verdict::Wait);
         // Somebody else's newer release is not the one that was waited for.
         assert!(matches!(judge(&status(S::Complete, 3, 0), 2), Verdict::Failed(_)));
+    }
+
+    #[test]
+    fn what_runs_nowhere_is_not_told_as_complete_alone() {
+        let pending = Pending {
+            reason: NO_HOST_FITS.to_owned(),
+            message: "no host fits: 1 cordoned".to_owned(),
+            count: 1,
+        };
+        let nobody = DeploymentStatus { pending: vec![pending], ..DeploymentStatus::default() };
+        let words = complete(&nobody);
+        assert!(words.contains("no host is eligible: no host fits: 1 cordoned"), "{words}");
+        let some = DeploymentStatus { wanted: 2, updated_ready: 2, ..nobody };
+        assert_eq!(complete(&some), "complete, 2/2 ready");
+        assert_eq!(complete(&DeploymentStatus::default()), "complete, 0/0 ready");
     }
 
     #[test]

@@ -16,8 +16,8 @@ enum Standing {
     Slot,
     /// It cannot be spoken to; it would be one otherwise.
     Deferred,
-    /// What is there stays, nothing new comes.
-    Left,
+    /// What is there stays, nothing new comes, for this reason.
+    Left(Rejection),
     /// It is none.
     Not(Rejection),
 }
@@ -27,20 +27,19 @@ impl<'a> Planning<'a> {
         match need.suits(host, self.live) {
             Ok(()) => Standing::Slot,
             Err(Rejection::Away | Rejection::Unknown) => {
-                if need.require.iter().all(|r| r.matches(&host.labels)) {
-                    Standing::Deferred
-                } else {
-                    Standing::Left
+                match need.require.iter().find(|r| !r.matches(&host.labels)) {
+                    None => Standing::Deferred,
+                    Some(requirement) => Standing::Left(Rejection::Label(requirement.to_string())),
                 }
             }
             Err(
-                Rejection::EngineAway
+                why @ (Rejection::EngineAway
                 | Rejection::ContainersUnreached
                 | Rejection::Quarantined
-                | Rejection::HeldBack,
-            ) => Standing::Left,
+                | Rejection::HeldBack),
+            ) => Standing::Left(why),
             // A cordon keeps what is there; a drain or a lost label does not.
-            Err(Rejection::Cordoned) if !host.is_draining() => Standing::Left,
+            Err(why @ Rejection::Cordoned) if !host.is_draining() => Standing::Left(why),
             Err(
                 why @ (Rejection::Cordoned
                 | Rejection::WaitingForApproval
@@ -78,7 +77,8 @@ impl<'a> Planning<'a> {
                     }
                 }
                 // Something old there waits until the host takes part again, and holds up nothing.
-                Standing::Left => {
+                Standing::Left(why) => {
+                    *rejected.entry(why).or_default() += 1;
                     let current = |r: &&Arc<Replica>| r.release == release.number && !r.failed;
                     let (some, all) = (!replicas.is_empty(), replicas.iter().all(current));
                     if some && all {
@@ -98,7 +98,9 @@ impl<'a> Planning<'a> {
             }
         }
         self.plan.report.wanted = u32::try_from(slots.len()).unwrap_or(u32::MAX);
-        if slots.is_empty() && !rejected.is_empty() {
+        // Those that are away get it on return. Without them nobody does, and that is said with the reason,
+        // as a rollout with no slot at all is complete at once.
+        if slots.is_empty() && (!rejected.is_empty() || self.plan.report.deferred.is_empty()) {
             self.pending(&Unplaceable(rejected), 1);
         }
         self.roll(release, mine, slots);
@@ -151,7 +153,7 @@ impl<'a> Planning<'a> {
             }
             // As when all are looked at: what is old there waits, and too many in the slot are for the
             // rollout to judge.
-            Standing::Left => {
+            Standing::Left(_) => {
                 let all = running.iter().all(current);
                 self.plan.report.whole = all && running.len() > 1;
                 if !all {

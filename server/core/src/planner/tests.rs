@@ -356,6 +356,30 @@ fn every_host_gets_one_and_a_new_host_too() {
 }
 
 #[test]
+fn where_no_host_takes_part_it_is_said_why() {
+    let mut w = World::new(0);
+    let mut spec = World::spec("one");
+    (spec.replicas, spec.every_host) = (None, true);
+    w.apply(spec);
+    let words = |w: &mut World| w.plan().report.pending.into_keys().collect::<Vec<_>>();
+    assert_eq!(words(&mut w), ["no host fits: there are none"]);
+    w.host(0, 1 << 30, "a");
+    let host: HostUid = "h0".parse().unwrap();
+    let cordoned = w.view.host(&host).unwrap().edited(|r| {
+        r.spec = Some(api::HostSpec { cordoned: true, draining: false });
+    });
+    w.change(vec![Change::PutHost(Arc::new(cordoned.unwrap()))]);
+    assert_eq!(words(&mut w), ["no host fits: 1 cordoned"]);
+    // One that is away gets it on return.
+    let open = w.view.host(&host).unwrap().edited(|r| r.spec = None);
+    w.change(vec![Change::PutHost(Arc::new(open.unwrap()))]);
+    let at = w.now.mono;
+    w.presence(0, Presence::Away(at));
+    assert!(words(&mut w).is_empty());
+    assert_eq!(w.plan().report.deferred.len(), 1);
+}
+
+#[test]
 fn a_drained_host_is_left_without_going_below_the_floor() {
     let mut w = World::new(3);
     w.apply(World::spec("one"));
