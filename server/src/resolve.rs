@@ -9,6 +9,7 @@ use crate::registry::errors::RegistryError;
 use crate::registry::names::{Reference, RepoName};
 use berth_proto::api::{ModelVersion, ModelVersionKind, Role};
 use berth_proto::ids::Digest;
+use berth_proto::manifest::nearest;
 use berth_proto::values::{
     DeploymentSpec, PlatformImage, ResolvedArtifact, ResolvedImage, ResolvedSource, Source,
 };
@@ -111,6 +112,34 @@ pub fn find_version(
     version.map(|v| (space, v)).ok_or_else(|| Error::not_found(Kind::Version, reference))
 }
 
+/// The nearest reference to one that names nothing, among what the caller may read.
+fn near(caller: &Caller, view: &View, namespace: &str, reference: &str) -> Option<String> {
+    let asked = read_model(reference)?;
+    let rest = &reference[asked.name.len()..];
+    let within = asked.name.split_once('/').filter(|(space, _)| caller.sees(space));
+    let own = caller.sees(namespace).then_some((namespace, asked.name.as_str()));
+    let model = own.into_iter().chain(within).find_map(|(space, name)| view.model(space, name));
+    let Some(model) = model else {
+        let (space, name) = own?;
+        let metas = view.models().filter_map(|m| m.record.meta.as_ref());
+        let names = metas.filter(|m| m.namespace == space).map(|m| m.name.as_str());
+        return nearest(name, names).map(|near| format!("{near}{rest}"));
+    };
+    match &asked.which {
+        Which::Alias(alias) => {
+            let near = nearest(alias, model.record.aliases.keys().map(String::as_str))?;
+            Some(format!("{}@{near}", asked.name))
+        }
+        Which::Version(version) => {
+            let uid = model.record.meta.as_ref().map(|m| m.uid.as_str()).unwrap_or_default();
+            let known = view.versions_of(uid).filter_map(|v| v.record.version.as_ref());
+            let near = nearest(version, known.map(|v| v.version.as_str()))?;
+            Some(format!("{}:{near}", asked.name))
+        }
+        Which::Latest | Which::Digest(_) => None,
+    }
+}
+
 fn created(version: &ModelVersion) -> u64 {
     version
         .create_time
@@ -180,12 +209,13 @@ pub async fn source(
                     } else {
                         "VERSION_NOT_FOUND"
                     };
+                    let help = match near(caller, view, namespace, reference) {
+                        Some(near) => format!("did you mean \"{near}\"?"),
+                        None => "`berth model push` registers one".to_owned(),
+                    };
                     Error::precondition(
                         reason,
-                        format!(
-                            "{path}spec.model: {kind} \"{name}\" does not exist; \
-                         `berth model push` registers one"
-                        ),
+                        format!("{path}spec.model: {kind} \"{name}\" does not exist; {help}"),
                     )
                 })?;
             let words = format!("{}:{}@{}", version.model, version.version, version.digest);

@@ -384,3 +384,27 @@ async fn callers_ask_for_a_version_that_is_an_image_by_its_name() {
     let served: Vec<&str> = table[0].1.iter().map(|ready| ready.version.as_str()).collect();
     assert_eq!(served, ["1.2"]);
 }
+
+#[tokio::test]
+async fn a_slip_in_a_reference_is_told_with_the_nearest_there_is() {
+    let (_dir, api) = served();
+    push(&api).await;
+    register(&api, iris(&api, "1").await, &["champion"]).await.unwrap();
+    for (reference, words) in [
+        ("iris@champoin", "did you mean \"iris@champion\"?"),
+        ("iriss:1", "did you mean \"iris:1\"?"),
+        ("iris:2", "did you mean \"iris:1\"?"),
+        ("iriss@champion", "did you mean \"iris@champion\"?"),
+        ("speech:1", "`berth model push` registers one"),
+    ] {
+        let spec = DeploymentSpec {
+            source: Some(deployment_spec::Source::Model(reference.to_owned())),
+            ..DeploymentSpec::default()
+        };
+        let meta = ObjectMeta { name: "d".to_owned(), ..ObjectMeta::default() };
+        let input = DeploymentInput { meta: Some(meta), spec: Some(spec), ..Default::default() };
+        let request = PlanRequest { deployments: vec![input] };
+        let status = api.plan(call(request)).await.unwrap_err();
+        assert!(status.message().ends_with(words), "{reference}: {}", status.message());
+    }
+}
