@@ -18,6 +18,7 @@ use berth_proto::lines::Position;
 use berth_proto::record::AuditRecord;
 use berth_server_core::batching::Proposal;
 use berth_server_core::change::{Change, audited};
+use berth_server_core::live::Live;
 use berth_server_core::objects::Replica as Held;
 use berth_server_core::view::View;
 use futures_util::StreamExt as _;
@@ -244,6 +245,11 @@ impl Pour {
         }
     }
 
+    fn is_leaving(&self) -> bool {
+        let api = &self.api.0;
+        is_leaving(&api.ledger.view(), &api.live.load(), &self.held)
+    }
+
     /// Lines into the common stream until all were sent; a followed source is read again after
     /// whatever broke it, for as long as its replica is.
     async fn run(mut self) {
@@ -259,6 +265,12 @@ impl Pour {
                 }
                 End::Nothing(words) if !follow => {
                     return self.tell(LogSourceCondition::Ended, words).await;
+                }
+                // What is being removed there cannot be read at some point: its lines are over.
+                End::Unreachable(_) if self.is_leaving() => {
+                    if !follow {
+                        return self.tell(LogSourceCondition::Ended, String::new()).await;
+                    }
                 }
                 End::Unreachable(words) => {
                     self.tell(LogSourceCondition::Unreachable, words).await;
@@ -342,6 +354,12 @@ impl Pour {
             }
         }
     }
+}
+
+/// Whether a replica is being stopped, or is gone, on a host that is there.
+fn is_leaving(view: &View, live: &Live, held: &Held) -> bool {
+    let stopped = |now: &Arc<Held>| now.intent == ReplicaIntent::Stop;
+    live.is_present(&held.host) && view.replica(&held.uid).is_none_or(stopped)
 }
 
 /// For the audit log, by its deployment's name and its slot, as events name it.
@@ -689,6 +707,38 @@ impl LogService for Api {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use berth_server_core::live::Presence;
+
+    #[test]
+    fn what_is_stopped_on_a_host_that_is_there_is_no_failure() {
+        let held = Held {
+            uid: "r0".parse().unwrap(),
+            deployment: "d".parse().unwrap(),
+            slot: 0,
+            release: Default::default(),
+            host: "h0".parse().unwrap(),
+            intent: ReplicaIntent::Run,
+            replaces: None,
+            stands_in_for: None,
+            created: berth_proto::ids::Wall(0),
+            first_ready: None,
+            attempt_floor: 0,
+            exits: Vec::new(),
+            failed: false,
+            reason: String::new(),
+            found_body: None,
+            revision: Revision(0),
+        };
+        let (mut view, mut live) = (View::default(), Live::default());
+        view.apply(&Change::PutReplica(Arc::new(held.stopped())), Revision(1));
+        assert!(!is_leaving(&view, &live, &held), "its host may be away");
+        live.edit_host(&held.host, |h| h.presence = Presence::Present);
+        assert!(is_leaving(&view, &live, &held));
+        view.apply(&Change::PutReplica(Arc::new(held.clone())), Revision(2));
+        assert!(!is_leaving(&view, &live, &held), "it shall run");
+        view.apply(&Change::DeleteReplica(held.uid.clone()), Revision(3));
+        assert!(is_leaving(&view, &live, &held));
+    }
 
     #[test]
     fn a_line_of_a_clock_that_is_off_has_the_servers_time_too() {
