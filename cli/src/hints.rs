@@ -92,7 +92,7 @@ pub async fn suggest(global: &Global, error: Error) -> Error {
     let Ok(Some(known)) = tokio::time::timeout(LOOK, looking).await else {
         return error;
     };
-    let Some(near) = nearest(&name, known.iter().map(String::as_str)) else { return error };
+    let Some(near) = another(&name, &known) else { return error };
     let words = format!("did you mean \"{near}\"?");
     match &error.hint {
         Some(hint) => {
@@ -101,6 +101,11 @@ pub async fn suggest(global: &Global, error: Error) -> Error {
         }
         None => error.hint(words),
     }
+}
+
+/// The nearest of other names: one that is there is missing something else than its name.
+fn another<'a>(name: &str, known: &'a [String]) -> Option<&'a str> {
+    nearest(name, known.iter().map(String::as_str)).filter(|near| *near != name)
 }
 
 /// The names that there are of what a reason says is missing.
@@ -138,6 +143,13 @@ async fn names(global: &Global, reason: &str) -> Option<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nobody_is_pointed_to_the_name_that_was_given() {
+        let known = ["iris".to_owned(), "digits".to_owned()];
+        assert_eq!(another("iriss", &known), Some("iris"));
+        assert_eq!(another("iris", &known), None);
+    }
 
     #[test]
     fn a_reason_comes_before_a_code() {

@@ -63,8 +63,12 @@ fn refused(status: u16, words: &str, deployment: &str) -> Error {
     let words = format!("{} ({status})", berth_proto::escape::for_terminal(words));
     match status {
         401 | 403 => Error::new(Kind::Denied, words),
-        404 => Error::user(words)
-            .hint("`berth deployment list` shows what there is; -n names another namespace"),
+        404 => {
+            let reason = "DEPLOYMENT_NOT_FOUND".to_owned();
+            let hint = crate::hints::of(&reason, tonic::Code::NotFound).map(str::to_owned);
+            let named = Some(deployment.to_owned());
+            Error { reason, hint, named, ..Error::user(words) }
+        }
         502..=504 => Error::user(words).hint(format!(
             "`berth ps {deployment}` shows its replicas and why one is not ready, `berth logs \
              {deployment}` what they said"
@@ -123,6 +127,7 @@ mod tests {
             assert!(error.hint.unwrap().contains("berth ps iris"));
         }
         assert_eq!(refused(401, "x", "iris").kind, Kind::Denied);
+        assert_eq!(refused(404, "x", "iris").named.as_deref(), Some("iris"));
         assert!(refused(404, "x", "iris").hint.unwrap().contains("berth deployment list"));
         assert_eq!(refused(400, "x", "iris").hint, None);
     }

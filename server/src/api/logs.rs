@@ -19,7 +19,7 @@ use berth_proto::record::AuditRecord;
 use berth_server_core::batching::Proposal;
 use berth_server_core::change::{Change, audited};
 use berth_server_core::live::Live;
-use berth_server_core::objects::Replica as Held;
+use berth_server_core::objects::{Deployment as HeldDeployment, Replica as Held};
 use berth_server_core::view::View;
 use futures_util::StreamExt as _;
 use prost::Message as _;
@@ -68,13 +68,18 @@ impl EventService for Api {
         let mut changes = self.0.ledger.changes();
         let since = r.since.as_ref().map_or(i64::MIN, |t| wall(t).0);
         let (host, deployment, space) = (r.host.clone(), r.deployment.clone(), r.namespace.clone());
+        let sees = caller.clone();
         let wanted = move |e: &Event| {
             (space.is_empty() || e.namespace == space)
                 && (host.is_empty() || e.host == host)
                 && (deployment.is_empty() || e.deployment == deployment)
                 && e.time.as_ref().is_none_or(|t| wall(t).0 >= since)
-                && (e.namespace.is_empty() || caller.sees(&e.namespace))
+                && (e.namespace.is_empty() || sees.sees(&e.namespace))
         };
+        // Whoever goes on was told before.
+        if !r.deployment.is_empty() && r.after_token.is_empty() {
+            self.was_there(&caller, &r).await?;
+        }
         let limit = if r.limit == 0 { 1000 } else { r.limit as usize };
         let foreign = || Error::field("after_token", "is not the token of an event");
         let seen = match r.after_token.as_str() {
@@ -457,6 +462,22 @@ impl Wanted {
 }
 
 impl Api {
+    /// That there is a deployment whose events are asked for, or that events of one are kept that is gone.
+    async fn was_there(&self, caller: &auth::Caller, r: &WatchEventsRequest) -> Result<(), Error> {
+        let here =
+            |space: &str| (r.namespace.is_empty() || space == r.namespace) && caller.sees(space);
+        let view = self.0.ledger.view();
+        let named = |d: &&Arc<HeldDeployment>| d.name.as_str() == r.deployment;
+        if view.deployments().filter(named).any(|d| here(d.namespace.as_str())) {
+            return Ok(());
+        }
+        let told = |e: &Event| e.deployment == r.deployment && here(&e.namespace);
+        match self.0.past_events(0, 1, told).await.map_err(Error::from)?.is_empty() {
+            true => Err(Error::not_found(Kind::Deployment, &r.deployment)),
+            false => Ok(()),
+        }
+    }
+
     fn deployment_of(&self, space: &str, name: &str) -> Result<DeploymentUid, Error> {
         let namespace = namespace(space)?;
         let parsed = name.parse().map_err(|_| Error::not_found(Kind::Deployment, name))?;
@@ -708,6 +729,29 @@ impl LogService for Api {
 mod tests {
     use super::*;
     use berth_server_core::live::Presence;
+
+    #[tokio::test]
+    async fn the_events_of_no_deployment_are_not_found_and_those_of_one_that_is_gone_are() {
+        use crate::api::tests::{call, served};
+        let (_dir, api) = served();
+        let event =
+            Event { namespace: "default".into(), deployment: "gone".into(), ..Event::default() };
+        let proposal =
+            Proposal { changes: vec![Change::AppendEvent(event)], ..Proposal::default() };
+        api.0.ledger.propose(proposal).await.unwrap();
+        let ask = async |deployment: &str, namespace: &str| {
+            let (deployment, namespace) = (deployment.to_owned(), namespace.to_owned());
+            let request = WatchEventsRequest { deployment, namespace, ..Default::default() };
+            api.watch_events(call(request)).await.map(drop)
+        };
+        ask("", "").await.unwrap();
+        ask("gone", "").await.unwrap();
+        ask("gone", "default").await.unwrap();
+        for (name, namespace) in [("nope", ""), ("gone", "vision")] {
+            let status = ask(name, namespace).await.unwrap_err();
+            assert_eq!(status.code(), Code::NotFound, "{name} {namespace}");
+        }
+    }
 
     #[test]
     fn what_is_stopped_on_a_host_that_is_there_is_no_failure() {
