@@ -215,4 +215,35 @@ mod tests {
         use clap::CommandFactory as _;
         Args::command().debug_assert();
     }
+
+    #[test]
+    fn the_help_of_each_option_tells_what_holds_without_it() {
+        use clap::CommandFactory as _;
+        let command = Args::command();
+        let holds = Options::default().settle().unwrap();
+        for (option, default) in [
+            ("data_dir", holds.data_dir.display().to_string()),
+            ("listen", holds.listen.to_string()),
+            ("registry_listen", holds.registry_listen.to_string()),
+            ("gateway_listen", holds.gateway_listen.to_string()),
+            ("page_listen", holds.page_listen.to_string()),
+            ("log_format", format!("{:?}", holds.log_format).to_lowercase()),
+            ("log", holds.log),
+            ("ballast_mib", (holds.ballast_bytes >> 20).to_string()),
+            ("min_free_percent", holds.min_free_percent.to_string()),
+            ("ping_seconds", holds.ping.as_secs().to_string()),
+            ("idle_seconds", holds.idle.as_secs().to_string()),
+            ("rekey_grace_days", (holds.rekey_grace.as_secs() / 86_400).to_string()),
+            ("onnx_runtime", holds.onnx_runtime),
+        ] {
+            let option = command.get_arguments().find(|a| a.get_id() == option).unwrap();
+            let help = option.get_long_help().or(option.get_help()).unwrap().to_string();
+            let told = help.split("Default:").nth(1).unwrap_or_default();
+            assert!(told.contains(&default), "{}: {help}", option.get_id());
+        }
+        // Without these nothing is in their place, or another option says what.
+        let told = |id: &str| matches!(id, "advertise" | "tls_cert" | "tls_key" | "config");
+        let all = command.get_arguments().filter(|a| !told(a.get_id().as_str()));
+        assert_eq!(all.filter(|a| !["help", "version"].contains(&a.get_id().as_str())).count(), 13);
+    }
 }

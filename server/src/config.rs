@@ -12,23 +12,28 @@ use std::time::Duration;
 #[derive(Debug, Clone, Default, clap::Args, serde::Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Options {
-    /// Folder that holds the ledger, keys and blobs; made when it does not exist.
+    /// Folder that holds the ledger, keys and blobs; made when it does not exist. Default:
+    /// /var/lib/berth.
     #[arg(long, env = "BERTHD_DATA_DIR", value_name = "DIR", global = true)]
     pub data_dir: Option<PathBuf>,
-    /// Address of the control and API door (gRPC for agents, `berth` and services).
+    /// Address of the control and API door (gRPC for agents, `berth` and services). Default:
+    /// 127.0.0.1:7443.
     #[arg(long, env = "BERTHD_LISTEN", value_name = "ADDR:PORT")]
     pub listen: Option<SocketAddr>,
-    /// Address of the registry door (HTTPS `/v2/` for docker, podman, skopeo).
+    /// Address of the registry door (HTTPS `/v2/` for docker, podman, skopeo). Default:
+    /// 127.0.0.1:7444.
     #[arg(long, env = "BERTHD_REGISTRY_LISTEN", value_name = "ADDR:PORT")]
     pub registry_listen: Option<SocketAddr>,
-    /// Address of the gateway door (Open Inference Protocol v2, HTTPS and gRPC).
+    /// Address of the gateway door (Open Inference Protocol v2, HTTPS and gRPC). Default:
+    /// 127.0.0.1:7445.
     #[arg(long, env = "BERTHD_GATEWAY_LISTEN", value_name = "ADDR:PORT")]
     pub gateway_listen: Option<SocketAddr>,
-    /// Address of the page and metrics door.
+    /// Address of the page and metrics door. Default: 127.0.0.1:7446.
     #[arg(long, env = "BERTHD_PAGE_LISTEN", value_name = "ADDR:PORT")]
     pub page_listen: Option<SocketAddr>,
     /// Host name or address that agents and clients are told, without a port. Required when a door
-    /// listens on another address than loopback. May be given several times.
+    /// listens on another address than loopback. May be given several times. Default: the address of
+    /// `--listen`.
     #[arg(long, env = "BERTHD_ADVERTISE", value_name = "HOST", value_delimiter = ',')]
     pub advertise: Option<Vec<String>>,
     /// The operator's own certificate chain (PEM) for the registry door, so that docker needs no
@@ -39,29 +44,32 @@ pub struct Options {
     /// Key (PEM) of `--tls-cert`.
     #[arg(long, env = "BERTHD_TLS_KEY", value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
-    /// How logs are written: `text` or `json`.
+    /// How logs are written: `text` or `json`. Default: text.
     #[arg(long, env = "BERTHD_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
-    /// What is logged, e.g. `info` or `berth_server=debug,info`.
+    /// What is logged, e.g. `info` or `berth_server=debug,info`. Default: info.
     #[arg(long, env = "BERTHD_LOG", value_name = "FILTER")]
     pub log: Option<String>,
     /// Size in MiB of the ballast file that is given up when the disk is full, so that deleting and
-    /// cleaning still work. 0: none.
+    /// cleaning still work. 0: none. Default: 256.
     #[arg(long, env = "BERTHD_BALLAST_MIB", value_name = "MIB")]
     pub ballast_mib: Option<u64>,
-    /// Uploads to the registry stop when less than so many per cent of the disk are free.
+    /// Uploads to the registry stop when less than so many per cent of the disk are free. Default: 10.
     #[arg(long, env = "BERTHD_MIN_FREE_PERCENT", value_name = "PERCENT")]
     pub min_free_percent: Option<u8>,
-    /// Seconds between pings of a session.
+    /// Seconds between pings of a session. Default: 10.
     #[arg(long, env = "BERTHD_PING_SECONDS", value_name = "SECONDS")]
     pub ping_seconds: Option<u64>,
-    /// Seconds of silence after which a host is away.
+    /// Seconds of silence after which a host is away. Default: three times the seconds between pings,
+    /// which makes 30.
     #[arg(long, env = "BERTHD_IDLE_SECONDS", value_name = "SECONDS")]
     pub idle_seconds: Option<u64>,
     /// Days past its certificate's end within which a host may renew by itself. 0: by hand only.
+    /// Default: 90.
     #[arg(long, env = "BERTHD_REKEY_GRACE_DAYS", value_name = "DAYS")]
     pub rekey_grace_days: Option<u64>,
-    /// Runtime image for ONNX models, as a reference in Berth's own registry.
+    /// Runtime image for ONNX models, as a reference in Berth's own registry. Default:
+    /// runtimes/onnx:latest.
     #[arg(long, env = "BERTHD_ONNX_RUNTIME", value_name = "REPOSITORY:TAG")]
     pub onnx_runtime: Option<String>,
 }
