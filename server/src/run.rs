@@ -5,7 +5,7 @@ use crate::api::{Api, auth, standing};
 use crate::cluster::{Cluster, Parts, wall_now};
 use crate::config::Settings;
 use crate::doors::certificates::{Certificates, Internal, Operators};
-use crate::doors::{self, Speaks};
+use crate::doors::{self, DoorError, Speaks};
 use crate::gateway;
 use crate::gateway::forward::Forwarder;
 use crate::gateway::http::{Gateway, router as gateway_router};
@@ -16,7 +16,7 @@ use crate::planning;
 use crate::registry::access::PeerCertificates;
 use crate::registry::{self, Registry};
 use crate::store::embedded::{Embedded, told_of_fall_back};
-use crate::store::folder::{Folder, free_bytes};
+use crate::store::folder::{Folder, free_bytes, is_begun};
 use crate::store::{Store, StoreError};
 use crate::tasks;
 use anyhow::Context as _;
@@ -43,6 +43,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tonic::service::Routes as GrpcRoutes;
 
@@ -64,6 +65,15 @@ const FEW_HANDLES: u64 = 4096;
 /// When it cannot start, or its store fails.
 pub async fn run(settings: Settings) -> anyhow::Result<()> {
     raise_handles();
+    let operators = match &settings.registry_tls {
+        None => None,
+        Some((certificate, key)) => Some(Arc::new(Operators::read(certificate, key)?)),
+    };
+    // A first start that finds a port taken leaves no folder behind.
+    let early = match is_begun(&settings.data_dir) {
+        true => None,
+        false => Some(bind(&settings).await?),
+    };
     let folder = Arc::new(Folder::open(&settings.data_dir)?);
     let cramped = cramped(&folder, settings.ballast_bytes)?;
     let ca = Ca::open(folder.path())?;
@@ -87,10 +97,10 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     .context("cannot open the registry's folder")?;
 
     // Every door is bound before anything is promised on any of them.
-    let control = doors::bind("--listen", settings.listen).await?;
-    let blobs = doors::bind("--registry-listen", settings.registry_listen).await?;
-    let gate = doors::bind("--gateway-listen", settings.gateway_listen).await?;
-    let pages = doors::bind("--page-listen", settings.page_listen).await?;
+    let [control, blobs, gate, pages] = match early {
+        Some(bound) => bound,
+        None => bind(&settings).await?,
+    };
     let addresses =
         [control.local_addr()?, blobs.local_addr()?, gate.local_addr()?, pages.local_addr()?];
     let ports = addresses.map(|a| a.port());
@@ -107,10 +117,6 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     names.extend(["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()]);
     names.dedup();
     let internal = Arc::new(Internal::new(&cluster.ca, names)?);
-    let operators = match &cluster.settings.registry_tls {
-        None => None,
-        Some((certificate, key)) => Some(Arc::new(Operators::read(certificate, key)?)),
-    };
     let plain = Certificates { internal: Arc::clone(&internal), operators: None };
     let with_operators = Certificates { operators: operators.clone(), ..plain.clone() };
     let roots = cluster.ca.root_pem();
@@ -182,6 +188,16 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     .await;
     cluster.ledger.checkpoint().await;
     ended
+}
+
+/// The doors in the order in which their addresses are told.
+async fn bind(settings: &Settings) -> Result<[TcpListener; 4], DoorError> {
+    Ok([
+        doors::bind("--listen", settings.listen).await?,
+        doors::bind("--registry-listen", settings.registry_listen).await?,
+        doors::bind("--gateway-listen", settings.gateway_listen).await?,
+        doors::bind("--page-listen", settings.page_listen).await?,
+    ])
 }
 
 /// Makes the ballast, or gives it up where a start would find no room; answers whether there is too

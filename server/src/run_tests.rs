@@ -88,3 +88,23 @@ async fn whoever_has_the_folder_and_takes_the_context_away_gets_an_admin_that_co
     assert!(is_admin(&anew));
     assert_ne!(anew.meta.as_ref().unwrap().uid, held.meta.as_ref().unwrap().uid);
 }
+
+#[tokio::test]
+async fn a_first_start_that_finds_a_port_taken_leaves_no_folder_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("server");
+    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let free = Some("127.0.0.1:0".parse().unwrap());
+    let options = crate::config::Options {
+        data_dir: Some(data.clone()),
+        listen: free,
+        registry_listen: free,
+        gateway_listen: free,
+        page_listen: Some(taken.local_addr().unwrap()),
+        ballast_mib: Some(0),
+        ..Default::default()
+    };
+    let error = run(options.settle().unwrap()).await.unwrap_err();
+    assert!(error.to_string().contains("--page-listen"), "{error}");
+    assert!(!data.exists());
+}

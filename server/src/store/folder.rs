@@ -49,6 +49,11 @@ pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     sync_folder(path.parent().unwrap_or(Path::new(".")))
 }
 
+/// Whether a start has taken a folder into possession before.
+pub fn is_begun(path: &Path) -> bool {
+    path.join("FORMAT").exists()
+}
+
 fn lock(path: &Path) -> Result<File, StoreError> {
     let lock_path = path.join("lock");
     let lock = OpenOptions::new()
