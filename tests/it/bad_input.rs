@@ -222,13 +222,16 @@ fn what_takes_something_away_is_asked_about_and_nobody_to_ask_is_a_no() {
     cluster.berth_ok(&["user", "create", "vera"]).unwrap();
     for args in [
         &["user", "revoke", "vera"][..],
-        &["rm", "web"],
-        &["host", "drain", "edge"],
-        &["host", "rm", "edge"],
         &["model", "rm", "iris:1"],
         &["model", "unalias", "iris", "best"],
     ] {
         told(&cluster.berth(args).unwrap(), 1, &["nobody can be asked", "--yes"]);
+    }
+    // Nobody is asked about what is not there.
+    for args in [&["rm", "web"][..], &["host", "drain", "edge"], &["host", "rm", "edge"]] {
+        let output = cluster.berth(args).unwrap();
+        told(&output, 1, &["does not exist", "hint: "]);
+        assert!(!String::from_utf8_lossy(&output.stderr).contains("--yes"), "{args:?}");
     }
     let revoked = || {
         let users = cluster.berth_json(&["user", "list"]).unwrap();
@@ -238,6 +241,21 @@ fn what_takes_something_away_is_asked_about_and_nobody_to_ask_is_a_no() {
     assert!(!revoked(), "nothing was written");
     cluster.berth_ok(&["user", "revoke", "vera", "--yes"]).unwrap();
     assert!(revoked());
+}
+
+#[test]
+fn a_deployment_that_is_named_and_not_there_is_not_found() {
+    let cluster = Cluster::start().unwrap();
+    let input = root().join("deploy/models/iris/sample.json");
+    for args in [
+        &["events", "--deployment", "nope"][..],
+        &["user", "token", "admin", "--deployment", "nope"],
+        &["infer", "nope", "--input", input.to_str().unwrap()],
+    ] {
+        told(&cluster.berth(args).unwrap(), 1, &["nope", "hint: `berth deployment list`"]);
+    }
+    let users = cluster.berth_json(&["user", "list"]).unwrap();
+    assert!(users.as_array().unwrap().iter().all(|u| u["tokens"] == 0), "{users}");
 }
 
 #[test]
