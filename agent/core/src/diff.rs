@@ -12,6 +12,9 @@ use berth_proto::ids::{Mono, ReplicaUid, Wall};
 use berth_proto::values::Restart;
 use std::collections::BTreeMap;
 
+/// A call to the engine is over after so long, its own deadline included.
+const ASKED_MS: u64 = 60_000;
+
 /// How a container is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
@@ -90,6 +93,8 @@ pub struct Memory {
     /// Durable: the attempt that is stopped for whoever takes its place. Its end is no failure and does
     /// not finish it, also when nobody takes the place after all.
     pub stopping: u32,
+    /// Since when this life of the agent looks at a container that one before it may have had stopped.
+    pub stopping_since: Option<Mono>,
     /// Durable: its check says that it must be started anew.
     pub must_restart: bool,
     /// Image and artifact are here and verified.
@@ -379,9 +384,18 @@ impl One<'_> {
         }
         let running = self.tidy(out);
         if running.is_some_and(|running| running.attempt == self.memory.stopping) {
-            // It was to be stopped, and was not: whatever ends it now is not our doing.
-            out.steps.push(self.remember(Memory { stopping: 0, ..self.memory.clone() }));
-            return;
+            // It was to be stopped, and was not: whatever ends it now is not our doing. What an agent has
+            // asked for that died meanwhile may still come.
+            let grace_ms = running.map_or(0, |running| running.grace_ms) + ASKED_MS;
+            match self.memory.stopping_since.map(|since| since.plus_ms(grace_ms)) {
+                Some(until) if now < until => out.wake(until),
+                Some(_) | None => {
+                    let memory =
+                        Memory { stopping: 0, stopping_since: None, ..self.memory.clone() };
+                    out.steps.push(self.remember(memory));
+                    return;
+                }
+            }
         }
         if self.replaces(running, now, out) {
             return;

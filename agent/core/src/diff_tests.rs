@@ -275,9 +275,13 @@ fn one_that_was_stopped_for_another_that_is_not_wanted_any_more_is_started_again
     let runs = [container("old", 1, State::Running)];
     let cleared = Memory { stopping: 0, ..here() };
     assert_eq!(
-        steps(&alone, &runs, &[("old", stopped)], 0),
+        steps(&alone, &runs, &[("old", stopped.clone())], 0),
         [Step::Remember { replica: uid("old"), memory: cleared.clone() }]
     );
+    // A stop that an agent has asked for which died since may still come.
+    let since = Memory { stopping_since: Some(Mono(0)), ..stopped };
+    assert_eq!(steps(&alone, &runs, &[("old", since.clone())], 1_000), []);
+    assert_eq!(steps(&alone, &runs, &[("old", since)], 600_000).len(), 1);
     let all = steps(&alone, &down, &[("old", cleared)], 0);
     let [Step::TakeExit { memory, .. }] = all.as_slice() else { panic!("{all:?}") };
     assert!(memory.finished);

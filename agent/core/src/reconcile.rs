@@ -105,6 +105,7 @@ impl Reconcile {
         for one in memory.values_mut() {
             one.not_before = one.not_before.map(|left| now.plus_ms(left.0));
             one.replace_until = one.replace_until.map(|left| now.plus_ms(left.0));
+            one.stopping_since = (one.stopping != 0).then_some(now);
         }
         let mut machine = Self {
             wanted: Wanted::NotYetKnown,
@@ -240,8 +241,13 @@ impl Reconcile {
         // A write that was refused is asked for again up to a minute later: nothing was done for a
         // replacement meanwhile, and its time begins with the write that is taken.
         let done = self.disk.done;
+        let waits = |uid: &ReplicaUid| {
+            self.desks.get(uid).is_some_and(|desk| desk.hold.is_some_and(|token| token > done))
+        };
         for (uid, desk) in &self.desks {
-            if let Some((_, time_ms)) = desk.time.filter(|(token, _)| *token > done)
+            // Nor is anything done for it while what gives way to it waits for the disk.
+            let mate = || self.places.others(uid).any(waits);
+            if let Some((_, time_ms)) = desk.time.filter(|(token, _)| *token > done || mate())
                 && let Some(until) = self.memory.get_mut(uid).and_then(|m| m.replace_until.as_mut())
             {
                 *until = now.plus_ms(time_ms);
@@ -256,6 +262,7 @@ impl Reconcile {
             let durable = Memory {
                 not_before: left(m.not_before),
                 replace_until: left(m.replace_until),
+                stopping_since: None,
                 bytes_here: false,
                 ready: false,
                 ready_since: None,
@@ -460,7 +467,11 @@ impl Reconcile {
             let token = self.remember(uid, next);
             let desk = self.desk(uid);
             desk.reserved = Some((attempt, token));
-            desk.time = time_ms.map(|ms| (token, ms)).or(desk.time);
+            if let Some(time_ms) = time_ms {
+                desk.time = Some((token, time_ms));
+                // Nor is it given up before it could begin.
+                desk.hold = Some(token);
+            }
             return;
         };
         if !self.durable(token) && !bug!(CreatedBeforeRecorded) {

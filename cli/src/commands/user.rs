@@ -125,13 +125,18 @@ pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
         UserVerb::Token { name, mut deployment, expires } => {
             // The API makes a token for a deployment that comes later; a slip here would not be noticed.
             if !deployment.is_empty() {
-                let namespace = client.namespace.clone();
-                let request = GetDeploymentRequest { namespace, name: deployment.clone() };
+                // Callers of the gateway write `<namespace>.<deployment>`; names have no dot.
+                let (namespace, name) = match deployment.split_once('.') {
+                    Some((namespace, name)) => (namespace.to_owned(), name.to_owned()),
+                    None => (client.namespace.clone(), deployment.clone()),
+                };
+                let request = GetDeploymentRequest { namespace, name };
                 ask(global, client.deployments().get_deployment(request)).await?;
             }
             // By the name that callers of the gateway use.
             if let Some(namespace) = global.namespace.as_deref().filter(|n| *n != "default")
                 && !deployment.is_empty()
+                && !deployment.contains('.')
             {
                 deployment = format!("{namespace}.{deployment}");
             }

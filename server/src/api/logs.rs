@@ -271,8 +271,9 @@ impl Pour {
                 End::Nothing(words) if !follow => {
                     return self.tell(LogSourceCondition::Ended, words).await;
                 }
-                // What is being removed there cannot be read at some point: its lines are over.
-                End::Unreachable(_) if self.is_leaving() => {
+                // What is being removed there cannot be read at some point: its lines are over. Where some
+                // were read, it broke in the middle.
+                End::Unreachable(_) if self.position == before && self.is_leaving() => {
                     if !follow {
                         return self.tell(LogSourceCondition::Ended, String::new()).await;
                     }

@@ -171,7 +171,8 @@ pub(super) fn rename(payload: &mut Payload, name: &str) {
         if !named.version.is_empty() {
             prost::encoding::string::encode(2, &named.version, &mut fields);
         }
-        let mut bytes = BytesMut::from(&framing_of(length as usize - lead + fields.len())[..]);
+        let mut bytes =
+            BytesMut::from(&framing_of((length as usize).saturating_sub(lead) + fields.len())[..]);
         bytes.put_slice(&fields);
         (bytes, FRAMING + lead)
     };

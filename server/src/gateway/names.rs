@@ -61,22 +61,26 @@ pub(super) async fn answered(
     served: &str,
     asked: &str,
 ) -> Response<Body> {
-    let renamed: fn(&[u8], &str, &str) -> Option<Renamed> = match naming {
+    let renamed: fn(&[u8], &str, &str) -> Look = match naming {
         Naming::Nowhere => return response,
         Naming::Path => in_json,
         Naming::Field { .. } => in_message,
     };
     let (mut parts, mut body) = response.into_parts();
     let coded = parts.headers.contains_key(header::CONTENT_ENCODING);
-    if served == asked || coded || !parts.status.is_success() {
+    // An answer without a body stays one: gRPC tells an error by that.
+    let empty = http_body::Body::is_end_stream(&body);
+    if served == asked || coded || empty || !parts.status.is_success() {
         return Response::from_parts(parts, body);
     }
     let mut head = BytesMut::new();
     let mut next = None;
     let found = loop {
-        let found = renamed(&head, served, asked);
-        if found.is_some() || head.len() >= LOOKED_AT || next.is_some() {
-            break found;
+        match renamed(&head, served, asked) {
+            Look::Found(renamed) => break Some(renamed),
+            Look::Never => break None,
+            Look::More if head.len() >= LOOKED_AT || next.is_some() => break None,
+            Look::More => {}
         }
         match body.frame().await.map(|frame| frame.map(Frame::into_data)) {
             None => break None,
@@ -106,6 +110,16 @@ pub(super) async fn answered(
     Response::from_parts(parts, Body::new(StreamBody::new(frames)))
 }
 
+/// What a look at an answer's head comes to.
+enum Look {
+    /// The name is here.
+    Found(Renamed),
+    /// It does not name the model by that name, whatever comes.
+    Never,
+    /// What is here does not tell.
+    More,
+}
+
 /// What stands in the place of a part of an answer's head.
 struct Renamed {
     at: Range<usize>,
@@ -115,38 +129,55 @@ struct Renamed {
 fn lengthen(headers: &mut HeaderMap, name: &HeaderName, before: usize, after: usize) {
     let Some(value) = headers.get_mut(name) else { return };
     let length = value.to_str().ok().and_then(|text| text.parse::<usize>().ok());
-    if let Some(length) = length.and_then(|length| (length + after).checked_sub(before)) {
+    if let Some(length) = length.and_then(|length| length.checked_add(after)?.checked_sub(before)) {
         *value = length.into();
     }
 }
 
 /// The first field of a message, when it is the model's name.
-fn in_message(head: &[u8], served: &str, asked: &str) -> Option<Renamed> {
-    let (framing, message) = head.split_at_checked(FRAMING)?;
-    let length = u32::from_be_bytes([framing[1], framing[2], framing[3], framing[4]]) as usize;
+fn in_message(head: &[u8], served: &str, asked: &str) -> Look {
     let field = |name: &str| {
         let mut field = Vec::new();
         prost::encoding::string::encode(1, &name.to_owned(), &mut field);
         field
     };
     let (old, new) = (field(served), field(asked));
-    if framing[0] != 0 || !message.starts_with(&old) || length < old.len() {
-        return None;
+    let Some((framing, message)) = head.split_at_checked(FRAMING) else { return Look::More };
+    let length = u32::from_be_bytes([framing[1], framing[2], framing[3], framing[4]]) as usize;
+    let here = message.len().min(old.len());
+    if framing[0] != 0 || length < old.len() || message[..here] != old[..here] {
+        return Look::Never;
+    }
+    if here < old.len() {
+        return Look::More;
     }
     let mut with = framing_of(length - old.len() + new.len()).to_vec();
     with.extend(new);
-    Some(Renamed { at: 0..FRAMING + old.len(), with })
+    Look::Found(Renamed { at: 0..FRAMING + old.len(), with })
 }
 
 /// The name in a JSON object that is an answer, when it is here.
-fn in_json(head: &[u8], served: &str, asked: &str) -> Option<Renamed> {
-    let at = member(head, &[b"\"model_name\"", b"\"name\""])?;
-    let is_it = serde_json::from_slice::<String>(&head[at.clone()]).is_ok_and(|it| it == served);
-    is_it.then(|| Renamed { at, with: serde_json::Value::from(asked).to_string().into_bytes() })
+fn in_json(head: &[u8], served: &str, asked: &str) -> Look {
+    match head.iter().find(|byte| !byte.is_ascii_whitespace()) {
+        None => return Look::More,
+        Some(b'{') => {}
+        Some(_) => return Look::Never,
+    }
+    let at = match member(head, &[b"\"model_name\"", b"\"name\""]) {
+        Ok(at) => at,
+        Err(look) => return look,
+    };
+    if serde_json::from_slice::<String>(&head[at.clone()]).is_ok_and(|it| it == served) {
+        let with = serde_json::Value::from(asked).to_string().into_bytes();
+        Look::Found(Renamed { at, with })
+    } else {
+        Look::Never
+    }
 }
 
-/// Where the text stands that the outermost object has under one of these keys, quotes included.
-fn member(json: &[u8], keys: &[&[u8]]) -> Option<Range<usize>> {
+/// Where the text stands that the outermost object has under one of these keys, quotes included. What
+/// follows the object, as binary tensors do, is not looked at.
+fn member(json: &[u8], keys: &[&[u8]]) -> Result<Range<usize>, Look> {
     let mut depth = 0_usize;
     // The key that was read last, until what it stands for begins.
     let mut key = None;
@@ -154,14 +185,19 @@ fn member(json: &[u8], keys: &[&[u8]]) -> Option<Range<usize>> {
     while let Some(byte) = json.get(at) {
         match byte {
             b'{' | b'[' => depth += 1,
-            b'}' | b']' => depth = depth.checked_sub(1)?,
+            b'}' | b']' => {
+                depth = depth.saturating_sub(1);
+                if depth == 0 {
+                    return Err(Look::Never);
+                }
+            }
             b',' => key = None,
             b'"' => {
-                let end = text_end(json, at)?;
+                let end = text_end(json, at).ok_or(Look::More)?;
                 let text = &json[at..end];
                 match key {
                     None if depth == 1 => key = Some(text),
-                    Some(key) if depth == 1 && keys.contains(&key) => return Some(at..end),
+                    Some(key) if depth == 1 && keys.contains(&key) => return Ok(at..end),
                     None | Some(_) => {}
                 }
                 at = end;
@@ -171,7 +207,7 @@ fn member(json: &[u8], keys: &[&[u8]]) -> Option<Range<usize>> {
         }
         at += 1;
     }
-    None
+    Err(Look::More)
 }
 
 /// Behind the closing quote of the text that begins at `from`.
@@ -251,6 +287,11 @@ mod tests {
             ),
             (r#"{"model_name":"other"}"#, r#"{"model_name":"other"}"#),
             (r#"["model_name","iris-sklearn"]"#, r#"["model_name","iris-sklearn"]"#),
+            // Behind the object come tensors, which may look like anything.
+            (
+                r#"{"id":"1"}{"model_name":"iris-sklearn"}"#,
+                r#"{"id":"1"}{"model_name":"iris-sklearn"}"#,
+            ),
             ("no JSON", "no JSON"),
             ("", ""),
         ] {
@@ -274,6 +315,30 @@ mod tests {
         let coded = [(header::CONTENT_ENCODING, 1)];
         let (_, got) = heard(&Naming::Path, names, long.as_bytes(), 4096, &coded).await;
         assert_eq!(String::from_utf8(got).unwrap(), long);
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_a_body_stays_without_one() {
+        // By an empty stream's end gRPC tells that an error stands in the head.
+        let naming = Naming::Field { written: "iris".to_owned() };
+        let told = answered(Response::new(Body::empty()), &naming, "iris", "edge.iris").await;
+        assert!(http_body::Body::is_end_stream(told.body()));
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_the_name_any_more_is_not_waited_for() {
+        for (naming, start) in [
+            (Naming::Path, &b"no JSON"[..]),
+            (Naming::Path, br#"{"name":"other""#),
+            (Naming::Field { written: "iris".to_owned() }, b"\0\0\0\0\x09\x0a\x05o"),
+        ] {
+            let first = tokio_stream::iter([Ok::<_, std::io::Error>(Bytes::from_static(start))]);
+            let never = first.chain(tokio_stream::pending());
+            let response = Response::new(Body::from_stream(never));
+            let mut told = answered(response, &naming, "iris", "edge.iris").await.into_body();
+            let frame = told.frame().await.unwrap().unwrap();
+            assert_eq!(frame.into_data().unwrap(), start);
+        }
     }
 
     #[tokio::test]

@@ -691,6 +691,24 @@ fn a_replacement_has_all_of_its_time_after_a_disk_that_took_nothing() {
 }
 
 #[test]
+fn a_replacement_is_not_given_up_untried_for_a_disk_that_takes_nothing() {
+    // The disk is full from some moment of the exchange on: whatever was durable by then.
+    for moment in (0..400).step_by(10) {
+        let mut w = World::new();
+        w.want(&[want("old")]);
+        w.run_for(100);
+        w.want(&replaced());
+        w.run_for(moment);
+        w.disk_full = true;
+        w.run_for(200_000);
+        w.disk_full = false;
+        w.run_for(200_000);
+        assert_eq!(w.running(), ["new"], "full after {moment} ms");
+        assert!(w.status("new").ready, "full after {moment} ms");
+    }
+}
+
+#[test]
 fn a_replacement_that_is_not_ready_in_time_gives_the_place_back_with_no_server() {
     for never in [false, true] {
         for restart in [false, true] {

@@ -78,7 +78,9 @@ impl<'a> Planning<'a> {
                 }
                 // Something old there waits until the host takes part again, and holds up nothing.
                 Standing::Left(why) => {
-                    *rejected.entry(why).or_default() += 1;
+                    if replicas.is_empty() {
+                        *rejected.entry(why).or_default() += 1;
+                    }
                     let current = |r: &&Arc<Replica>| r.release == release.number && !r.failed;
                     let (some, all) = (!replicas.is_empty(), replicas.iter().all(current));
                     if some && all {
@@ -100,7 +102,7 @@ impl<'a> Planning<'a> {
         self.plan.report.wanted = u32::try_from(slots.len()).unwrap_or(u32::MAX);
         // Those that are away get it on return. Without them nobody does, and that is said with the reason,
         // as a rollout with no slot at all is complete at once.
-        if slots.is_empty() && (!rejected.is_empty() || self.plan.report.deferred.is_empty()) {
+        if slots.is_empty() && self.plan.report.deferred.is_empty() {
             self.pending(&Unplaceable(rejected), 1);
         }
         self.roll(release, mine, slots);
