@@ -1,5 +1,8 @@
 //! Words for people that more than one program says.
 
+/// How the gateway says that nothing serves the name that was asked for; the name follows.
+pub const NO_DEPLOYMENT: &str = "no deployment with a port (spec.ports) serves a model";
+
 /// The reason of a `Pending` for slots that found no host.
 pub const NO_HOST_FITS: &str = "NO_HOST_FITS";
 /// The reason of a `Pending` for slots that get a replica once the one before is gone.

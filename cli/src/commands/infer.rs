@@ -63,12 +63,17 @@ fn refused(status: u16, words: &str, deployment: &str) -> Error {
     let words = format!("{} ({status})", berth_proto::escape::for_terminal(words));
     match status {
         401 | 403 => Error::new(Kind::Denied, words),
-        404 => {
+        // The gateway's own words; a replica's 404 is about what it serves.
+        404 if words.contains(berth_proto::words::NO_DEPLOYMENT) => {
             let reason = "DEPLOYMENT_NOT_FOUND".to_owned();
             let hint = crate::hints::of(&reason, tonic::Code::NotFound).map(str::to_owned);
             let named = Some(deployment.to_owned());
             Error { reason, hint, named, ..Error::user(words) }
         }
+        404 => Error::user(words).hint(
+            "a program that knows the model by a name of its own needs spec.servedModel; `berth ps` \
+             shows which version each replica has",
+        ),
         502..=504 => Error::user(words).hint(format!(
             "`berth ps {deployment}` shows its replicas and why one is not ready, `berth logs \
              {deployment}` what they said"
@@ -127,8 +132,12 @@ mod tests {
             assert!(error.hint.unwrap().contains("berth ps iris"));
         }
         assert_eq!(refused(401, "x", "iris").kind, Kind::Denied);
-        assert_eq!(refused(404, "x", "iris").named.as_deref(), Some("iris"));
-        assert!(refused(404, "x", "iris").hint.unwrap().contains("berth deployment list"));
+        let nothing = format!("{} \"iris\"", berth_proto::words::NO_DEPLOYMENT);
+        assert_eq!(refused(404, &nothing, "iris").named.as_deref(), Some("iris"));
+        assert!(refused(404, &nothing, "iris").hint.unwrap().contains("berth deployment list"));
+        // A replica's own words.
+        let of_replica = refused(404, "unknown model", "iris");
+        assert!(of_replica.named.is_none() && of_replica.hint.unwrap().contains("servedModel"));
         assert_eq!(refused(400, "x", "iris").hint, None);
     }
 

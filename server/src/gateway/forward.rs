@@ -38,7 +38,7 @@ const REQUESTS: usize = 4 * REQUESTS_OF_ONE;
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     /// No such deployment.
-    #[error("no deployment with a port (spec.ports) serves a model \"{0}\"")]
+    #[error("{nothing} \"{0}\"", nothing = berth_proto::words::NO_DEPLOYMENT)]
     UnknownModel(String),
     /// It has no replica of that version.
     #[error("no ready replica serves model \"{model}\" in version \"{version}\"")]
