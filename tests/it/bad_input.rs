@@ -37,6 +37,9 @@ fn a_server_that_cannot_start_says_why_and_what_to_do() {
     let args = ["--data-dir", data, "--ballast-mib", "0", "--listen", &address];
     told(&berthd(&args), 1, &["--listen", &address]);
 
+    // Nothing is left of a start that came to nothing.
+    assert!(!std::path::Path::new(data).exists());
+    std::fs::create_dir(data).unwrap();
     std::fs::write(std::path::Path::new(data).join("FORMAT"), "99\n").unwrap();
     told(&berthd(&["--data-dir", data]), 1, &["format 99"]);
 
