@@ -217,6 +217,19 @@ pub fn adopt(view: &View, which: &[Arc<Replica>], asked: &Asked<'_>) -> Resoluti
     done
 }
 
+/// The orphans that may still be taken into this deployment. Until somebody decides, they hold their
+/// places: what the planner put there would have to run beside them, or them be stopped for it.
+pub fn holding<'a>(
+    view: &'a View,
+    deployment: &'a DeploymentUid,
+) -> impl Iterator<Item = &'a Arc<Replica>> {
+    let undecided = |r: &&Arc<Replica>| {
+        let there = view.host(&r.host).is_some_and(|h| !h.is_removed());
+        r.intent == ReplicaIntent::Orphan && there && adoptable(view, r).is_ok()
+    };
+    view.replicas_of(deployment).filter(undecided)
+}
+
 /// What only one replica can fill.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Place {

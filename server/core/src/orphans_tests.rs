@@ -3,6 +3,7 @@
 use super::*;
 use crate::dispatch::host_set;
 use crate::intake::registration;
+use crate::live::Presence;
 use crate::miniature::World;
 use crate::objects::Host;
 use crate::session::Hold;
@@ -130,6 +131,44 @@ fn what_was_scaled_up_after_the_backup_is_adopted_and_not_stopped_by_the_next_pl
         assert!(w.view.replica(&name.parse().unwrap()).unwrap().runs());
     }
     assert_eq!(w.view.replicas_of(&w.uid()).count(), 5, "slot 3 was filled");
+}
+
+#[test]
+fn the_place_of_an_orphan_is_filled_only_once_it_is_decided_about_or_its_host_is_lost() {
+    let mut w = World::new(2);
+    w.apply(World::spec("one"));
+    w.settle();
+    let mut cluster = w.view.cluster.clone();
+    (cluster.epoch, cluster.observing) = (5, true);
+    w.change(vec![Change::PutCluster(cluster)]);
+    let other: HostUid = "h1".parse().unwrap();
+    let there = report("there", "d", 1, 2, &body(&w));
+    observe(&mut w, &[]);
+    let seen = w.view.host(&other).unwrap().edited(|r| r.observed_epoch = 5).unwrap();
+    w.change(vec![Change::PutHost(Arc::new(seen))]);
+    w.change(found(&w.view, &other, &[there], w.now.wall));
+    w.apply(berth_proto::api::DeploymentSpec { replicas: Some(4), ..World::spec("one") });
+    let plan = w.plan();
+    assert_eq!(plan.steps.iter().map(|s| s.slot).collect::<Vec<_>>(), [3], "and not slot 2");
+    assert!(plan.report.pending.keys().any(|why| why.contains("berth orphan list")));
+    // Away is not lost, and what is lost has another one.
+    w.presence(1, Presence::Away(w.now.mono));
+    assert_eq!(w.plan().steps, []);
+    let plan = w.pass(6_000);
+    assert_eq!(plan.steps.iter().map(|s| s.slot).collect::<Vec<_>>(), [2, 1], "all of that host");
+}
+
+#[test]
+fn what_was_adopted_is_in_its_own_slot_though_that_was_wanted_before() {
+    let mut w = restored();
+    w.apply(berth_proto::api::DeploymentSpec { replicas: Some(3), ..World::spec("one") });
+    let body = body(&w);
+    observe(&mut w, &[report("there", "d", 1, 2, &body)]);
+    assert_eq!(w.plan().steps, []);
+    assert_eq!(adopted(&mut w).resolved, 1);
+    w.settle();
+    assert_eq!(w.view.replicas_of(&w.uid()).count(), 3);
+    assert!(w.view.replica(&"there".parse().unwrap()).unwrap().runs());
 }
 
 #[test]

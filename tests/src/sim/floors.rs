@@ -73,6 +73,18 @@ impl World<'_> {
             return self
                 .broke(format!("{uid} has {there} with those that end, and may have {most}"));
         }
+        let found = |r: &&Arc<Replica>| {
+            let release = before.release(uid, r.release);
+            let whole = release.is_some_and(|of| r.found_body.as_ref() == Some(&of.body_digest));
+            let there = before.host(&r.host).is_some_and(|host| !host.is_removed());
+            r.intent == ReplicaIntent::Orphan && there && whole && live.is_present(&r.host)
+        };
+        let held = before.replicas_of(uid).filter(found).map(|r| r.slot);
+        let held: BTreeSet<u32> = held.filter(|slot| !filled.contains(slot)).collect();
+        if let Some(taken) = placed.iter().find(|r| held.contains(&r.slot)) {
+            let words = format!("slot {} of {uid} is filled", taken.slot);
+            return self.broke(format!("{words}, and what was found in it is not decided about"));
+        }
         let paused = |view: &View| {
             view.deployment(uid).is_some_and(|held| {
                 held.rollout() == RolloutState::Paused && held.release() == deployment.release()

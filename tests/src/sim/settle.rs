@@ -54,7 +54,10 @@ fn unfilled(view: &View, live: &Live, deployment: &Deployment) -> Option<String>
     };
     match deployment.wanted() {
         Some(wanted) => {
-            let filled: BTreeSet<u32> = mine.iter().map(|r| r.slot).collect();
+            // What was found on a host that never comes back is decided about by nobody.
+            let held = |r: &&Arc<Replica>| r.intent == ReplicaIntent::Orphan;
+            let found = view.replicas_of(uid).filter(held).map(|r| r.slot);
+            let filled: BTreeSet<u32> = mine.iter().map(|r| r.slot).chain(found).collect();
             let empty = (0..wanted).find(|slot| !filled.contains(slot))?;
             let host = view.hosts().find(fits)?;
             Some(format!("{uid} has nothing in slot {empty}, and {} has room", host.uid))

@@ -65,7 +65,12 @@ impl<'a> Planning<'a> {
         let mut rejected: BTreeMap<Rejection, u32> = BTreeMap::new();
         for host in self.view.hosts() {
             let replicas = here.remove(&host.uid).unwrap_or_default();
-            let slot = |replicas| Slot { slot: 0, host: Some(host.uid.clone()), replicas };
+            let slot = |replicas| Slot {
+                slot: 0,
+                host: Some(host.uid.clone()),
+                replicas,
+                undecided: None,
+            };
             match self.standing(&need, host) {
                 Standing::Slot => slots.push(slot(replicas)),
                 Standing::Deferred => {

@@ -36,7 +36,8 @@ impl<'a> Planning<'a> {
                 || (item.new.is_empty() && item.old.is_empty())
         });
         let nobody = tally.wanted == 0 && !self.plan.report.deferred.is_empty();
-        let unheard = tally.unknown > 0 || self.plan.report.unheard;
+        let undecided = work.iter().any(SlotWork::is_undecided);
+        let unheard = tally.unknown > 0 || self.plan.report.unheard || undecided;
         let unheard = unheard && !bug!(DeadlineRunsUnheard);
         if unheard || (tally.wanted > 0 && !in_reach) || nobody {
             self.stand_still(release, tally.new_healthy);

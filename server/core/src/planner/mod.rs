@@ -33,6 +33,7 @@ use crate::change::Change;
 use crate::decide::{self, Asked};
 use crate::live::{Live, Presence, RolloutClock};
 use crate::objects::{Deployment, Release, Replica};
+use crate::orphans;
 use crate::placement::{Rejection, Unplaceable, WaitsFor};
 use crate::view::View;
 use berth_proto::api::{EventSeverity, PlannedStepKind, ReplicaIntent};
@@ -396,6 +397,24 @@ impl<'a> Planning<'a> {
         self.view.host(&replica.host).is_some_and(|h| h.is_draining())
     }
 
+    /// Slots of orphans that may still be adopted, each with its host; one on a host that is lost by the
+    /// deployment's own policy holds none.
+    fn undecided_slots(&mut self) -> BTreeMap<u32, &'a HostUid> {
+        let view = self.view;
+        let mut slots = BTreeMap::new();
+        if !view.cluster.observing || bug!(OrphanHoldsNothing) {
+            return slots;
+        }
+        for orphan in orphans::holding(view, &self.deployment.uid) {
+            match self.lost(&orphan.host) {
+                Ok(()) => continue,
+                Err(at) => at.into_iter().for_each(|at| self.wake(at)),
+            }
+            slots.insert(orphan.slot, &orphan.host);
+        }
+        slots
+    }
+
     fn replicated(&mut self, release: &Arc<Release>, mine: &[Arc<Replica>], wanted: u32) {
         self.plan.report.wanted = wanted;
         let mut slots: BTreeMap<u32, Vec<&Arc<Replica>>> = BTreeMap::new();
@@ -410,11 +429,13 @@ impl<'a> Planning<'a> {
                 }
             }
         }
+        let mut undecided = self.undecided_slots();
         let slots = (0..wanted)
             .map(|slot| roll::Slot {
                 slot,
                 host: None,
                 replicas: slots.remove(&slot).unwrap_or_default(),
+                undecided: undecided.remove(&slot),
             })
             .collect();
         self.roll(release, mine, slots);

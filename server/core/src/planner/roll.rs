@@ -16,6 +16,8 @@ use std::sync::Arc;
 /// What is said of replicas on a draining host that a rollout which stands still does not move.
 const UNMOVED: &str = "on a draining host, and not moved while the rollout is paused: undo it, or apply \
                        what works";
+/// What is said of a slot whose replica was found after a restore.
+const UNDECIDED: &str = "found after a restore and not decided about (berth orphan list)";
 
 /// A place the deployment fills.
 pub(super) struct Slot<'a> {
@@ -25,12 +27,16 @@ pub(super) struct Slot<'a> {
     pub(super) host: Option<HostUid>,
     /// What shall run in it now.
     pub(super) replicas: Vec<&'a Arc<Replica>>,
+    /// The host of an orphan that may still be adopted into it.
+    pub(super) undecided: Option<&'a HostUid>,
 }
 
 /// A slot's replicas, sorted out.
 pub(super) struct SlotWork<'a> {
     slot: u32,
     host: Option<HostUid>,
+    /// Nothing is placed in it before its orphan is decided about.
+    undecided: bool,
     /// Of the wanted release, and to stay.
     pub(super) new: Vec<(&'a Arc<Replica>, Health)>,
     /// All others.
@@ -40,6 +46,11 @@ pub(super) struct SlotWork<'a> {
 impl<'a> SlotWork<'a> {
     pub(super) fn all(&self) -> impl Iterator<Item = &(&'a Arc<Replica>, Health)> {
         self.new.iter().chain(&self.old)
+    }
+
+    /// An orphan may still be adopted into it.
+    pub(super) fn is_undecided(&self) -> bool {
+        self.undecided
     }
 
     /// Of the wanted release, and one too many in this slot.
@@ -117,7 +128,7 @@ impl<'a> Planning<'a> {
         slot: Slot<'b>,
         tally: &mut Tally,
     ) -> SlotWork<'b> {
-        let Slot { slot, host, replicas } = slot;
+        let Slot { slot, host, replicas, undecided } = slot;
         let (mut new, mut old) = (Vec::new(), Vec::new());
         for replica in replicas {
             if self.live.presence(&replica.host) == Presence::Unknown {
@@ -156,7 +167,16 @@ impl<'a> Planning<'a> {
                 Health::NotYet(None) | Health::Deferred => {}
             }
         }
-        let work = SlotWork { slot, host, new, old };
+        // It exists, though nobody knows whether it serves.
+        match undecided.map(|on| (on, self.live.is_present(on))) {
+            Some((_, true)) => tally.existing += 1,
+            Some((on, false)) => {
+                tally.deferred_slots += 1;
+                self.plan.report.deferred.insert(on.clone());
+            }
+            None => {}
+        }
+        let work = SlotWork { slot, host, undecided: undecided.is_some(), new, old };
         tally.old_healthy += count(work.old.iter().filter(|(_, h)| *h == Health::Healthy));
         for (_, health) in &work.old {
             // One that is drained may become healthy, which makes room to stop it.
@@ -232,6 +252,10 @@ impl<'a> Planning<'a> {
         let (empty, filled): (Vec<_>, Vec<_>) =
             work.iter().partition(|item| item.old.is_empty() && item.new.is_empty());
         for item in empty.into_iter().chain(filled) {
+            if item.undecided {
+                *self.plan.report.pending.entry(UNDECIDED.to_owned()).or_default() += 1;
+                continue;
+            }
             let stand_in_for = self.needs_stand_in(item);
             let has_new = item.new.iter().any(|(_, h)| *h != Health::Deferred);
             let waits =
@@ -383,12 +407,13 @@ impl<'a> Planning<'a> {
                 }
                 // The agent itself stops the old one of a replacement, and brings it back.
                 let replaced_by = successors.get(&old.uid);
-                // It took the place of one that is wanted again: that one can only run once it is gone.
+                // It took the place of one that is wanted again: that one can only run once it is gone. What
+                // stands still does not give up what serves for it.
                 let displaces = item.new.iter().any(|(r, _)| old.replaces.as_ref() == Some(&r.uid));
                 let may = if old.failed {
                     true
                 } else if displaces && *health == Health::Healthy && spare == 0 {
-                    let may = recovering < rollout.max_unavailable.max(1);
+                    let may = !halted && recovering < rollout.max_unavailable.max(1);
                     recovering += u32::from(may);
                     may
                 } else if let Some(successor) = replaced_by {

@@ -56,6 +56,32 @@ fn without_surge_the_old_one_stops_first() {
 }
 
 #[test]
+fn a_rollout_that_stands_still_does_not_stop_what_serves_for_one_that_it_displaced() {
+    let mut w = World::new(1);
+    w.apply(api::DeploymentSpec { replicas: Some(1), ..World::spec("one") });
+    w.settle();
+    w.apply(api::DeploymentSpec { replicas: Some(1), ..World::spec("two") });
+    let old = Arc::clone(w.view.replicas_of(&w.uid()).next().unwrap());
+    let mut new = Replica::clone(&old);
+    (new.uid, new.release, new.replaces) =
+        ("new".parse().unwrap(), ReleaseNumber(2), Some(old.uid.clone()));
+    w.change(vec![Change::PutReplica(Arc::new(new.clone()))]);
+    w.report(&old.uid, Phase::Exited, false);
+    w.report(&new.uid, Phase::Running, true);
+    w.now.mono = w.now.mono.plus_ms(1_000);
+    let in_state = |w: &mut World, rollout: RolloutState| {
+        let back = w.deployment().edited(|r| (r.release, r.rollout) = (1, rollout as i32));
+        w.change(vec![Change::PutDeployment(Arc::new(back))]);
+    };
+    in_state(&mut w, RolloutState::Paused);
+    assert_eq!(w.plan().steps, []);
+    // One that goes on gives it up: both have one place.
+    in_state(&mut w, RolloutState::Rolling);
+    let plan = w.plan();
+    assert_eq!(plan.steps.iter().map(|s| s.kind).collect::<Vec<_>>(), [PlannedStepKind::Stop]);
+}
+
+#[test]
 fn a_failed_rollout_goes_back_without_touching_the_good_ones() {
     let mut w = World::new(3);
     w.apply(World::spec("one"));
