@@ -24,7 +24,6 @@ use tokio::sync::{broadcast, mpsc};
 use tokio::task::spawn_blocking;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Code;
 
 /// Connecting and shaking hands.
 const CONNECT: Duration = Duration::from_secs(15);
@@ -99,14 +98,23 @@ pub async fn run(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client) {
             attempt(&shared, &engine, &client, &endpoint, &nonce, &mut sequence, &mut dialling)
                 .await;
         let how = match &ended {
-            Ended::Refused(status) => {
-                tracing::warn!(
-                    server = endpoint, code = ?status.code(), message = status.message(),
-                    "the session was refused"
-                );
-                let stay_away =
-                    matches!(status.code(), Code::PermissionDenied | Code::InvalidArgument);
-                session::Ended::Refused { stay_away }
+            Ended::Told(status) => {
+                let (how, code) = (session::Ended::told(status.code().into()), status.code());
+                let message = status.message();
+                match how {
+                    session::Ended::Refused { .. } => {
+                        tracing::warn!(server = endpoint, ?code, message, "the session was refused")
+                    }
+                    session::Ended::Lost | session::Ended::Again | session::Ended::AtOnce => {
+                        tracing::info!(
+                            server = endpoint,
+                            ?code,
+                            message,
+                            "the session ended; what runs goes on"
+                        )
+                    }
+                }
+                how
             }
             Ended::Lost(why) => {
                 tracing::info!(server = endpoint, why, "the session ended; what runs goes on");
@@ -122,7 +130,8 @@ pub async fn run(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client) {
 }
 
 enum Ended {
-    Refused(tonic::Status),
+    /// The server has said why.
+    Told(tonic::Status),
     Lost(String),
     Again,
     /// The engine was looked at for the first time: say hello with what it shows.
@@ -189,7 +198,7 @@ async fn attempt(
     let (opened, ()) = tokio::join!(opening, feeding);
     let mut incoming = match opened {
         Ok(Ok(response)) => response.into_inner(),
-        Ok(Err(status)) => return Ended::Refused(status),
+        Ok(Err(status)) => return Ended::Told(status),
         Err(_) => return Ended::Lost("the server did not answer in time".to_owned()),
     };
     let mut queue = std::collections::VecDeque::new();
@@ -200,9 +209,7 @@ async fn attempt(
             // Cancel-safe, all of them.
             message = incoming.next() => match message {
                 Some(Ok(message)) => Input::Message(Box::new(message)),
-                Some(Err(status)) if status.code() == Code::Unavailable || status.code() == Code::Unknown =>
-                    return Ended::Lost(status.message().to_owned()),
-                Some(Err(status)) => return Ended::Refused(status),
+                Some(Err(status)) => return Ended::Told(status),
                 None => return Ended::Lost("the server ended the session".to_owned()),
             },
             permit = tx.reserve(), if !queue.is_empty() => match permit {

@@ -44,6 +44,7 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "
 
 pub mod convert;
 pub mod escape;
+pub mod farewell;
 pub mod filter;
 pub mod ids;
 pub mod lines;

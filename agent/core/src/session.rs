@@ -10,6 +10,7 @@ use crate::report::{MAX_REPORTS, Reporter};
 use berth_proto::agent::{
     self, Hello, ObservedPage, ReplicaReport, SetAck, SetVerdict, session_request, session_response,
 };
+use berth_proto::farewell::{self, Farewell};
 use berth_proto::ids::{Mono, Now, SetNumber};
 use berth_proto::{api, convert};
 
@@ -50,6 +51,21 @@ pub enum Ended {
     Again,
     /// The engine was looked at for the first time: say hello with what it shows, at once.
     AtOnce,
+}
+
+impl Ended {
+    /// What the status means with which the server has refused or ended a session; `code` is gRPC's
+    /// number of it.
+    #[must_use]
+    pub fn told(code: i32) -> Self {
+        let is = |farewell: Farewell| code == farewell.code();
+        if is(Farewell::Again) || code == farewell::UNKNOWN {
+            Self::Lost
+        } else {
+            let for_good = is(Farewell::Denied) || is(Farewell::Invalid);
+            Self::Refused { stay_away: for_good && !bug!(NeverStaysAway) }
+        }
+    }
 }
 
 /// Whom to dial, and when.

@@ -43,6 +43,7 @@ pub mod change;
 pub mod decide;
 pub mod desk;
 pub mod dispatch;
+pub mod farewell;
 pub mod intake;
 pub mod keeping;
 pub mod live;

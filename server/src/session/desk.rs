@@ -3,40 +3,11 @@
 use berth_proto::agent::{OpenReverse, ReplicaReport, SetVerdict};
 use berth_proto::api;
 use berth_proto::ids::{HostUid, Now, SetNumber};
-use berth_server_core::session::{Closed, Registration};
+use berth_server_core::session::Registration;
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::Pin;
 use tokio::sync::{mpsc, watch};
-
-/// Why a session is over.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Ended {
-    /// The connection is gone.
-    #[error("the connection was lost")]
-    Lost,
-    /// The server stops.
-    #[error("the server stops")]
-    Stopping,
-    /// A newer session of the host.
-    #[error("a newer session took over")]
-    Superseded,
-    /// The host was removed.
-    #[error("the host was removed")]
-    Removed,
-    /// The ledger knows no such host.
-    #[error("the host is not known")]
-    Unknown,
-    /// Two boots share the identity.
-    #[error("two boots share the identity")]
-    Quarantined,
-    /// The ledger did not take what the agent said.
-    #[error("what the agent said could not be kept")]
-    Unavailable,
-    /// The machine ended it.
-    #[error(transparent)]
-    Machine(Closed),
-}
 
 /// What the server tells a session from outside.
 #[derive(Debug, Clone)]
@@ -51,6 +22,7 @@ pub enum Order {
 }
 
 pub use berth_server_core::dispatch::Newest;
+pub use berth_server_core::farewell::Ended;
 
 /// What a session listens to.
 pub struct Lines {

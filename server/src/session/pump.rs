@@ -7,7 +7,9 @@
 use super::desk::{Desk, Ended, Later};
 use crate::error::Error;
 use berth_proto::agent::{SessionRequest, SessionResponse};
+use berth_proto::farewell::Farewell;
 use berth_proto::ids::{HostUid, Now};
+use berth_server_core::farewell::Words;
 use berth_server_core::session::{Closed, Effect, Input, Session, Terms};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -136,7 +138,7 @@ async fn run<S>(
                 return;
             }
         }
-        if let Some(status) = pump.over.as_ref().and_then(Ended::error) {
+        if let Some(status) = pump.over.as_ref().and_then(last_words) {
             let _ = out.send(Err(Status::from(status))).await;
         }
     };
@@ -215,17 +217,7 @@ impl Pump {
                     self.ends_unless(kept);
                 }
                 Effect::ClockOffset(ms) => self.desk.clock(&host, self.id, ms),
-                Effect::Close(why) => {
-                    self.over = Some(match why {
-                        Closed::Removed => Ended::Removed,
-                        other @ (Closed::Protocol(_)
-                        | Closed::WrongHost
-                        | Closed::Idle(_)
-                        | Closed::NoHello
-                        | Closed::Overrun
-                        | Closed::Unanswered(_)) => Ended::Machine(other),
-                    });
-                }
+                Effect::Close(why) => self.over = Some(Ended::of_machine(why)),
             }
         }
     }
@@ -238,45 +230,15 @@ impl Pump {
     }
 }
 
-impl Ended {
-    /// What the agent is told, when there is anything to tell.
-    #[must_use]
-    pub fn error(&self) -> Option<Error> {
-        match self {
-            Self::Lost => None,
-            Self::Stopping => {
-                Some(Error::unavailable("SERVER_STOPPING", "the server stops; dial again"))
-            }
-            Self::Superseded => Some(Error::precondition(
-                "SESSION_SUPERSEDED",
-                "another session of this host has taken over",
-            )),
-            Self::Removed => Some(Error::denied("HOST_REMOVED", "this host was removed")),
-            Self::Unknown => {
-                Some(Error::denied("HOST_UNKNOWN", "no host with this certificate is known"))
-            }
-            Self::Quarantined => Some(Error::denied(
-                "HOST_QUARANTINED",
-                "two hosts use this identity; an operator has to release the quarantine",
-            )),
-            Self::Unavailable => {
-                Some(Error::unavailable("LEDGER_BUSY", "the server cannot register the host now"))
-            }
-            Self::Machine(Closed::WrongHost) => {
-                Some(Error::denied("WRONG_HOST", "the hello names another host"))
-            }
-            Self::Machine(Closed::Protocol(what)) => {
-                Some(Error::field("item", format!("the session's protocol was broken: {what}")))
-            }
-            Self::Machine(
-                Closed::Idle(_)
-                | Closed::NoHello
-                | Closed::Overrun
-                | Closed::Unanswered(_)
-                | Closed::Removed,
-            ) => Some(Error::unavailable("SESSION_ENDED", "the session was ended; dial again")),
-        }
-    }
+/// What the agent is told, when there is anything to tell.
+fn last_words(ended: &Ended) -> Option<Error> {
+    let Words { farewell, reason, message } = ended.words()?;
+    Some(match farewell {
+        Farewell::Again => Error::unavailable(reason, message),
+        Farewell::Superseded => Error::precondition(reason, message),
+        Farewell::Denied => Error::denied(reason, message),
+        Farewell::Invalid => Error::field("item", message),
+    })
 }
 
 #[cfg(test)]

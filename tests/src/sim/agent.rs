@@ -127,6 +127,17 @@ impl World<'_> {
         self.reconcile(node, reconcile::Input::Tick);
     }
 
+    /// The agent gathers the facts of its host.
+    pub(super) fn gather(&mut self, node: NodeId) {
+        let held = &mut self.nodes[node];
+        let Some(agent) = &mut held.agent else { return };
+        let before = agent.board.facts.clone();
+        let facts = agent.board.gathered(held.facts.clone()).clone();
+        if facts != before {
+            self.session_input(node, session::Input::Facts(Box::new(facts)));
+        }
+    }
+
     /// The agent is gone at once. What it asked for may still be done.
     pub(super) fn kill_agent(&mut self, node: NodeId, down_ms: u64) {
         let held = &mut self.nodes[node];

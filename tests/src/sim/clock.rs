@@ -8,7 +8,9 @@ const WALL_MS: i64 = 1_800_000_000_000;
 /// One process's clock. Times without a type are the run's own milliseconds.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Clock {
-    boot: u64,
+    /// Since when it runs at this rate, and what it showed then.
+    since: u64,
+    shown: u64,
     per_mille: u64,
     /// How far its machine's wall is ahead.
     pub(super) wall_ahead: i64,
@@ -17,12 +19,17 @@ pub(super) struct Clock {
 impl Clock {
     /// The clock of a process that starts at `boot` on a machine whose clock gains or loses.
     pub(super) fn new(boot: u64, per_mille: u64, wall_ahead: i64) -> Self {
-        Self { boot, per_mille, wall_ahead }
+        Self { since: boot, shown: 0, per_mille, wall_ahead }
+    }
+
+    /// The same, from now on at another rate.
+    pub(super) fn at_rate(&self, now: u64, per_mille: u64) -> Self {
+        Self { since: now, shown: self.now(now).mono.0 - 1, per_mille, ..*self }
     }
 
     pub(super) fn now(&self, at: u64) -> Now {
         // Never 0, as in the programs.
-        let mono = at.saturating_sub(self.boot) * self.per_mille / 1000 + 1;
+        let mono = self.shown + at.saturating_sub(self.since) * self.per_mille / 1000 + 1;
         Now { mono: Mono(mono), wall: self.wall(at) }
     }
 
@@ -32,8 +39,8 @@ impl Clock {
 
     /// When this clock shows `mono`; far away for what never comes.
     pub(super) fn when(&self, mono: Mono) -> u64 {
-        let passed = mono.0.saturating_sub(1).min(1 << 50);
-        self.boot + (passed * 1000).div_ceil(self.per_mille)
+        let passed = mono.0.saturating_sub(1 + self.shown).min(1 << 50);
+        self.since + (passed * 1000).div_ceil(self.per_mille)
     }
 }
 
@@ -50,6 +57,9 @@ mod tests {
                 assert!(clock.now(at).mono.0 >= mono);
                 assert!(at == 77 || clock.now(at - 1).mono.0 < mono);
             }
+            let (at, slower) = (100_000, clock.at_rate(100_000, 950));
+            assert_eq!(slower.now(at).mono, clock.now(at).mono);
+            assert_eq!(slower.when(Mono(slower.now(at).mono.0 + 950)), at + 1_000);
         }
     }
 }

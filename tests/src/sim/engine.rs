@@ -31,6 +31,8 @@ pub(super) struct Made {
     pub(super) shown: Container,
     pub(super) program: Program,
     host_port: bool,
+    /// It has lost the name that keeps another one of its attempt from being made.
+    pub(super) renamed: bool,
     pub(super) resources: Resources,
     /// From when until when it does not answer; what lies less than three checks apart is one.
     pub(super) sick: Vec<(u64, u64)>,
@@ -59,6 +61,10 @@ pub(super) struct Engine {
     made: u32,
     pub(super) images: BTreeSet<Digest>,
     pub(super) away_until: u64,
+    /// It takes calls and answers none.
+    pub(super) hangs_until: u64,
+    /// Another program has the port that programs here publish.
+    pub(super) port_taken_until: u64,
     pub(super) registry_away_until: u64,
     pub(super) slow_by_ms: u64,
     pub(super) slow_until: u64,
@@ -73,7 +79,7 @@ pub(super) struct Engine {
 
 impl Engine {
     pub(super) fn is_up(&self, now: u64) -> bool {
-        now >= self.away_until
+        now >= self.away_until && now >= self.hangs_until
     }
 
     pub(super) fn running(&self) -> impl Iterator<Item = &Made> {
@@ -83,6 +89,11 @@ impl Engine {
     /// Grows with each one that is made, and changes with each one that ends.
     pub(super) fn made_and_running(&self) -> u64 {
         u64::from(self.made) * 1_000 + u64::try_from(self.running().count()).unwrap_or(0)
+    }
+
+    /// A program here has the port that is published.
+    pub(super) fn publishes(&self) -> bool {
+        self.running().any(|c| c.host_port)
     }
 
     fn runs_of(&self, replica: &ReplicaUid) -> usize {
@@ -133,7 +144,7 @@ impl World<'_> {
         let away = "the engine is away".to_owned();
         if !up {
             // Refused at once, or it hangs until its deadline.
-            let hangs = held.rng.u8(0..3) == 0;
+            let hangs = held.rng.u8(0..3) == 0 || now < held.engine.hangs_until;
             let hangs_ms = match &effect {
                 Effect::Probe { check, .. } => check.timeout_ms.min(CALL_DEADLINE_MS),
                 _ => CALL_DEADLINE_MS,
@@ -327,7 +338,8 @@ impl World<'_> {
         if !held.engine.images.contains(&image) {
             return Err((Cause::BytesGone, "its image is not here".to_owned()));
         }
-        let same = |c: &Made| c.shown.replica == *replica && c.shown.attempt == attempt;
+        let same =
+            |c: &Made| c.shown.replica == *replica && c.shown.attempt == attempt && !c.renamed;
         if held.engine.containers.values().any(same) {
             return Ok(Done::Unseen);
         }
@@ -355,6 +367,7 @@ impl World<'_> {
             shown,
             program,
             host_port,
+            renamed: false,
             resources,
             sick: Vec::new(),
             starts: 0,
@@ -377,7 +390,8 @@ impl World<'_> {
         let now = self.now;
         let held = &mut self.nodes[node];
         let wall = held.clock.wall(now);
-        let taken = held.engine.running().any(|c| c.host_port && c.shown.replica != *replica);
+        let taken = held.engine.running().any(|c| c.host_port && c.shown.replica != *replica)
+            || now < held.engine.port_taken_until;
         let Some(container) = held.engine.containers.get_mut(&id) else {
             return Err((Cause::Engine, "no such container".to_owned()));
         };
@@ -438,7 +452,8 @@ impl World<'_> {
         let held = &mut self.nodes[node];
         let Some(life) = held.engine.follower.filter(|life| *life == held.life) else { return };
         let late = if now < held.engine.late_until { held.rng.u64(0..30_000) } else { 0 };
-        let at = now + late + held.rng.u64(0..20);
+        // One that hangs tells it when it goes on.
+        let at = now.max(held.engine.hangs_until) + late + held.rng.u64(0..20);
         let input = Box::new(Input::Happened { urgent });
         self.events.push(at, Event::Tell { node, life, input });
     }

@@ -1,7 +1,6 @@
 //! What happens next: everything that is under way, in order of time.
 
 use super::ledger::Waiter;
-use super::server::Over;
 use berth_agent_core::diff::Memory;
 use berth_agent_core::ledger::HeldSet;
 use berth_agent_core::reconcile::{Effect, Input, Token};
@@ -9,6 +8,7 @@ use berth_agent_core::session::Ended;
 use berth_proto::agent::{SessionRequest, SessionResponse};
 use berth_proto::ids::ReplicaUid;
 use berth_server_core::batching::{Batch, Proposal};
+use berth_server_core::farewell::Ended as Over;
 use berth_server_core::round::Sent;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -131,6 +131,11 @@ pub(super) enum Event {
         life: Life,
         container: u32,
         for_ms: u64,
+    },
+
+    /// What was so of a host for a while is over.
+    FactsChange {
+        node: NodeId,
     },
 
     ServerStarts,

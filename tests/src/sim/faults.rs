@@ -6,6 +6,7 @@ use super::engine::Engine;
 use super::events::{Event, NodeId};
 use super::net::Net;
 use super::script::{Action, Moment};
+use super::specs;
 use super::world::World;
 use berth_proto::ids::Revision;
 use berth_server_core::memory::Memory;
@@ -107,6 +108,50 @@ impl World<'_> {
                 let node = self.machine(*host);
                 self.nodes[node].engine.late_until = now + for_ms;
             }
+            Action::EngineHangs { host, for_ms } => {
+                let node = self.machine(*host);
+                self.nodes[node].engine.hangs_until = now + for_ms;
+            }
+            Action::EngineRestarts { host, for_ms } => {
+                let node = self.machine(*host);
+                let ids: Vec<u32> = self.nodes[node].engine.containers.keys().copied().collect();
+                self.nodes[node].engine.away_until = now + for_ms;
+                self.follow_ends(node);
+                for id in ids {
+                    self.end_program(node, id, 137);
+                }
+            }
+            Action::ContainerRenamed { host, which } => {
+                let node = self.machine(*host);
+                let id = self.nth(node, *which).map(|(id, _)| id);
+                let containers = &mut self.nodes[node].engine.containers;
+                if let Some(made) = id.and_then(|id| containers.get_mut(&id)) {
+                    made.renamed = true;
+                }
+            }
+            Action::PortTaken { host, for_ms } => {
+                let node = self.machine(*host);
+                self.port_taken(node, *for_ms);
+            }
+            Action::NetworkUnreached { host, for_ms } => {
+                let node = self.machine(*host);
+                self.nodes[node].facts.container_network_reachable = false;
+                self.gather(node);
+                self.events.push(now + for_ms, Event::FactsChange { node });
+            }
+            Action::Upgrade { host, down_ms } => {
+                let node = self.machine(*host);
+                let held = &mut self.nodes[node];
+                held.machine.old = false;
+                held.facts.features = specs::facts(&held.machine).features;
+                self.kill_agent(node, *down_ms);
+            }
+            Action::HostRate { host, per_mille } => {
+                let node = self.machine(*host);
+                let held = &mut self.nodes[node];
+                held.machine.per_mille = *per_mille;
+                held.clock = held.clock.at_rate(now, *per_mille);
+            }
             Action::ContainerEnds { host, which, code } => {
                 let node = self.machine(*host);
                 if let Some((id, true)) = self.nth(node, *which) {
@@ -149,6 +194,29 @@ impl World<'_> {
                 self.nodes[node].clock.wall_ahead = *ahead_ms;
             }
         }
+    }
+
+    /// Another program takes the port that programs here publish, unless one of them has it.
+    fn port_taken(&mut self, node: NodeId, for_ms: u64) {
+        let until = self.now + for_ms;
+        let held = &mut self.nodes[node];
+        if held.engine.publishes() {
+            return;
+        }
+        held.engine.port_taken_until = until;
+        held.facts.used_ports = vec![specs::HOST_PORT];
+        self.gather(node);
+        self.events.push(until, Event::FactsChange { node });
+    }
+
+    /// What was so for a while is over.
+    pub(super) fn facts_change(&mut self, node: NodeId) {
+        let held = &mut self.nodes[node];
+        if self.now >= held.engine.port_taken_until {
+            held.facts.used_ports.clear();
+        }
+        held.facts.container_network_reachable = true;
+        self.gather(node);
     }
 
     fn follow_ends(&mut self, node: NodeId) {
@@ -266,8 +334,12 @@ impl World<'_> {
             held.arm = None;
             held.disk_full_until = 0;
             held.net = Net::default();
+            held.facts.container_network_reachable = true;
+            held.facts.used_ports.clear();
             let engine = &mut held.engine;
             (engine.away_until, engine.registry_away_until) = (0, 0);
+            engine.hangs_until = engine.hangs_until.min(now);
+            engine.port_taken_until = 0;
             (engine.slow_until, engine.late_until) = (0, 0);
             (engine.fails, engine.loses) = (0, 0);
             for made in engine.containers.values_mut() {
@@ -278,6 +350,7 @@ impl World<'_> {
             if held.agent.is_none() {
                 self.events.push(now + 1, Event::AgentStarts { node });
             }
+            self.gather(node);
         }
     }
 }

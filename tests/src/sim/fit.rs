@@ -31,12 +31,18 @@ pub(super) fn is_of_its_kind(host: &Host, deployment: &Deployment, release: &Rel
     labels && runs && (release.source.artifact.is_none() || knows("artifact"))
 }
 
+/// Its engine answers, and its agent reaches what it has to check.
+pub(super) fn can_start(host: &Host, release: &Release) -> bool {
+    let checked = release.spec.health.is_some();
+    host.facts.engine_available && (host.facts.container_network_reachable || !checked)
+}
+
 /// It may be asked to run one more, whatever runs there already.
 pub(super) fn suits(live: &Live, deployment: &Deployment, release: &Release, host: &Host) -> bool {
     !host.is_removed()
         && !is_shut(host)
         && live.presence(&host.uid) == Presence::Present
-        && host.facts.engine_available
+        && can_start(host, release)
         && is_of_its_kind(host, deployment, release)
 }
 
@@ -64,6 +70,18 @@ pub(super) fn has_room_for(view: &View, host: &Host, release: &Release, count: u
         && fits(used.cpu_millis, want.cpu_millis, have.cpu_millis)
         && fits(used.gpu_memory_bytes, want.gpu_memory_bytes, have.gpu_memory_bytes)
         && published(release).all(|port| count <= 1 && !ports.contains(&port))
+}
+
+/// Why a host cannot serve what was placed on it, by what it said itself before.
+pub(super) fn shut_out(before: &View, after: &View, replica: &Replica) -> Option<String> {
+    let host = before.host(&replica.host)?;
+    let release = after.release(&replica.deployment, replica.release)?;
+    let words = format!("{} is placed on {}", replica.uid, host.uid);
+    if let Some(port) = published(release).find(|port| host.facts.used_ports.contains(port)) {
+        return Some(format!("{words}, where another program has port {port}"));
+    }
+    let unreached = !host.facts.container_network_reachable && release.spec.health.is_some();
+    unreached.then(|| format!("{words}, whose agent reaches no container to check it"))
 }
 
 fn published(release: &Release) -> impl Iterator<Item = u16> {

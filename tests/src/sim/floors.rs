@@ -22,7 +22,9 @@ fn changing(view: &View, live: &Live, deployment: &Deployment) -> usize {
         // A host of a deployment without a number that takes no part is none of its places.
         let counts = view.host(&replica.host).is_some_and(|host| {
             let part = deployment.wanted().is_some() || !fit::is_shut(host);
-            part && !fit::is_draining(host) && host.facts.engine_available
+            let release = view.release(&deployment.uid, deployment.release());
+            let starts = release.is_some_and(|release| fit::can_start(host, release));
+            part && !fit::is_draining(host) && starts
         });
         let current = replica.release == deployment.release() && counts;
         replica.runs() && current && !replica.failed && old.is_some() && !ready
@@ -58,6 +60,12 @@ impl World<'_> {
         if have > had.max(at_once) {
             let words = format!("{have} of {uid} change places at once");
             return self.broke(format!("{words}, and {at_once} may"));
+        }
+        // What the one before has, its successor may have.
+        let new = after.replicas_of(uid).filter(|r| r.runs() && before.replica(&r.uid).is_none());
+        let new = new.filter(|r| r.replaces.is_none());
+        if let Some(words) = { new }.find_map(|r| fit::shut_out(before, after, r)) {
+            return self.broke(words);
         }
         let Some(wanted) = deployment.wanted() else { return };
         let filled: BTreeSet<u32> =

@@ -42,6 +42,7 @@ pub mod bugs;
 pub use shrink::Story;
 
 use script::Script;
+use std::cell::Cell;
 use world::World;
 
 /// How one run went.
@@ -61,8 +62,27 @@ pub fn run(seed: u64) -> Run {
 
 fn play(script: &Script) -> Run {
     let mut world = World::new(script);
-    world.run();
-    Run { steps: world.steps, broken: world.broken.take() }
+    let broken = catch(|| world.run()).err().or_else(|| world.broken.take());
+    Run { steps: world.steps, broken }
+}
+
+thread_local! {
+    static PANICKED: Cell<Option<String>> = const { Cell::new(None) };
+}
+
+/// Keeps the words of panics, with their places, for the findings they are; nothing is printed.
+pub fn keep_panics() {
+    std::panic::set_hook(Box::new(|panic| PANICKED.set(Some(panic.to_string()))));
+}
+
+/// Code that panics has broken something, as much as code that does wrong.
+fn catch<T>(run: impl FnOnce() -> T) -> Result<T, String> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).map_err(|panic| {
+        let kept = PANICKED.take().map(|words| words.replace('\n', " "));
+        let words = kept.or_else(|| panic.downcast_ref::<&str>().map(|words| (*words).to_owned()));
+        let words = words.or_else(|| panic.downcast_ref::<String>().cloned());
+        format!("it panicked: {}", words.unwrap_or_else(|| "without words".to_owned()))
+    })
 }
 
 /// The kind of a finding: its words without names and numbers.
@@ -75,4 +95,33 @@ pub fn kind(broken: &str) -> String {
 #[must_use]
 pub fn story(seed: u64) -> Option<Story> {
     shrink::story(&Script::of(seed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_that_panics_is_a_finding_of_its_own() {
+        assert_eq!(catch(|| 3), Ok(3));
+        let broken = |words: &str| Err(format!("it panicked: {words}"));
+        assert_eq!(catch(|| panic!("no host {}", 1)), broken("no host 1"));
+        assert_eq!(catch(|| panic!("no host")), broken("no host"));
+    }
+
+    #[test]
+    fn two_runs_of_a_seed_are_the_same_in_every_step() {
+        let told = |seed: u64| {
+            let script = Script::of(seed);
+            let mut world = World::new(&script);
+            world.listen();
+            world.run();
+            (world.steps, world.told.take(), world.broken.take())
+        };
+        for seed in 0..200 {
+            let first = told(seed);
+            assert!(first.1.as_ref().is_some_and(|lines| !lines.is_empty()));
+            assert_eq!(first, told(seed), "seed {seed}");
+        }
+    }
 }

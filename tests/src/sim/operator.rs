@@ -3,7 +3,6 @@
 use super::events::{Event, NodeId};
 use super::ledger::Waiter;
 use super::script::{self, Action};
-use super::server::Over;
 use super::specs;
 use super::world::World;
 use berth_agent_core::ledger::Wanted;
@@ -13,6 +12,7 @@ use berth_proto::record::{HostRecord, Meta};
 use berth_server_core::batching::{Precondition, Proposal, Refusal};
 use berth_server_core::change::Change;
 use berth_server_core::decide::{self, Asked};
+use berth_server_core::farewell::Ended as Over;
 use berth_server_core::objects::{Deployment, Host};
 use berth_server_core::orphans;
 use berth_server_core::session::Input;
@@ -220,6 +220,13 @@ impl World<'_> {
             | Action::EngineFails { .. }
             | Action::EngineLosesAnswers { .. }
             | Action::EngineLate { .. }
+            | Action::EngineHangs { .. }
+            | Action::EngineRestarts { .. }
+            | Action::ContainerRenamed { .. }
+            | Action::PortTaken { .. }
+            | Action::NetworkUnreached { .. }
+            | Action::Upgrade { .. }
+            | Action::HostRate { .. }
             | Action::ContainerEnds { .. }
             | Action::ContainerRemoved { .. }
             | Action::ContainerStartedByHand { .. }

@@ -91,7 +91,7 @@ fn is_counted(view: &View, deployment: &Deployment, release: &Release, host: &Ho
     let Some(host) = view.host(host).filter(|_| deployment.wanted().is_none()) else { return true };
     let there = || standing(view, deployment).filter(|(_, r)| r.host == host.uid);
     let keeps = || there().all(|(_, r)| is_current(view, deployment, r));
-    let open = !fit::is_shut(host) && host.facts.engine_available;
+    let open = !fit::is_shut(host) && fit::can_start(host, release);
     fit::is_of_its_kind(host, deployment, release)
         && !host.record.waiting_for_approval
         && (open || keeps())
@@ -266,7 +266,7 @@ fn unfinished(view: &View, live: &Live, deployment: &Deployment, now: Mono) -> O
             places.retain(|place, _| match place {
                 Place::Slot(_) => true,
                 Place::Host(uid) => view.host(uid).is_some_and(|host| {
-                    takes_part(view, deployment, release, uid) && host.facts.engine_available
+                    takes_part(view, deployment, release, uid) && fit::can_start(host, release)
                 }),
             });
         }

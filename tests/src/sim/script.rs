@@ -101,6 +101,13 @@ pub(super) enum Action {
     EngineFails { host: u8, calls: u8 },
     EngineLosesAnswers { host: u8, calls: u8 },
     EngineLate { host: u8, for_ms: u64 },
+    EngineHangs { host: u8, for_ms: u64 },
+    EngineRestarts { host: u8, for_ms: u64 },
+    ContainerRenamed { host: u8, which: u8 },
+    PortTaken { host: u8, for_ms: u64 },
+    NetworkUnreached { host: u8, for_ms: u64 },
+    Upgrade { host: u8, down_ms: u64 },
+    HostRate { host: u8, per_mille: u64 },
     ContainerEnds { host: u8, which: u8, code: i32 },
     ContainerRemoved { host: u8, which: u8 },
     ContainerStartedByHand { host: u8, which: u8 },
@@ -218,7 +225,7 @@ fn draw_action(rng: &mut Rng, hosts: u8, deployments: u8) -> Action {
     let deployment = rng.u8(0..deployments);
     let which = rng.u8(0..8);
     let ms = draw_ms(rng);
-    match rng.u8(0..100) {
+    match rng.u8(0..110) {
         0..=15 => Action::Apply { deployment, spec: draw_spec(rng, u32::from(hosts)) },
         16..=20 => Action::Scale { deployment, replicas: rng.u32(0..=u32::from(hosts).min(8) + 1) },
         21..=23 => Action::Restart { deployment },
@@ -267,6 +274,13 @@ fn draw_action(rng: &mut Rng, hosts: u8, deployments: u8) -> Action {
         94..=95 => Action::RegistryAway { host, for_ms: ms },
         96 => Action::ImagesPruned { host },
         97..=98 => Action::AgentDiskFull { host, for_ms: ms },
+        99 => Action::EngineHangs { host, for_ms: ms },
+        100..=101 => Action::EngineRestarts { host, for_ms: ms },
+        102 => Action::ContainerRenamed { host, which },
+        103..=105 => Action::PortTaken { host, for_ms: ms },
+        106 => Action::NetworkUnreached { host, for_ms: ms },
+        107 => Action::Upgrade { host, down_ms: ms.min(20_000) },
+        108 => Action::HostRate { host, per_mille: draw_rate(rng) },
         _ => Action::HostClock { host, ahead_ms: draw_clock(rng) },
     }
 }
@@ -277,7 +291,8 @@ impl Script {
         let mut rng = Rng::with_seed(seed);
         let hosts = match rng.u16(0..2_000) {
             0 => rng.u8(20..=50),
-            1..=40 => rng.u8(6..=12),
+            1..=3 => rng.u8(13..=19),
+            4..=40 => rng.u8(6..=12),
             41..=500 => 1,
             501..=1_200 => 2,
             _ => rng.u8(3..=5),
@@ -299,7 +314,8 @@ impl Script {
         };
         let machines = (0..hosts).map(|_| machine(&mut rng)).collect();
         let span_ms = [5_000, 20_000, 60_000, 180_000][rng.usize(0..4)];
-        let count = rng.usize(4..=18);
+        // More happens where there is more.
+        let count = rng.usize(4..=18) * usize::from(1 + hosts / 13);
         let mut actions: Vec<(u64, Action)> = (0..deployments)
             .map(|deployment| {
                 let spec = draw_spec(&mut rng, u32::from(hosts));
@@ -481,6 +497,28 @@ impl fmt::Display for Action {
             }
             Self::EngineLate { host, for_ms } => {
                 write!(f, "the engine of h{host} tells its events late for {}", ms(*for_ms))
+            }
+            Self::EngineHangs { host, for_ms } => {
+                write!(f, "the engine of h{host} answers nothing for {}", ms(*for_ms))
+            }
+            Self::EngineRestarts { host, for_ms } => {
+                let time = ms(*for_ms);
+                write!(f, "the engine of h{host} ends with all it runs, back after {time}")
+            }
+            Self::ContainerRenamed { host, which } => {
+                write!(f, "somebody renames a container on h{host} (the {which}th)")
+            }
+            Self::PortTaken { host, for_ms } => {
+                write!(f, "another program has the port on h{host} for {}", ms(*for_ms))
+            }
+            Self::NetworkUnreached { host, for_ms } => {
+                write!(f, "the agent of h{host} reaches no container for {}", ms(*for_ms))
+            }
+            Self::Upgrade { host, down_ms } => {
+                write!(f, "a newer agent is put on h{host}, up after {}", ms(*down_ms))
+            }
+            Self::HostRate { host, per_mille } => {
+                write!(f, "the clock of h{host} runs at {per_mille} per mille from now on")
             }
             Self::ContainerEnds { host, which, code } => {
                 write!(f, "a program on h{host} ends with code {code} (the {which}th)")

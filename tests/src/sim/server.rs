@@ -12,6 +12,7 @@ use berth_proto::record::ClusterRecord;
 use berth_server_core::batching::{Batching, Limits};
 use berth_server_core::desk::{Admission, Admitted, Desk};
 use berth_server_core::dispatch::{Newest, host_set, is_news};
+use berth_server_core::farewell::Ended as Over;
 use berth_server_core::live::{Live, Moved, Presence};
 use berth_server_core::memory::Memory;
 use berth_server_core::queue::Queue;
@@ -23,29 +24,26 @@ use std::sync::Arc;
 
 use super::ledger::{Jobs, Then, What};
 
-/// Why a session is over, in the server's words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Over {
-    Lost,
-    Superseded,
-    Removed,
-    Unknown,
-    Quarantined,
-    Unavailable,
-    Broke,
-    Ended,
-}
-
-impl Over {
-    /// What the agent makes of it: the codes of the server's errors, as its pump reads them.
-    fn to_agent(self) -> Ended {
-        match self {
-            Self::Removed | Self::Unknown | Self::Quarantined | Self::Broke => {
-                Ended::Refused { stay_away: true }
-            }
-            Self::Superseded => Ended::Refused { stay_away: false },
-            Self::Lost | Self::Unavailable | Self::Ended => Ended::Lost,
+/// What an agent shall make of the end of its session.
+fn shall(why: &Over) -> Ended {
+    match why {
+        Over::Removed
+        | Over::Unknown
+        | Over::Quarantined
+        | Over::Machine(Closed::Protocol(_) | Closed::WrongHost) => {
+            Ended::Refused { stay_away: true }
         }
+        Over::Superseded => Ended::Refused { stay_away: false },
+        Over::Lost
+        | Over::Stopping
+        | Over::Unavailable
+        | Over::Machine(
+            Closed::Removed
+            | Closed::Idle(_)
+            | Closed::NoHello
+            | Closed::Overrun
+            | Closed::Unanswered(_),
+        ) => Ended::Lost,
     }
 }
 
@@ -272,7 +270,7 @@ impl World<'_> {
                 self.server_effect(link, effect);
                 continue;
             }
-            if let Some(why) = session.order
+            if let Some(why) = session.order.clone()
                 && (session.inbox.is_empty() || self.server.rng.bool())
             {
                 return self.over(link, why);
@@ -459,14 +457,7 @@ impl World<'_> {
                 {
                     self.broke(format!("a session of {host} breaks the protocol: {what}"));
                 }
-                let over = match why {
-                    Closed::Removed => Over::Removed,
-                    Closed::Protocol(_) | Closed::WrongHost => Over::Broke,
-                    Closed::Idle(_) | Closed::NoHello | Closed::Overrun | Closed::Unanswered(_) => {
-                        Over::Ended
-                    }
-                };
-                self.over(link, over);
+                self.over(link, Over::of_machine(why));
             }
         }
     }
@@ -490,7 +481,7 @@ impl World<'_> {
             return;
         }
         if let Some(session) = self.server_session(link) {
-            session.order = session.order.or(Some(why));
+            session.order.get_or_insert(why);
             self.go_on(link);
         }
     }
@@ -516,7 +507,12 @@ impl World<'_> {
         let before = process.live.presence(&session.host);
         process.desk.closed(&mut process.live, &session.host, session.id, at);
         self.edit_live(|_, _, _| ());
-        self.close_down(link, why.to_agent());
+        let how = why.words().map_or(Ended::Lost, |words| Ended::told(words.farewell.code()));
+        if how != shall(&why) {
+            let words = format!("{} is told {how:?}", session.host);
+            return self.broke(format!("{words}, and its session has ended because {why}"));
+        }
+        self.close_down(link, how);
         self.check_presence(&session.host, before);
     }
 

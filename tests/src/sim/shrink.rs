@@ -18,9 +18,7 @@ pub struct Story {
 }
 
 fn broken(script: &Script) -> Option<String> {
-    let mut world = World::new(script);
-    world.run();
-    world.broken
+    super::play(script).broken
 }
 
 /// The kind of a finding: its words without names and numbers.
@@ -86,9 +84,8 @@ pub(super) fn story(script: &Script) -> Option<Story> {
     }
     let mut world = World::new(&best);
     world.listen();
-    world.run();
+    let broken = super::catch(|| world.run()).err().or_else(|| world.broken.take())?;
     let told = world.told.take().unwrap_or_default();
-    let broken = world.broken.take()?;
     Some(Story { broken, told, script: best })
 }
 

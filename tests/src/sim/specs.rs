@@ -30,6 +30,9 @@ fn image(program: Program, version: u8) -> Digest {
     Digest::of(format!("{name}/{version}").as_bytes())
 }
 
+/// The port that is published where one is.
+pub(super) const HOST_PORT: u32 = 8_000;
+
 /// Every image there is, and how its program behaves.
 pub(super) fn programs() -> BTreeMap<Digest, Program> {
     let all = PROGRAMS.iter().flat_map(|(program, _)| (0..VERSIONS).map(move |v| (*program, v)));
@@ -47,7 +50,7 @@ pub(super) fn wanted(deployment: u8, spec: &Spec) -> Wanted {
         startup: Some(duration(if spec.version == 1 { 60_000 } else { 10_000 })),
         restart_after: (spec.version == 3).then(|| duration(20_000)),
     };
-    let host_port = if spec.host_port { 8000 } else { 0 };
+    let host_port = if spec.host_port { HOST_PORT } else { 0 };
     let bind = if spec.host_port { "0.0.0.0".to_owned() } else { String::new() };
     let port = api::Port { name: "http".into(), container: 80, host_port, bind };
     let written = api::DeploymentSpec {

@@ -191,6 +191,7 @@ impl<'s> World<'s> {
             Event::SickEnds { node, life, container, for_ms } => {
                 self.check_sick(node, life, container, for_ms);
             }
+            Event::FactsChange { node } => self.facts_change(node),
             Event::ServerStarts => self.server_starts(),
             Event::Commit { life, token, batches } => self.commit(life, token, &batches),
             Event::Committed { life, token } => self.committed(life, token, false),
