@@ -37,6 +37,10 @@ pub fn endpoints(newest: &[String], old: &[String]) -> Vec<String> {
     all
 }
 
+/// Whoever always has something to say pings all the same, each time so many intervals have passed: a ping
+/// tells of the host's clock, which may have jumped.
+pub const BUSY_PINGS: u64 = 4;
+
 /// How a dial or a session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
@@ -191,6 +195,7 @@ pub struct Session {
     facts: Option<Box<api::HostFacts>>,
     heard: Mono,
     said: Mono,
+    pinged: Mono,
     ping_id: u64,
     ping_ms: u64,
     idle_ms: u64,
@@ -231,6 +236,7 @@ impl Session {
             facts: None,
             heard: now,
             said: now,
+            pinged: now,
             ping_id: 0,
             ping_ms: 10_000,
             idle_ms: 30_000,
@@ -251,6 +257,7 @@ impl Session {
         let mut due = self.heard.plus_ms(self.idle_ms);
         if self.welcomed {
             due = due.min(self.said.plus_ms(self.ping_ms));
+            due = due.min(self.pinged.plus_ms(BUSY_PINGS * self.ping_ms));
             if let Some(report) = self.reporter.due() {
                 due = due.min(report);
             }
@@ -297,7 +304,9 @@ impl Session {
         }
         // Whoever says something says that it is there.
         let silent = !out.iter().any(|effect| matches!(effect, Effect::Send(_)));
-        if silent && now.mono.since_ms(self.said) >= self.ping_ms {
+        let silent = silent && now.mono.since_ms(self.said) >= self.ping_ms;
+        if silent || now.mono.since_ms(self.pinged) >= BUSY_PINGS * self.ping_ms {
+            self.pinged = now.mono;
             self.ping_id += 1;
             let time = Some(convert::timestamp(now.wall));
             let ping = agent::Ping { id: self.ping_id, time };
@@ -504,6 +513,34 @@ mod tests {
         assert_eq!(sent(&out), ["new"]);
         assert!(sent(&s.step(at(2), welcome())).is_empty());
         assert_eq!(sent(&s.step(at(3), facts("newer"))), ["newer"]);
+    }
+
+    #[test]
+    fn who_always_has_something_to_say_pings_now_and_then_so_that_its_clock_is_known() {
+        let mut s = live();
+        let mut pinged = Vec::new();
+        for second in 1..=100 {
+            let mut out = s.step(at(second * 1_000), welcome());
+            out.extend(s.step(at(second * 1_000), Input::Facts(Box::default())));
+            let is_ping = |effect: &Effect| match effect {
+                Effect::Send(m) => matches!(&m.item, Some(session_request::Item::Ping(_))),
+                _ => false,
+            };
+            pinged.extend(out.iter().any(is_ping).then_some(second));
+        }
+        assert_eq!(pinged, [40, 80]);
+    }
+
+    #[test]
+    fn each_status_that_ends_a_session_is_read_as_it_is_meant() {
+        let told = |farewell: Farewell| Ended::told(farewell.code());
+        assert_eq!(told(Farewell::Again), Ended::Lost);
+        assert_eq!(Ended::told(farewell::UNKNOWN), Ended::Lost);
+        assert_eq!(told(Farewell::Superseded), Ended::Refused { stay_away: false });
+        assert_eq!(told(Farewell::Denied), Ended::Refused { stay_away: true });
+        assert_eq!(told(Farewell::Invalid), Ended::Refused { stay_away: true });
+        // One of a server that is newer.
+        assert_eq!(Ended::told(8), Ended::Refused { stay_away: false });
     }
 
     #[test]

@@ -236,7 +236,8 @@ pub fn fits_at_all(
     if !facts.engine_available && !bug!(EngineUnasked) {
         return Err(Rejection::EngineAway);
     }
-    if !facts.container_network_reachable && is_checked_by_network(&release.spec) {
+    let checked = is_checked_by_network(&release.spec) && !bug!(NetworkUnasked);
+    if !facts.container_network_reachable && checked {
         return Err(Rejection::ContainersUnreached);
     }
     Ok(())
@@ -282,6 +283,7 @@ pub fn has_room_after(
     for publish in published(spec) {
         let seen = host.facts.used_ports.contains(&publish.port)
             && !gone.into_iter().flat_map(published).any(|own| own.port == publish.port);
+        let seen = seen && !bug!(OthersPortsUnasked);
         if used.ports.contains(&publish.port) || seen {
             return Err(Rejection::Port(publish.port));
         }

@@ -400,6 +400,9 @@ impl Session {
 
     /// Tells the offset of the agent's clock when it has changed.
     fn clock(&mut self, offset_ms: i64, out: &mut Vec<Effect>) {
+        if bug!(ClockToldOnce) && self.clock.is_some() {
+            return;
+        }
         if self.clock.is_none_or(|told| told.abs_diff(offset_ms) >= CLOCK_STEP_MS.unsigned_abs()) {
             self.clock = Some(offset_ms);
             out.push(Effect::ClockOffset(offset_ms));

@@ -11,6 +11,9 @@ use berth_server_core::session::Registration;
 use berth_server_core::view::View;
 use std::collections::BTreeSet;
 
+/// A clock's offset is known as well as this: a step that is not told, and a slow message.
+const OFFSET_MS: u64 = 2_000;
+
 /// What changes all the time is left out.
 fn calm(facts: &api::HostFacts) -> api::HostFacts {
     api::HostFacts { disk_free_bytes: 0, ..facts.clone() }
@@ -26,6 +29,13 @@ impl World<'_> {
         let cloned = self.book.cloned.contains(uid);
         if host.record.facts.as_ref().map(calm) != Some(calm(&agent.board.facts)) && !cloned {
             return Some(format!("the facts of {uid} are others than its agent's"));
+        }
+        if let (Some(process), Some(known)) = (&self.server.process, live.host(uid)) {
+            let ahead = node.clock.wall_ahead - process.clock.wall_ahead;
+            if ahead.abs_diff(known.clock_offset_ms) > OFFSET_MS && !cloned {
+                let told = known.clock_offset_ms;
+                return Some(format!("the clock of {uid} is {ahead} ms ahead, known as {told}"));
+            }
         }
         for replica in view.replicas_on(uid) {
             let told = agent.board.reports.get(&replica.uid).and_then(|r| r.status.as_ref());
