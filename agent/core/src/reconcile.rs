@@ -65,7 +65,10 @@ struct Desk {
     hold: Option<Token>,
     /// The write with which its time as a replacement begins, and how long that is in milliseconds.
     time: Option<(Token, u64)>,
+    /// When making and starting, which failed, is tried again; the same of stopping and removing. What is
+    /// not wanted any more goes at once, however often it could not be started.
     retry: Backoff,
+    retry_end: Backoff,
     /// The check of a running attempt, and whether one is under way.
     probing: Option<(u32, Probing, bool)>,
     life: Life,

@@ -13,11 +13,14 @@ use berth_agent_core::ledger::{HeldSet, Wanted};
 use berth_agent_core::reconcile::{self, Reconcile};
 use berth_agent_core::session::{self, Dialling, Ended, Session};
 use berth_proto::ids::{HostUid, Now, ReplicaUid};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 /// How long the first session waits for the first look at the engine.
 const FIRST_LOOK_MS: u64 = 3_000;
+
+/// What is not wanted any more is gone within this: its program ends in 1.5 s.
+const GONE_MS: u64 = 6_000;
 
 /// What survives an agent.
 #[derive(Debug, Clone, Default)]
@@ -396,6 +399,14 @@ impl World<'_> {
                 w.nodes[node].uid, number.epoch, number.generation
             )
         });
+        let held = &self.nodes[node];
+        let (life, since) = (held.life, self.now);
+        let shown = held.engine.containers.values().map(|made| &made.shown.replica);
+        let gone: BTreeSet<ReplicaUid> =
+            shown.filter(|uid| !set.entries.contains_key(*uid)).cloned().collect();
+        for replica in gone {
+            self.events.push(since + GONE_MS, Event::CheckGone { node, life, replica, since });
+        }
         let set = Arc::new(set);
         let Some(agent) = &mut self.nodes[node].agent else { return };
         if agent.board.act_on(Wanted::Set(Arc::clone(&set))) {

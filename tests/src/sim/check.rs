@@ -85,6 +85,8 @@ pub(super) struct Book {
     pub(super) wipes: BTreeMap<HostUid, BTreeSet<bool>>,
     /// Where each replica was placed first: its slot, its release and its host.
     placed: BTreeMap<ReplicaUid, (u32, ReleaseNumber, HostUid)>,
+    /// Found after a restore by a host that knew its slot no more.
+    slotless: BTreeSet<ReplicaUid>,
     /// The greatest epoch so far.
     epoch: u64,
     /// The ledger was turned back since the server's last start.
@@ -375,8 +377,12 @@ impl World<'_> {
                 // The slot of what no set names any more is not known on its host.
                 let found = replica.found_body.is_some()
                     && !self.nodes.iter().any(|node| node.uid == replica.host && of_set(node));
+                if found {
+                    // Nor when it is adopted.
+                    self.book.slotless.insert(uid.clone());
+                }
                 if let Some(known) = self.book.placed.get(uid) {
-                    if found {
+                    if self.book.slotless.contains(uid) {
                         place.0 = known.0;
                     }
                     // Its machine may have joined as another host, which a restore has undone.

@@ -66,6 +66,8 @@ pub(super) struct Engine {
     /// Another program has the port that programs here publish.
     pub(super) port_taken_until: u64,
     pub(super) registry_away_until: u64,
+    /// Until when something is wrong with it or with its agent's disk.
+    pub(super) troubled_until: u64,
     pub(super) slow_by_ms: u64,
     pub(super) slow_until: u64,
     pub(super) late_until: u64,
@@ -89,6 +91,11 @@ impl Engine {
     /// Grows with each one that is made, and changes with each one that ends.
     pub(super) fn made_and_running(&self) -> u64 {
         u64::from(self.made) * 1_000 + u64::try_from(self.running().count()).unwrap_or(0)
+    }
+
+    /// Something is wrong until then.
+    pub(super) fn troubled(&mut self, until: u64) {
+        self.troubled_until = self.troubled_until.max(until);
     }
 
     /// A program here has the port that is published.
@@ -168,6 +175,9 @@ impl World<'_> {
             && held.engine.fails > 0
         {
             held.engine.fails -= 1;
+            if matches!(effect, Effect::Stop { .. } | Effect::Remove { .. }) {
+                held.engine.troubled(now);
+            }
             let words = "the engine says no".to_owned();
             let input = Box::new(Input::StepFailed { step, cause: Cause::Engine, words });
             return self.events.push(now + answer_ms, Event::Tell { node, life, input });
@@ -252,6 +262,7 @@ impl World<'_> {
             && held.engine.loses > 0
         {
             held.engine.loses -= 1;
+            held.engine.troubled(now + CALL_DEADLINE_MS);
             let words = "the engine did not answer".to_owned();
             answers = vec![(
                 CALL_DEADLINE_MS,

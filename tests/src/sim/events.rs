@@ -133,6 +133,13 @@ pub(super) enum Event {
         for_ms: u64,
     },
 
+    /// What is not wanted any more is gone by now.
+    CheckGone {
+        node: NodeId,
+        life: Life,
+        replica: ReplicaUid,
+        since: u64,
+    },
     /// What was so of a host for a while is over.
     FactsChange {
         node: NodeId,

@@ -88,11 +88,13 @@ impl World<'_> {
             }
             Action::EngineAway { host, for_ms } => {
                 let node = self.machine(*host);
+                self.nodes[node].engine.troubled(now + for_ms);
                 self.nodes[node].engine.away_until = now + for_ms;
                 self.follow_ends(node);
             }
             Action::EngineSlow { host, by_ms, for_ms } => {
                 let node = self.machine(*host);
+                self.nodes[node].engine.troubled(now + for_ms);
                 let engine = &mut self.nodes[node].engine;
                 (engine.slow_by_ms, engine.slow_until) = (*by_ms, now + for_ms);
             }
@@ -106,14 +108,17 @@ impl World<'_> {
             }
             Action::EngineLate { host, for_ms } => {
                 let node = self.machine(*host);
+                self.nodes[node].engine.troubled(now + for_ms);
                 self.nodes[node].engine.late_until = now + for_ms;
             }
             Action::EngineHangs { host, for_ms } => {
                 let node = self.machine(*host);
+                self.nodes[node].engine.troubled(now + for_ms);
                 self.nodes[node].engine.hangs_until = now + for_ms;
             }
             Action::EngineRestarts { host, for_ms } => {
                 let node = self.machine(*host);
+                self.nodes[node].engine.troubled(now + for_ms);
                 let ids: Vec<u32> = self.nodes[node].engine.containers.keys().copied().collect();
                 self.nodes[node].engine.away_until = now + for_ms;
                 self.follow_ends(node);
@@ -186,6 +191,7 @@ impl World<'_> {
             }
             Action::AgentDiskFull { host, for_ms } => {
                 let node = self.machine(*host);
+                self.nodes[node].engine.troubled(now + for_ms);
                 self.nodes[node].disk_full_until = now + for_ms;
             }
             Action::HostClock { host, ahead_ms } => {

@@ -32,7 +32,28 @@ pub(super) fn serves(made: &Made, now: u64) -> bool {
     }
 }
 
+/// A wait after a call that failed is over by then.
+const RETRY_MS: u64 = 75_000;
+
 impl World<'_> {
+    /// What no set names any more is gone, unless something was wrong on its host.
+    pub(super) fn check_gone(&mut self, node: NodeId, life: Life, uid: &ReplicaUid, since: u64) {
+        let held = &self.nodes[node];
+        // Where little is done at once, some wait for others.
+        let small = self.script.small;
+        let troubled = small || held.engine.troubled_until + RETRY_MS > since;
+        if !self.lives(node, life) || troubled || self.book.by_hand.contains(uid) {
+            return;
+        }
+        let set = held.agent.as_ref().and_then(|agent| agent.board.wanted.set());
+        let wanted = set.is_none_or(|set| set.entries.contains_key(uid));
+        let there = held.engine.containers.values().any(|made| made.shown.replica == *uid);
+        if there && !wanted {
+            let words = format!("{uid} is not wanted on {} since {}", held.uid, self.now - since);
+            self.broke(format!("{words} ms, and is still there"));
+        }
+    }
+
     fn body(&self, node: NodeId, uid: &ReplicaUid) -> Option<Arc<AssignmentBody>> {
         let set = self.nodes[node].agent.as_ref()?.board.wanted.set()?;
         Some(Arc::clone(&set.body(set.entries.get(uid)?)?.value))

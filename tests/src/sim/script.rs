@@ -261,7 +261,7 @@ fn draw_action(rng: &mut Rng, hosts: u8, deployments: u8) -> Action {
         72..=73 => Action::Doubles { host, messages: rng.u8(1..4) },
         74..=77 => Action::EngineAway { host, for_ms: ms },
         78 => Action::EngineSlow { host, by_ms: rng.u64(100..20_000), for_ms: ms },
-        79..=81 => Action::EngineFails { host, calls: rng.u8(1..5) },
+        79..=81 => Action::EngineFails { host, calls: rng.u8(1..9) },
         82..=84 => Action::EngineLosesAnswers { host, calls: rng.u8(1..4) },
         85 => Action::EngineLate { host, for_ms: ms },
         86..=89 => Action::ContainerEnds { host, which, code: i32::from(rng.bool()) },

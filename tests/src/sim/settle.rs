@@ -312,11 +312,14 @@ impl World<'_> {
                         replica.uid
                     ));
                 }
-                let told = live.replica(&replica.uid).is_some_and(|l| l.status.ready);
+                let status = live.replica(&replica.uid).map(|l| &l.status);
+                let told = status.is_some_and(|status| status.ready);
                 if serves && !exchanged && !replica.failed && (running != 1 || !told) {
                     return Some(format!(
-                        "{} containers of {} run on {uid}, ready: {told}",
-                        running, replica.uid
+                        "{} containers of {} run on {uid}, ready: {told} {}",
+                        running,
+                        replica.uid,
+                        status.map_or(String::new(), |s| format!("({:?}, {})", s.phase, s.message))
                     ));
                 }
             }

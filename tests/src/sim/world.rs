@@ -191,6 +191,9 @@ impl<'s> World<'s> {
             Event::SickEnds { node, life, container, for_ms } => {
                 self.check_sick(node, life, container, for_ms);
             }
+            Event::CheckGone { node, life, replica, since } => {
+                self.check_gone(node, life, &replica, since);
+            }
             Event::FactsChange { node } => self.facts_change(node),
             Event::ServerStarts => self.server_starts(),
             Event::Commit { life, token, batches } => self.commit(life, token, &batches),

@@ -111,6 +111,8 @@ struct World {
     up: bool,
     disk_full: bool,
     no_bridge: bool,
+    /// No container can be started.
+    unstartable: bool,
     /// Which bodies' images the registry gives; `None`: all.
     registry_up: bool,
     images: BTreeSet<ReplicaUid>,
@@ -136,6 +138,7 @@ impl World {
             up: true,
             disk_full: false,
             no_bridge: false,
+            unstartable: false,
             registry_up: true,
             images: BTreeSet::new(),
             healthy: true,
@@ -292,6 +295,7 @@ impl World {
                 self.containers.insert(id.clone(), container);
                 Input::StepDone { step, done: Done::Created { id } }
             }
+            Effect::Start { step, .. } if self.unstartable => refused(step),
             Effect::Start { step, replica, id } => match self.containers.get_mut(&id) {
                 Some(container) => {
                     if container.state != State::Running {
@@ -398,6 +402,18 @@ fn what_is_wanted_is_brought_made_started_and_told() {
     assert!(w.containers.is_empty() && w.absent.contains(&uid("a")));
     // It is stopped with the grace it was made with, though no set names it any more.
     assert!(w.log.iter().any(|e| matches!(e, Effect::Stop { grace_ms: 7_000, .. })));
+}
+
+#[test]
+fn what_could_not_be_started_for_long_goes_at_once_when_it_is_not_wanted_any_more() {
+    let mut w = World::new();
+    w.unstartable = true;
+    w.want(&[want("a")]);
+    w.run_for(600_000);
+    assert_eq!((w.running().len(), w.containers.len()), (0, 1));
+    w.want(&[]);
+    w.run_for(1_000);
+    assert!(w.containers.is_empty() && w.absent.contains(&uid("a")));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Steps under way: how many at once, and how they end.
 
-use super::{Cause, Done, Effect, MAX_RETRY_MS, RETRY_MS, Reconcile, StepId, engine};
+use super::{Cause, Desk, Done, Effect, MAX_RETRY_MS, RETRY_MS, Reconcile, StepId, engine};
 use crate::diff::{Container, Labels, State};
 use crate::lifecycle::Reason;
 use crate::restart::Backoff;
@@ -27,6 +27,30 @@ pub(super) enum Kind {
     Start,
     Stop,
     Remove,
+}
+
+impl Kind {
+    /// It puts an end to something.
+    fn ends(self) -> bool {
+        match self {
+            Self::Create | Self::Start => false,
+            Self::Stop | Self::Remove => true,
+        }
+    }
+}
+
+impl Desk {
+    fn retry(&self, kind: Kind) -> &Backoff {
+        if kind.ends() && !bug!(RemovalWaitsForRetry) { &self.retry_end } else { &self.retry }
+    }
+
+    fn retry_mut(&mut self, kind: Kind) -> &mut Backoff {
+        if kind.ends() && !bug!(RemovalWaitsForRetry) {
+            &mut self.retry_end
+        } else {
+            &mut self.retry
+        }
+    }
 }
 
 /// A step under way.
@@ -87,7 +111,7 @@ impl Works {
 impl Reconcile {
     /// Whether a step may begin now.
     pub(super) fn has_place(&mut self, now: Now, uid: &ReplicaUid, kind: Kind) -> bool {
-        if let Some(at) = self.desks.get(uid).and_then(|desk| desk.retry.waits(now.mono)) {
+        if let Some(at) = self.desks.get(uid).and_then(|desk| desk.retry(kind).waits(now.mono)) {
             self.wake_at(at);
             return false;
         }
@@ -190,7 +214,7 @@ impl Reconcile {
         let desk = self.desk(&uid);
         desk.step = None;
         desk.look_after = last;
-        desk.retry.succeeded();
+        desk.retry_mut(work.kind).succeeded();
         match done {
             Done::Created { id } => {
                 let container = Container {
@@ -254,7 +278,7 @@ impl Reconcile {
             }
         } else {
             let (min_ms, max_ms) = cause.pause_ms();
-            desk.retry.failed(min_ms, max_ms, now);
+            desk.retry_mut(work.kind).failed(min_ms, max_ms, now);
         }
         match work.kind {
             Kind::Create | Kind::Start => self.engine.doubt(now),
