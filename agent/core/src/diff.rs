@@ -488,6 +488,10 @@ impl One<'_> {
                 out.steps.push(Step::Remove { replica, id: made.id.clone() });
             } else if !self.beside {
                 out.steps.push(Step::Start { replica, id: made.id.clone() });
+            } else if !memory.bytes_here {
+                // Made, and all that was remembered is lost: its time begins once its bytes are known to be
+                // here, as that of any other.
+                out.steps.push(Step::Fetch(replica));
             }
             return;
         }

@@ -251,6 +251,17 @@ fn a_replacement_stops_the_old_one_only_once_its_bytes_are_here_and_that_is_reme
 }
 
 #[test]
+fn a_replacement_that_was_made_before_all_memory_was_lost_goes_on() {
+    let wanted = set(&[("old", None), ("new", Some("old"))], false);
+    let containers = [container("old", 1, State::Running), container("new", 1, State::Created)];
+    assert_eq!(steps(&wanted, &containers, &[], 0), [Step::Fetch(uid("new"))]);
+    let begun = steps(&wanted, &containers, &[("new", here())], 0);
+    let remembers =
+        |step: &Step| matches!(step, Step::Remember { memory, .. } if memory.replacement_begun);
+    assert!(begun.iter().any(remembers), "{begun:?}");
+}
+
+#[test]
 fn being_put_down_for_another_is_no_failure_and_finishes_nothing() {
     let both = set(&[("old", None), ("new", Some("old"))], true);
     let down = [container("old", 1, exited(0))];

@@ -310,6 +310,13 @@ pub fn floor(
         let old = replica.replaces.as_ref().and_then(|old| counts(after, old));
         back &= new.is_some() || done || old.is_some_and(|old| old.slot == replica.slot);
     }
+    // The place of an orphan on a host that is away is deferred, as any other there.
+    let orphans = before.replicas_of(uid).filter(|r| r.intent == ReplicaIntent::Orphan);
+    for orphan in orphans.filter(|r| r.slot < wanted && stays(before, r)) {
+        if filled.insert(orphan.slot) && live.is_present(&orphan.host) {
+            reachable.insert(orphan.slot);
+        }
+    }
     let empty = if back {
         let filled = after.replicas_of(uid).filter(|r| r.runs() && r.slot < wanted);
         wanted as usize - filled.map(|r| r.slot).collect::<BTreeSet<_>>().len()
