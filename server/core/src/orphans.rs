@@ -18,7 +18,6 @@ use crate::view::View;
 use berth_proto::agent::ReplicaReport;
 use berth_proto::api::ReplicaIntent;
 use berth_proto::ids::{DeploymentUid, HostUid, ReleaseNumber, ReplicaUid, Revision, Wall};
-use berth_proto::values::Scale;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -94,7 +93,7 @@ pub fn found(view: &View, host: &HostUid, observed: &[ReplicaReport], now: Wall)
 pub enum Unadoptable {
     /// There is no such deployment.
     #[error(
-        "its deployment is not known, and one that is applied anew is another one: apply the manifest, then release this one"
+        "its deployment is not known, and one that is applied anew is another one, which finds no room on this host before: release this one, then apply the manifest"
     )]
     DeploymentUnknown,
     /// The deployment is being deleted.
@@ -166,7 +165,7 @@ pub fn forgotten_with(view: &View, host: &HostUid) -> Vec<Change> {
 #[must_use]
 pub fn adopt(view: &View, which: &[Arc<Replica>], asked: &Asked<'_>) -> Resolution {
     let mut done = Resolution::default();
-    let mut filled: BTreeSet<(DeploymentUid, Place)> = BTreeSet::new();
+    let mut places: BTreeMap<DeploymentUid, Places> = BTreeMap::new();
     let mut beside: BTreeMap<HostUid, HostUse> = BTreeMap::new();
     let mut wanted: BTreeMap<DeploymentUid, u32> = BTreeMap::new();
     let mut which: Vec<&Arc<Replica>> = which.iter().collect();
@@ -176,28 +175,30 @@ pub fn adopt(view: &View, which: &[Arc<Replica>], asked: &Asked<'_>) -> Resoluti
         if done.changes.len() + 1 + 2 * (wanted.len() + 1) > MAX_CHANGES {
             break;
         }
-        let (deployment, place) = match adoptable(view, replica) {
+        let deployment = match adoptable(view, replica) {
             Ok(found) => found,
             Err(why) => {
                 done.kept.push((replica.uid.clone(), why));
                 continue;
             }
         };
-        let place = (deployment.uid.clone(), place);
-        if filled.contains(&place) {
+        let mine = places.entry(deployment.uid.clone());
+        let mine = mine.or_insert_with(|| Places::new(view, deployment));
+        let Some(slot) = mine.give(replica) else {
             done.kept.push((replica.uid.clone(), Unadoptable::SlotFilled));
             continue;
-        }
+        };
         if !finds_room(view, replica, &mut beside) {
+            mine.give_back(replica, slot);
             done.kept.push((replica.uid.clone(), Unadoptable::NoRoom));
             continue;
         }
-        filled.insert(place);
         if let Some(number) = deployment.wanted() {
             let least = wanted.entry(deployment.uid.clone()).or_insert(number);
-            *least = (*least).max(replica.slot.saturating_add(u32::from(!bug!(AdoptedBeyond))));
+            *least = (*least).max(slot.saturating_add(u32::from(!bug!(AdoptedBeyond))));
         }
         done.changes.push(Change::PutReplica(Arc::new(Replica {
+            slot,
             intent: ReplicaIntent::Run,
             reason: String::new(),
             found_body: None,
@@ -217,17 +218,73 @@ pub fn adopt(view: &View, which: &[Arc<Replica>], asked: &Asked<'_>) -> Resoluti
     done
 }
 
-/// The orphans that may still be taken into this deployment. Until somebody decides, they hold their
-/// places: what the planner put there would have to run beside them, or them be stopped for it.
-pub fn holding<'a>(
+/// The orphans that may still be taken into this deployment, each with the slot it would get. Until somebody
+/// decides, they hold those: what the planner put there would have to run beside them, or them be stopped
+/// for it.
+#[must_use]
+pub fn holding<'a>(view: &'a View, deployment: &Deployment) -> Vec<(u32, &'a Arc<Replica>)> {
+    let mut orphans: Vec<_> = undecided(view, &deployment.uid).collect();
+    orphans.sort_by_key(|r| (r.slot, r.uid.clone()));
+    let mut places = Places::new(view, deployment);
+    orphans.into_iter().filter_map(|r| Some((places.give(r)?, r))).collect()
+}
+
+/// The orphans that may be adopted into a deployment.
+fn undecided<'a, 'b>(
     view: &'a View,
-    deployment: &'a DeploymentUid,
-) -> impl Iterator<Item = &'a Arc<Replica>> {
-    let undecided = |r: &&Arc<Replica>| {
-        let there = view.host(&r.host).is_some_and(|h| !h.is_removed());
-        r.intent == ReplicaIntent::Orphan && there && adoptable(view, r).is_ok()
-    };
-    view.replicas_of(deployment).filter(undecided)
+    deployment: &'b DeploymentUid,
+) -> impl Iterator<Item = &'a Arc<Replica>> + use<'a, 'b> {
+    view.replicas_of(deployment).filter(|r| {
+        r.intent == ReplicaIntent::Orphan && is_there(view, r) && adoptable(view, r).is_ok()
+    })
+}
+
+fn is_there(view: &View, replica: &Replica) -> bool {
+    view.host(&replica.host).is_some_and(|h| !h.is_removed())
+}
+
+/// The places of a deployment that orphans are given.
+struct Places {
+    /// Hosts are its places.
+    on_hosts: bool,
+    wanted: u32,
+    filled: BTreeSet<Place>,
+    /// Slots that orphans tell of themselves.
+    told: BTreeSet<u32>,
+}
+
+impl Places {
+    fn new(view: &View, deployment: &Deployment) -> Self {
+        let on_hosts = deployment.wanted().is_none();
+        let runs = view.replicas_of(&deployment.uid).filter(|r| r.runs() && is_there(view, r));
+        Self {
+            on_hosts,
+            wanted: deployment.wanted().unwrap_or(0),
+            filled: runs.map(|r| place(on_hosts, r)).collect(),
+            told: undecided(view, &deployment.uid).map(|r| r.slot).collect(),
+        }
+    }
+
+    /// The slot of an orphan: the one it tells, or the lowest that is free. A host that has joined anew has
+    /// forgotten which they were, and tells 0 of all of them. `None`: there is none.
+    fn give(&mut self, orphan: &Replica) -> Option<u32> {
+        if self.filled.insert(place(self.on_hosts, orphan)) {
+            return Some(orphan.slot);
+        }
+        if self.on_hosts {
+            return None;
+        }
+        let free =
+            |slot: &u32| !self.told.contains(slot) && !self.filled.contains(&Place::Slot(*slot));
+        let slot = (0..self.wanted).find(free)?;
+        self.filled.insert(Place::Slot(slot));
+        Some(slot)
+    }
+
+    fn give_back(&mut self, orphan: &Replica, slot: u32) {
+        let mine = if self.on_hosts { place(true, orphan) } else { Place::Slot(slot) };
+        self.filled.remove(&mine);
+    }
 }
 
 /// What only one replica can fill.
@@ -237,11 +294,8 @@ enum Place {
     Host(HostUid),
 }
 
-fn place(deployment: &Deployment, replica: &Replica) -> Place {
-    match deployment.spec.scale {
-        Scale::EveryHost => Place::Host(replica.host.clone()),
-        Scale::Keep | Scale::Replicas(_) => Place::Slot(replica.slot),
-    }
+fn place(on_hosts: bool, replica: &Replica) -> Place {
+    if on_hosts { Place::Host(replica.host.clone()) } else { Place::Slot(replica.slot) }
 }
 
 /// Whether a host has room for what it runs already, beside what it is given and what was adopted there
@@ -259,10 +313,7 @@ fn finds_room(view: &View, orphan: &Replica, beside: &mut BTreeMap<HostUid, Host
     room
 }
 
-fn adoptable<'a>(
-    view: &'a View,
-    orphan: &Replica,
-) -> Result<(&'a Arc<Deployment>, Place), Unadoptable> {
+fn adoptable<'a>(view: &'a View, orphan: &Replica) -> Result<&'a Arc<Deployment>, Unadoptable> {
     let deployment = view.deployment(&orphan.deployment).ok_or(Unadoptable::DeploymentUnknown)?;
     if deployment.is_deleted() {
         return Err(Unadoptable::Deleting);
@@ -273,12 +324,7 @@ fn adoptable<'a>(
     if !same {
         return Err(Unadoptable::ReleaseUnknown);
     }
-    let mine = place(deployment, orphan);
-    let there = |r: &Arc<Replica>| view.host(&r.host).is_some_and(|h| !h.is_removed());
-    let taken = view
-        .replicas_of(&orphan.deployment)
-        .any(|r| r.runs() && there(r) && place(deployment, r) == mine);
-    if taken { Err(Unadoptable::SlotFilled) } else { Ok((deployment, mine)) }
+    Ok(deployment)
 }
 
 #[cfg(test)]

@@ -172,6 +172,21 @@ fn what_was_adopted_is_in_its_own_slot_though_that_was_wanted_before() {
 }
 
 #[test]
+fn what_a_host_that_has_forgotten_the_slots_runs_is_adopted_each_in_one_of_its_own() {
+    let mut w = restored();
+    let body = body(&w);
+    let before: Vec<_> = w.view.replicas_of(&w.uid()).map(|r| r.uid.clone()).collect();
+    // It was removed, and has joined anew beside what it runs.
+    w.change(before.iter().cloned().map(Change::DeleteReplica).collect());
+    observe(&mut w, &[report("a", "d", 1, 0, &body), report("b", "d", 1, 0, &body)]);
+    assert_eq!(w.plan().steps, [], "both hold a place");
+    assert_eq!(adopted(&mut w).resolved, 2);
+    let mut slots: Vec<u32> = w.view.replicas_of(&w.uid()).map(|r| r.slot).collect();
+    slots.sort_unstable();
+    assert_eq!((slots, w.deployment().wanted()), (vec![0, 1], Some(2)));
+}
+
+#[test]
 fn each_reason_against_an_adoption_has_its_name() {
     let mut w = restored();
     let (good, other) = (body(&w), Digest::of(b"another body"));

@@ -377,8 +377,9 @@ impl World<'_> {
                 // The slot of what no set names any more is not known on its host.
                 let found = replica.found_body.is_some()
                     && !self.nodes.iter().any(|node| node.uid == replica.host && of_set(node));
-                if found {
-                    // Nor when it is adopted.
+                let orphan = |r: &Arc<Replica>| r.intent == ReplicaIntent::Orphan;
+                if found || before.replica(uid).is_some_and(orphan) {
+                    // Nor when it is adopted, into one that is free.
                     self.book.slotless.insert(uid.clone());
                 }
                 if let Some(known) = self.book.placed.get(uid) {

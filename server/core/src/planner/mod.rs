@@ -405,12 +405,12 @@ impl<'a> Planning<'a> {
         if !view.cluster.observing || bug!(OrphanHoldsNothing) {
             return slots;
         }
-        for orphan in orphans::holding(view, &self.deployment.uid) {
+        for (slot, orphan) in orphans::holding(view, self.deployment) {
             match self.lost(&orphan.host) {
                 Ok(()) => continue,
                 Err(at) => at.into_iter().for_each(|at| self.wake(at)),
             }
-            slots.insert(orphan.slot, &orphan.host);
+            slots.insert(slot, &orphan.host);
         }
         slots
     }
