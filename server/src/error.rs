@@ -39,12 +39,14 @@ pub enum Error {
         name: String,
     },
     /// A name is taken.
-    #[error("{kind} \"{name}\" exists already")]
+    #[error("{kind} \"{name}\" exists already{hint}")]
     Exists {
         /// Its kind.
         kind: Kind,
         /// Its name.
         name: String,
+        /// What goes on the sentence: with what, and what to do; mostly empty.
+        hint: String,
     },
     /// The object was written since the caller read it.
     #[error("{kind} \"{name}\" was changed meanwhile: expected revision {expected}, found {found}")]
@@ -263,7 +265,7 @@ impl Error {
     /// What programs may want to know besides the reason, under stable names.
     fn metadata(&self) -> HashMap<String, String> {
         let pairs: Vec<(&str, String)> = match self {
-            Self::NotFound { kind, name } | Self::Exists { kind, name } => {
+            Self::NotFound { kind, name } | Self::Exists { kind, name, .. } => {
                 vec![("kind", kind.to_string()), ("name", name.clone())]
             }
             Self::RevisionMismatch { kind, name, expected, found } => vec![

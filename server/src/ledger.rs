@@ -411,7 +411,9 @@ pub fn refused(refusal: Refusal, kind: Kind, name: &str) -> Error {
                 "the same request is being carried out; ask again",
             ),
             (_, Revision(0), Revision(0)) => Error::not_found(kind, name),
-            (_, Revision(0), _) => Error::Exists { kind, name: name.to_owned() },
+            (_, Revision(0), _) => {
+                Error::Exists { kind, name: name.to_owned(), hint: String::new() }
+            }
             (_, expected, found) => Error::RevisionMismatch {
                 kind,
                 name: name.to_owned(),

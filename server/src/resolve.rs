@@ -192,7 +192,18 @@ pub async fn source(
                 own_image(cluster, reference).ok_or_else(|| foreign("spec.image", reference))?;
             let field = format!("{path}spec.image");
             let image = image(&cluster.registry, Some(caller), &own, &field).await?;
-            let image = image.ok_or_else(|| pushed(reference))?;
+            let image = image.ok_or_else(|| {
+                // Mistaken easily: what `berth build` makes is a version of a model.
+                match find_version(caller, view, namespace, reference, &field) {
+                    Ok(_) => Error::precondition(
+                        "IMAGE_NOT_FOUND",
+                        format!(
+                            "{field}: image \"{reference}\" is not in the registry; a model version of that name is: write `model: {reference}` instead of `image:`"
+                        ),
+                    ),
+                    Err(_) => pushed(reference),
+                }
+            })?;
             let words = format!("{}@{}", image.repository, image.digest);
             let resolved = ResolvedSource { image, artifact: None, model_version: None };
             Ok(Found { resolved, words, version: None })

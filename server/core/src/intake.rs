@@ -102,7 +102,8 @@ pub fn registration(view: &View, host: &HostUid, said: &Registration, now: Wall)
     if said.engine_observed || said.held.is_none() {
         raise_floors(view, host, &said.observed, &mut changes);
     }
-    if (said.engine_observed || bug!(UnseenIsGone)) && !bug!(GoneStayInLedger) {
+    let seen = said.engine_observed || bug!(UnseenIsGone);
+    if seen && !bug!(GoneStayInLedger) {
         // Complete means that what is not in it is not there.
         let observed = uids(&said.observed);
         let gone = view

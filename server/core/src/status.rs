@@ -200,6 +200,7 @@ pub fn host(view: &View, live: &Live, host: &Host, now: Now) -> api::Host {
     facts.labels.clone_from(&host.labels);
     let ready = view
         .replicas_on(&host.uid)
+        .filter(|r| r.intent != ReplicaIntent::Orphan)
         .filter(|r| live.replica(&r.uid).is_some_and(|l| l.status.ready))
         .count();
     let replicas =

@@ -193,8 +193,9 @@ impl JoinService for Api {
             (Some(_), "") => {
                 return Err(Error::Exists {
                     kind: Kind::Host,
-                    name: format!(
-                        "{name} (a token of `berth host token create --rejoin {name}` lets it join again)"
+                    name: name.to_string(),
+                    hint: format!(
+                        "; a token of `berth host token create --rejoin {name}` lets that host join again"
                     ),
                 }
                 .into());

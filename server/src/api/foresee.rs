@@ -1,5 +1,5 @@
-//! What a plan shows: differences between specs, and the planner's first steps over a view with the
-//! decision applied. Writes nothing.
+//! What a plan shows: differences between specs, and the planner's steps over a view with the decision
+//! applied. Writes nothing.
 
 use super::Api;
 use berth_proto::api::{DeploymentSpec, FieldChange};
@@ -62,7 +62,7 @@ fn differences(
         .collect()
 }
 
-/// A pass of the planner over a view with the decision applied: what would be done first.
+/// What the planner would do over a view with the decision applied, to the end if all goes well.
 pub(super) fn foresee(api: &Api, view: &View, decision: &Decision) -> planner::Plan {
     let mut next = view.clone();
     let revision = next.revision.next();
@@ -76,7 +76,7 @@ pub(super) fn foresee(api: &Api, view: &View, decision: &Decision) -> planner::P
         #[expect(clippy::expect_used, reason = "the text is a uid by its form")]
         format!("planned-{number}").parse().expect("a uid")
     };
-    planner::plan(&next, &live, &decision.deployment.uid, api.0.time(), &mut mint)
+    planner::foresee(&next, &live, &decision.deployment.uid, api.0.time(), &mut mint)
 }
 
 #[cfg(test)]

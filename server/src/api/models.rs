@@ -165,7 +165,9 @@ fn register(
         if same.digest != version.digest {
             return Err(Error::Exists {
                 kind: Kind::Version,
-                name: format!("{}:{} (with another digest)", version.model, version.version),
+                name: format!("{}:{}", version.model, version.version),
+                hint: " with another digest; a version never changes: give this one a new name"
+                    .into(),
             });
         }
         if aliases.iter().all(|a| record.aliases.get(a) == Some(&version.version)) {

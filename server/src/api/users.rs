@@ -168,7 +168,11 @@ impl UserService for Api {
             .write(&call, Kind::User, name.as_str(), |view| {
                 let old = view.user(name.as_str());
                 if old.is_some_and(|u| !u.record.revoked && u.record.expire_unix_ms > now) {
-                    return Err(Error::Exists { kind: Kind::User, name: name.to_string() });
+                    return Err(Error::Exists {
+                        kind: Kind::User,
+                        name: name.to_string(),
+                        hint: String::new(),
+                    });
                 }
                 let at = Precondition::At(
                     ObjectKey::UserName(name.to_string()),

@@ -55,7 +55,7 @@ pub(super) struct Disk {
 impl Disk {
     /// Makes the folder what it must be, and empties `tmp`.
     pub(super) fn open(root: PathBuf) -> io::Result<Self> {
-        fs::create_dir_all(&root)?;
+        crate::store::folder::private(&root)?;
         let format = root.join("format");
         match fs::read_to_string(&format) {
             Ok(text) if text == FORMAT => {}

@@ -10,7 +10,7 @@
 //! makes it anew. One that hangs may still write to its files and is made anew at the next start.
 
 use super::export;
-use super::folder::{io, sync_folder, write_whole};
+use super::folder::{io, private, sync_folder, write_whole};
 use super::follower::{Follower, Stopped};
 use super::journal::{self, Journal};
 use super::memory::Memory;
@@ -108,7 +108,7 @@ impl Embedded {
     /// # Errors
     /// When neither sled nor an export can be read, or files cannot be written.
     pub fn open(folder: &Path) -> Result<(Self, Opened), StoreError> {
-        fs::create_dir_all(folder).map_err(io("make the folder", folder))?;
+        private(folder).map_err(io("make the folder", folder))?;
         let sled_path = folder.join("sled");
         let mut opened = Opened::default();
         // A checkpoint syncs sled before it writes the export: a sled behind an export has lost what
@@ -221,7 +221,7 @@ impl Embedded {
     /// # Errors
     /// When files cannot be written.
     pub fn create(folder: &Path, revision: Revision, all: Vec<Entry>) -> Result<Self, StoreError> {
-        fs::create_dir_all(folder).map_err(io("make the folder", folder))?;
+        private(folder).map_err(io("make the folder", folder))?;
         let mut entries = Memory::default();
         for entry in all {
             entries.put(entry);

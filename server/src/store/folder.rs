@@ -3,6 +3,7 @@
 use super::StoreError;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 /// The format this server writes.
@@ -27,6 +28,36 @@ pub(super) fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> 
 
 pub(super) fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Makes a folder that nobody else on this machine may look into, and its parents as they are usual. One
+/// that is there is made so: what is stored holds the environment of containers, and models.
+///
+/// # Errors
+/// When it cannot be made, or is another user's.
+pub(crate) fn private(path: &Path) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let mode = fs::metadata(path)?.permissions().mode();
+            if mode & 0o077 == 0 {
+                return Ok(());
+            }
+            fs::set_permissions(path, fs::Permissions::from_mode(0o700))
+        }
+        made => made,
+    }
+}
+
+/// Makes a data folder. One that somebody has made keeps their rights: others may have to find the
+/// certificate in it.
+fn make(path: &Path) -> Result<(), StoreError> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    private(path).map_err(io("make the folder", path))
 }
 
 /// Makes a rename or a new file durable.
@@ -73,7 +104,7 @@ impl Folder {
     /// # Errors
     /// When it is in use, foreign, of a newer format, or cannot be written.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        fs::create_dir_all(path).map_err(io("make the folder", path))?;
+        make(path)?;
         let format = path.join("FORMAT");
         if format.exists() {
             let text = fs::read_to_string(&format).map_err(io("read", &format))?;
@@ -105,7 +136,7 @@ impl Folder {
     /// # Errors
     /// [`StoreError::NotEmpty`]; when it is in use or cannot be written.
     pub fn fresh(path: &Path) -> Result<Self, StoreError> {
-        fs::create_dir_all(path).map_err(io("make the folder", path))?;
+        make(path)?;
         let empty = || -> Result<bool, StoreError> {
             let mut entries = fs::read_dir(path).map_err(io("read the folder", path))?;
             Ok(entries.all(|e| e.is_ok_and(|e| EMPTY.iter().any(|name| e.file_name() == *name))))
@@ -204,6 +235,25 @@ mod tests {
         let other = tempfile::tempdir().unwrap();
         fs::write(other.path().join("thesis.txt"), "x").unwrap();
         assert!(matches!(Folder::open(other.path()), Err(StoreError::Foreign(_))));
+    }
+
+    #[test]
+    fn what_is_stored_is_nobody_elses_to_read() {
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let dir = tempfile::tempdir().unwrap();
+        let (new, there) = (dir.path().join("a/b"), dir.path().join("there"));
+        Folder::open(&new).unwrap();
+        assert_eq!(mode(&new), 0o700);
+        // Of an older version, or of somebody who wants the certificate to be found.
+        fs::create_dir(&there).unwrap();
+        fs::set_permissions(&there, fs::Permissions::from_mode(0o755)).unwrap();
+        Folder::open(&there).unwrap();
+        assert_eq!(mode(&there), 0o755);
+        let ledger = there.join("ledger");
+        fs::create_dir(&ledger).unwrap();
+        fs::set_permissions(&ledger, fs::Permissions::from_mode(0o755)).unwrap();
+        private(&ledger).unwrap();
+        assert_eq!(mode(&ledger), 0o700);
     }
 
     #[test]

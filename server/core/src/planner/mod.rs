@@ -23,10 +23,12 @@
 mod cause;
 mod commit;
 mod every_host;
+mod foresee;
 mod judge;
 mod roll;
 
 pub use commit::STEPS_PER_COMMIT;
+pub use foresee::{MAX_PLANS, foresee};
 
 use crate::capacity::HostUse;
 use crate::change::Change;
