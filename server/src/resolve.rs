@@ -222,6 +222,7 @@ pub async fn source(
                     };
                     let help = match near(caller, view, namespace, reference) {
                         Some(near) => format!("did you mean \"{near}\"?"),
+                        None if kind == Kind::Alias => "`berth model alias` moves one".to_owned(),
                         None => "`berth model push` registers one".to_owned(),
                     };
                     Error::precondition(

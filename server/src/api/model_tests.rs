@@ -395,10 +395,18 @@ async fn a_slip_in_a_reference_is_told_with_the_nearest_there_is() {
         ("iriss:1", "did you mean \"iris:1\"?"),
         ("iris:2", "did you mean \"iris:1\"?"),
         ("iriss@champion", "did you mean \"iris@champion\"?"),
+        ("iris@staging", "`berth model alias` moves one"),
         ("speech:1", "`berth model push` registers one"),
+        // An image is asked for, and what `berth build` has made is a model version.
+        ("image iris:1", "write `model: iris:1` instead of `image:`"),
+        ("image iris:2", "docker push"),
     ] {
+        let source = match reference.strip_prefix("image ") {
+            Some(image) => deployment_spec::Source::Image(image.to_owned()),
+            None => deployment_spec::Source::Model(reference.to_owned()),
+        };
         let spec = DeploymentSpec {
-            source: Some(deployment_spec::Source::Model(reference.to_owned())),
+            source: Some(source),
             ..DeploymentSpec::default()
         };
         let meta = ObjectMeta { name: "d".to_owned(), ..ObjectMeta::default() };
