@@ -386,7 +386,7 @@ pub enum Deployment {
 /// Rollouts.
 #[derive(Debug, Subcommand)]
 pub enum Rollout {
-    /// Where it is.
+    /// Where it is; waits for nothing, and fails only when it cannot be told.
     Status {
         /// The deployment.
         name: String,

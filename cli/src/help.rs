@@ -28,7 +28,9 @@ Hosts that are away block nothing: they are told apart and get the release when 
 --wait-all they are waited for, and 6 is the exit code when they have not returned by --timeout.
 A rollout that fails goes back by itself (rollout.onFailure); the exit code is then 5. It is 5, too,
 when the rollout is not complete by --timeout: what was written stays, the rollout goes on, and
-`rollout` in -o json is \"rolling\". A server that restarts meanwhile is waited for. deploy/examples/all-options.yaml explains every field.";
+`rollout` in -o json is \"rolling\". A manifest that changes nothing is waited for as well, until as
+many replicas are ready as are wanted. A server that restarts meanwhile is waited for.
+deploy/examples/all-options.yaml explains every field.";
 
 pub const PLAN: &str = "\
 Examples:

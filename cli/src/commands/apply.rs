@@ -1,7 +1,7 @@
 //! Applying and planning: manifests are read, sent, and their rollouts followed to the end.
 
 use super::deployment::to_json;
-use super::follow::{Following, Shared};
+use super::follow::{Following, Shared, ready_of};
 use super::{ask, connect, write};
 use crate::args::{Apply, Files, Global};
 use crate::error::{Error, Kind, Result};
@@ -152,9 +152,10 @@ pub async fn apply(global: &Global, args: Apply) -> Result<()> {
     let follow = |(index, result): (usize, ApplyResult)| {
         let (board, shared) = (&board, &shared);
         async move {
-            let adjusted = result.action() == ApplyAction::Adjusted;
             let action = word(result.action().as_str_name(), "APPLY_ACTION_");
+            let applied = result.action();
             let deployment = result.deployment.unwrap_or_default();
+            let settled = is_settled(applied, &deployment);
             let release = deployment.status.as_ref().map_or(0, |s| s.release);
             let meta = deployment.meta.clone().unwrap_or_default();
             board.borrow_mut().note(&format!("{}: {action} (release {release})", meta.name));
@@ -167,7 +168,7 @@ pub async fn apply(global: &Global, args: Apply) -> Result<()> {
                     shared,
                     meta,
                     release,
-                    adjusted,
+                    settled,
                     wait_all,
                     end,
                     index,
@@ -206,6 +207,16 @@ pub async fn apply(global: &Global, args: Apply) -> Result<()> {
     despite(printed, worst(errors))
 }
 
+/// Whether a rollout that is complete says nothing of how many are there now. Every host of a fleet is
+/// seldom ready at once: of those that run on every host only a change is waited for.
+fn is_settled(action: ApplyAction, deployment: &Deployment) -> bool {
+    match action {
+        ApplyAction::Adjusted => true,
+        ApplyAction::Unchanged => !deployment.spec.as_ref().is_some_and(|s| s.every_host),
+        ApplyAction::Created | ApplyAction::Changed | ApplyAction::Unspecified => false,
+    }
+}
+
 fn row(outcome: &Outcome) -> Vec<String> {
     let meta = outcome.deployment.meta.clone().unwrap_or_default();
     let s = outcome.deployment.status.clone().unwrap_or_default();
@@ -216,7 +227,7 @@ fn row(outcome: &Outcome) -> Vec<String> {
         outcome.action.clone(),
         outcome.release.to_string(),
         word(s.rollout().as_str_name(), "ROLLOUT_STATE_"),
-        format!("{}/{}", s.updated_ready, s.wanted),
+        ready_of(&s),
         deferred,
     ]
 }
@@ -395,6 +406,20 @@ mod tests {
         std::fs::write(dir.path().join("a.yaml"), text).unwrap();
         let error = inputs(&global(&["-n", "x"]), &files).unwrap_err();
         assert!(error.message.contains("-n says \"x\""), "{}", error.message);
+    }
+
+    #[test]
+    fn what_did_not_change_is_waited_for_but_for_what_runs_on_every_host() {
+        let of = |every_host| {
+            let spec = DeploymentSpec { every_host, ..DeploymentSpec::default() };
+            Deployment { spec: Some(spec), ..Deployment::default() }
+        };
+        assert!(is_settled(ApplyAction::Unchanged, &of(false)));
+        assert!(is_settled(ApplyAction::Unchanged, &Deployment::default()));
+        assert!(!is_settled(ApplyAction::Unchanged, &of(true)));
+        assert!(is_settled(ApplyAction::Adjusted, &of(true)));
+        // Their rollout judges them.
+        assert!(!is_settled(ApplyAction::Changed, &of(false)));
     }
 
     #[test]

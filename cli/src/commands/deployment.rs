@@ -1,6 +1,6 @@
 //! Deployments and their releases.
 
-use super::follow::settle;
+use super::follow::{on_return, ready_of, settle};
 use super::{ask, confirm_known, connect, pages, write};
 use crate::args::{Deployment as Verb, Global, Output, Release as ReleaseVerb, Rollout, Scale};
 use crate::error::{Error, Result};
@@ -9,6 +9,7 @@ use berth_proto::api::*;
 use berth_proto::manifest;
 use berth_proto::words::counted;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 
 pub fn to_json(deployment: &Deployment) -> Value {
     let mut value = manifest::to_json(deployment);
@@ -167,12 +168,7 @@ pub async fn deployment(global: &Global, verb: Verb) -> Result<()> {
             let one = ask(global, client.deployments().get_deployment(request)).await?;
             let one = one.deployment.unwrap_or_default();
             let s = one.status.clone().unwrap_or_default();
-            let state = word(s.rollout().as_str_name(), "ROLLOUT_STATE_");
-            let words = format!(
-                "{name}: release {} is {state}, {}/{} ready {}",
-                s.release, s.updated_ready, s.wanted, s.reason
-            );
-            say(global, words.trim(), &to_json(&one))
+            say(global, &format!("{name}: {}", standing(&s)), &to_json(&one))
         }
         Verb::Rollout(Rollout::History { name }) => {
             release(global, ReleaseVerb::List { deployment: name }).await
@@ -190,6 +186,24 @@ pub async fn deployment(global: &Global, verb: Verb) -> Result<()> {
             say(global, &format!("{name}: going back, as release {release}"), &to_json(&answer))
         }
     }
+}
+
+/// Where a rollout is, in words: one that was complete may since have lost what ran, and says so.
+fn standing(s: &DeploymentStatus) -> String {
+    let state = word(s.rollout().as_str_name(), "ROLLOUT_STATE_");
+    let lacks = s.rollout() == RolloutState::Complete && s.updated_ready < s.wanted;
+    let joiner = if lacks { ", but" } else { "," };
+    let mut words = format!("release {} is {state}{joiner} {} ready", s.release, ready_of(s));
+    let why = s.pending.iter().filter(|_| lacks).find(|p| !p.message.is_empty());
+    for more in [s.reason.as_str(), why.map_or("", |why| &why.message)] {
+        if !more.is_empty() {
+            words.push_str(&format!("; {more}"));
+        }
+    }
+    if s.deferred_hosts > 0 {
+        words.push_str(&format!("; deferred: {}", on_return(s.deferred_hosts, &BTreeSet::new())));
+    }
+    words
 }
 
 fn release_json(r: &Release) -> Value {
@@ -236,5 +250,33 @@ pub async fn release(global: &Global, verb: ReleaseVerb) -> Result<()> {
             let value = release_json(&one.release.unwrap_or_default());
             say(global, manifest::to_yaml(&value).trim_end(), &value)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_complete_rollout_of_which_nothing_is_left_says_so() {
+        let status = DeploymentStatus {
+            rollout: RolloutState::Complete as i32,
+            release: 4,
+            wanted: 2,
+            updated_ready: 2,
+            ..DeploymentStatus::default()
+        };
+        assert_eq!(standing(&status), "release 4 is complete, 2/2 ready");
+        let message = "no host fits: there are none".to_owned();
+        let pending = vec![Pending { message, count: 2, ..Pending::default() }];
+        let none = DeploymentStatus { updated_ready: 0, pending, ..status.clone() };
+        let words = "release 4 is complete, but 0/2 ready; no host fits: there are none";
+        assert_eq!(standing(&none), words);
+        let away = DeploymentStatus { updated_ready: 1, deferred_hosts: 1, ..status.clone() };
+        let words = standing(&away);
+        assert!(words.contains("but 1/2 ready; deferred: 1 host is away"), "{words}");
+        let paused = RolloutState::Paused as i32;
+        let failed = DeploymentStatus { rollout: paused, reason: "why".to_owned(), ..status };
+        assert_eq!(standing(&failed), "release 4 is paused, 2/2 ready; why");
     }
 }

@@ -33,7 +33,7 @@ pub async fn settle(
         shared: &Shared::new(client.deployments()),
         meta,
         release: deployment.status.as_ref().map_or(0, |s| s.release),
-        adjusted: true,
+        settled: true,
         wait_all: false,
         end: Instant::now() + timeout,
         index: 0,
@@ -79,8 +79,9 @@ pub struct Following<'a> {
     pub shared: &'a Shared<DeploymentServiceClient<Channel>>,
     pub meta: &'a ObjectMeta,
     pub release: u64,
-    /// No new release was made: a complete rollout says nothing of the replicas that were added.
-    pub adjusted: bool,
+    /// No new release was made: that its rollout is complete says nothing of the replicas that were
+    /// added or went since.
+    pub settled: bool,
     /// Hosts that are away are waited for, too.
     pub wait_all: bool,
     pub end: Instant,
@@ -102,8 +103,8 @@ enum Verdict {
     Failed(String),
 }
 
-/// `adjusted`: how many replicas are out of reach, where no new release was made.
-fn judge(status: &DeploymentStatus, release: u64, adjusted: Option<u32>) -> Verdict {
+/// `spared`: how many slots nobody waits for, where no new release was made.
+fn judge(status: &DeploymentStatus, release: u64, spared: Option<u32>) -> Verdict {
     let reason = || {
         let words = for_terminal(&status.reason);
         if words.is_empty() { "the rollout failed".to_owned() } else { words }
@@ -119,7 +120,9 @@ fn judge(status: &DeploymentStatus, release: u64, adjusted: Option<u32>) -> Verd
             Verdict::Failed(format!("release {} took the place of {release}", status.release))
         }
         RolloutState::Complete
-            if adjusted.is_some_and(|away| status.updated_ready + away < status.wanted) =>
+            if spared.is_some_and(|spared| {
+                status.updated_ready.saturating_add(spared) < status.wanted
+            }) =>
         {
             Verdict::Wait
         }
@@ -137,9 +140,9 @@ fn judge(status: &DeploymentStatus, release: u64, adjusted: Option<u32>) -> Verd
 /// The time of somebody who waits is over. That is no failure of the rollout, but whoever waited must not
 /// go on as if it were there: 1 would say that nothing was written, 3 that nobody was reached, 6 that it
 /// is done.
-fn late(status: &DeploymentStatus, release: u64, adjusted: Option<u32>) -> Error {
+fn late(status: &DeploymentStatus, release: u64, spared: Option<u32>) -> Error {
     let why = status.pending.iter().find(|p| !p.message.is_empty());
-    match judge(status, release, adjusted) {
+    match judge(status, release, spared) {
         Verdict::Done { deferred } if deferred > 0 => Error::new(
             Kind::Deferred,
             format!("complete, but {}", on_return(deferred, &BTreeSet::new())),
@@ -148,9 +151,8 @@ fn late(status: &DeploymentStatus, release: u64, adjusted: Option<u32>) -> Error
         Verdict::Done { .. } | Verdict::Wait | Verdict::Failed(_) => Error::new(
             Kind::RolloutFailed,
             for_terminal(&format!(
-                "not complete in time ({}/{} ready{}); the rollout goes on",
-                status.updated_ready,
-                status.wanted,
+                "not complete in time ({} ready{}); the rollout goes on",
+                ready_of(status),
                 why.map(|p| format!("; {}", p.message)).unwrap_or_default()
             )),
         )
@@ -158,15 +160,23 @@ fn late(status: &DeploymentStatus, release: u64, adjusted: Option<u32>) -> Error
     }
 }
 
-/// How a rollout is told that is complete: also where that is so because no host is eligible.
-fn complete(status: &DeploymentStatus) -> String {
+/// How many of how many are ready: of a number that was made smaller, those beyond it are on their way
+/// out.
+pub fn ready_of(status: &DeploymentStatus) -> String {
+    format!("{}/{}", status.updated_ready.min(status.wanted), status.wanted)
+}
+
+/// How a rollout is told that is complete: also where that is so because no host is eligible, and with
+/// how many programs have ended and are not to be started again.
+fn complete(status: &DeploymentStatus, finished: usize) -> String {
     let nobody = status.pending.iter().find(|p| status.wanted == 0 && p.reason == NO_HOST_FITS);
     match nobody {
         Some(nobody) => for_terminal(&format!(
             "runs nowhere, no host is eligible: {}; the first that is gets it",
             nobody.message
         )),
-        None => format!("complete, {}/{} ready", status.updated_ready, status.wanted),
+        None if finished > 0 => format!("complete, {} ready, {finished} ended", ready_of(status)),
+        None => format!("complete, {} ready", ready_of(status)),
     }
 }
 
@@ -240,13 +250,13 @@ impl Following<'_> {
             name: self.meta.name.clone(),
         };
         let mut stream = ask(self.global, deployments.watch_deployment(request)).await?;
-        let mut adjusted = self.adjusted.then_some(0);
+        let mut spared = self.settled.then_some(0);
         loop {
             let next = match tokio::time::timeout_at(self.end, stream.message()).await {
                 Ok(next) => next.map_err(broken)?,
                 Err(_) => {
                     let status = last.as_ref().and_then(|d| d.status.clone()).unwrap_or_default();
-                    return Err(late(&status, self.release, adjusted));
+                    return Err(late(&status, self.release, spared));
                 }
             };
             let Some(now) = next else {
@@ -261,13 +271,15 @@ impl Following<'_> {
             *last = Some(deployment.clone());
             let out_of_reach = out_of_reach(&now.replicas);
             let away = out_of_reach.iter().map(|(host, _)| *host).collect();
-            adjusted = self.adjusted.then(|| u32::try_from(out_of_reach.len()).unwrap_or(0));
+            let finished = finished(&now.replicas).len();
+            let excused = out_of_reach.len() + finished;
+            spared = self.settled.then(|| u32::try_from(excused).unwrap_or(u32::MAX));
             self.board.borrow_mut().show(self.index, self.lines(&now.replicas, &status, &away));
-            match judge(&status, self.release, adjusted) {
+            match judge(&status, self.release, spared) {
                 Verdict::Wait => {}
                 Verdict::Done { deferred } if deferred > 0 && self.wait_all => {}
                 Verdict::Done { deferred } => {
-                    let mut words = format!("{}: {}", self.meta.name, complete(&status));
+                    let mut words = format!("{}: {}", self.meta.name, complete(&status, finished));
                     if deferred > 0 {
                         words.push_str(&format!("; deferred: {}", on_return(deferred, &away)));
                     }
@@ -337,7 +349,18 @@ fn out_of_reach(replicas: &[Replica]) -> BTreeSet<(&str, u32)> {
         .collect()
 }
 
-fn on_return(count: u32, away: &BTreeSet<&str>) -> String {
+/// The slots whose program has ended and is not to be started again: what it shall run has run.
+fn finished(replicas: &[Replica]) -> BTreeSet<(&str, u32)> {
+    replicas
+        .iter()
+        .filter(|r| r.intent() == ReplicaIntent::Run)
+        .filter(|r| r.host_presence() == HostPresence::Present)
+        .filter(|r| r.status.as_ref().is_some_and(|s| s.reason == "FINISHED"))
+        .map(|r| (r.host.as_str(), r.slot))
+        .collect()
+}
+
+pub fn on_return(count: u32, away: &BTreeSet<&str>) -> String {
     let verb = if count == 1 { "host is away and gets" } else { "hosts are away and get" };
     let mut words = format!("{count} {verb} it on return");
     if !away.is_empty() {
@@ -432,11 +455,16 @@ mod tests {
             count: 1,
         };
         let nobody = DeploymentStatus { pending: vec![pending], ..DeploymentStatus::default() };
-        let words = complete(&nobody);
+        let words = complete(&nobody, 0);
         assert!(words.contains("no host is eligible: no host fits: 1 cordoned"), "{words}");
         let some = DeploymentStatus { wanted: 2, updated_ready: 2, ..nobody };
-        assert_eq!(complete(&some), "complete, 2/2 ready");
-        assert_eq!(complete(&DeploymentStatus::default()), "complete, 0/0 ready");
+        assert_eq!(complete(&some, 0), "complete, 2/2 ready");
+        assert_eq!(complete(&DeploymentStatus::default(), 0), "complete, 0/0 ready");
+        let ended = DeploymentStatus { updated_ready: 1, ..some.clone() };
+        assert_eq!(complete(&ended, 1), "complete, 1/2 ready, 1 ended");
+        // A number that was made smaller, while those beyond it are still ready.
+        let fewer = DeploymentStatus { updated_ready: 3, wanted: 1, ..some };
+        assert_eq!(complete(&fewer, 0), "complete, 1/1 ready");
     }
 
     #[test]
@@ -457,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_was_raised_is_not_there_before_its_replicas_are_ready() {
+    fn a_number_is_not_there_before_its_replicas_are_ready_where_no_release_was_made() {
         let status = |updated_ready, deferred_hosts| DeploymentStatus {
             rollout: RolloutState::Complete as i32,
             release: 1,
@@ -471,6 +499,11 @@ mod tests {
         // As with a new release: what is on hosts that are away is not waited for, and the rest is.
         assert_eq!(judge(&status(2, 1), 1, Some(5)), Verdict::Wait);
         assert_eq!(judge(&status(45, 1), 1, Some(5)), Verdict::Done { deferred: 1 });
+        // Nothing fits: the rollout was complete long ago, and nothing is there.
+        assert_eq!(judge(&status(0, 0), 1, Some(0)), Verdict::Wait);
+        assert_eq!(late(&status(0, 0), 1, Some(0)).kind, Kind::RolloutFailed);
+        // What is wanted of a number that was made smaller is there before those beyond it are gone.
+        assert_eq!(judge(&status(51, 0), 1, Some(0)), Verdict::Done { deferred: 0 });
         // A release that was made has been judged by its rollout.
         assert_eq!(judge(&status(2, 0), 1, None), Verdict::Done { deferred: 0 });
     }
@@ -493,6 +526,24 @@ mod tests {
             replica("c", 3, ReplicaIntent::Run, HostPresence::Present),
         ];
         assert_eq!(out_of_reach(&all), BTreeSet::from([("a", 0), ("b", 2)]));
+    }
+
+    #[test]
+    fn what_has_ended_for_good_is_not_waited_for() {
+        let replica = |slot, reason: &str, intent: ReplicaIntent| Replica {
+            host: "a".to_owned(),
+            slot,
+            intent: intent as i32,
+            host_presence: HostPresence::Present as i32,
+            status: Some(ReplicaStatus { reason: reason.to_owned(), ..ReplicaStatus::default() }),
+            ..Replica::default()
+        };
+        let all = [
+            replica(0, "FINISHED", ReplicaIntent::Run),
+            replica(1, "BACKOFF", ReplicaIntent::Run),
+            replica(2, "FINISHED", ReplicaIntent::Stop),
+        ];
+        assert_eq!(finished(&all), BTreeSet::from([("a", 0)]));
     }
 
     #[tokio::test]
