@@ -640,7 +640,7 @@ pub enum Image {
 /// Users.
 #[derive(Debug, Subcommand)]
 pub enum User {
-    /// Make a user; prints a context for it. Without -n its role holds in all namespaces.
+    /// Make a user; prints a context for it, or writes it to a file. Without -n its role holds in all namespaces.
     Create {
         /// Its name.
         name: String,
@@ -653,6 +653,10 @@ pub enum User {
         /// May run commands in replicas.
         #[arg(long)]
         exec: bool,
+        /// File to write the context to instead of standard output, for its owner alone; must not
+        /// exist.
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
     },
     /// List them.
     List,
@@ -744,6 +748,10 @@ pub struct Backup {
     /// Make a new recovery key, for this backup and those that follow.
     #[arg(long)]
     pub new_recovery_key: bool,
+    /// File to write the recovery key to instead of standard output; must not exist, and is made only
+    /// when there is a new key.
+    #[arg(long, value_name = "FILE")]
+    pub recovery_key: Option<PathBuf>,
 }
 
 /// The registry.

@@ -158,7 +158,7 @@ deployed after the backup is not known at all: apply its manifest again, then re
 
 pub const BACKUP: &str = "\
 Examples:
-  berth backup monday.age > recovery.key         the first backup prints the key, once
+  berth backup monday.age --recovery-key recovery.key    the first backup gives out the key, once
   berth backup tuesday.age
   berthd restore monday.age --data-dir DIR --recovery-key-file recovery.key
 
@@ -194,7 +194,7 @@ Examples:
 
 pub const USER: &str = "\
 Examples:
-  berth user create ci --role operator -n vision --expires 90d > ci.toml
+  berth user create ci --role operator -n vision --expires 90d --out ci.toml
   berth user token ci                    for docker login, curl and the gateway
   berth user token ci --deployment iris --expires 30d     for one deployment's gateway only
   berth user revoke ci --token 4f1c2d3e5a6b               that one; berth_ID_... names it

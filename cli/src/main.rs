@@ -14,6 +14,7 @@ mod package;
 mod progress;
 mod push;
 mod style;
+mod whole;
 
 fn main() -> std::process::ExitCode {
     commands::run(std::env::args_os())

@@ -4,66 +4,34 @@ use super::{ask, connect};
 use crate::args::{Backup, Global, Output};
 use crate::error::{Error, Result};
 use crate::output::say;
+use crate::whole::Whole;
 use berth_proto::api::stream_backup_response::Item;
 use berth_proto::api::{BackupHead, StreamBackupRequest, StreamBackupResponse};
 use berth_proto::quantity::human_bytes;
 use serde_json::json;
-use std::fs::{File, OpenOptions};
-use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
 
-/// What is there until the backup is whole; gone when it does not become so.
-struct Partial {
-    path: PathBuf,
-    file: File,
+/// What a backup is written to.
+struct Files {
+    backup: Whole,
+    /// Taken once there is a key to write.
+    key: Option<Whole>,
+    /// Where the key is, once it is there.
+    kept: Option<String>,
 }
 
-impl Drop for Partial {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+impl Files {
+    /// A key that is there is in its file before anything else is: the server goes by it from now on.
+    fn keep(&mut self, key: &str) -> Result<()> {
+        if key.is_empty() {
+            return Ok(());
+        }
+        let Some(mut file) = self.key.take() else { return Ok(()) };
+        let name = file.path.display().to_string();
+        file.write(format!("{key}\n").as_bytes())?;
+        file.finish()?;
+        self.kept = Some(name);
+        Ok(())
     }
-}
-
-fn failed(doing: &str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-    let words = format!("cannot {doing} {}", path.display());
-    move |error| Error::user(format!("{words}: {error}"))
-}
-
-/// Begins the file; what it will hold is for its owner alone.
-fn begin(path: &Path) -> Result<Partial> {
-    if path.exists() {
-        return Err(Error::user(format!("{} exists already", path.display()))
-            .hint("a backup overwrites nothing; name another file"));
-    }
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let partial = path.with_file_name(format!(".{name}.{}.partial", std::process::id()));
-    let mut options = OpenOptions::new();
-    let file = options.write(true).create_new(true).mode(0o600).open(&partial);
-    let file = file.map_err(failed("make", &partial))?;
-    Ok(Partial { path: partial, file })
-}
-
-/// Gives a file its name and overwrites nothing.
-fn rename(from: &Path, to: &Path) -> std::io::Result<()> {
-    use rustix::fs::{CWD, RenameFlags, renameat_with};
-    use rustix::io::Errno;
-    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // A file system that does not know of that may know of links, as NFS does; FAT, on a stick,
-        // knows of no links.
-        Err(Errno::INVAL | Errno::NOSYS) => std::fs::hard_link(from, to),
-        done => Ok(done?),
-    }
-}
-
-fn finish(partial: &Partial, path: &Path) -> Result<()> {
-    partial.file.sync_all().map_err(failed("write", path))?;
-    rename(&partial.path, path).map_err(failed("make", path))?;
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        Some(_) | None => Path::new("."),
-    };
-    File::open(folder).and_then(|f| f.sync_all()).map_err(failed("sync", folder))
 }
 
 /// Takes the file in; answers its size once it is whole.
@@ -71,8 +39,7 @@ async fn receive(
     global: &Global,
     stream: &mut tonic::Streaming<StreamBackupResponse>,
     head: &mut BackupHead,
-    partial: &mut Partial,
-    path: &Path,
+    files: &mut Files,
 ) -> Result<u64> {
     let mut size = 0;
     loop {
@@ -83,9 +50,12 @@ async fn receive(
             None => return Err(Error::user("the backup broke off; nothing was kept")),
         };
         match item {
-            Item::Head(first) => *head = first,
+            Item::Head(first) => {
+                *head = first;
+                files.keep(&head.recovery_key)?;
+            }
             Item::Data(data) => {
-                partial.file.write_all(&data).map_err(failed("write", path))?;
+                files.backup.write(&data)?;
                 size += data.len() as u64;
             }
             Item::Tail(tail) if tail.size_bytes == size => return Ok(size),
@@ -96,32 +66,45 @@ async fn receive(
     }
 }
 
-/// An error that may have come after the server began to use a new key.
-fn without_backup(error: Error, key: &str) -> Error {
+/// An error that may have come after the server began to use a new key, which is in a file, or only here.
+fn without_backup(error: Error, key: &str, kept: Option<&str>) -> Error {
     if key.is_empty() {
         return error;
     }
     error.hint(format!(
-        "the server may use a new recovery key from now on: keep {key} until the next backup has \
-         succeeded; if that shows another key, this one is of no use"
+        "the server may use a new recovery key from now on: keep {} until the next backup has \
+         succeeded; if that shows another key, this one is of no use",
+        kept.unwrap_or(key)
     ))
 }
 
 pub async fn backup(global: &Global, args: Backup) -> Result<()> {
-    let mut partial = begin(&args.file)?;
+    let backup = Whole::begin(&args.file)?;
+    // Where a key cannot be written none is asked for: it is shown once.
+    let key = args.recovery_key.as_deref().map(Whole::begin).transpose()?;
+    let mut files = Files { backup, key, kept: None };
     let client = connect(global).await?;
     let mut system = client.system();
     let request = StreamBackupRequest { new_recovery_key: args.new_recovery_key };
     let mut stream = ask(global, system.stream_backup(request)).await?;
     let mut head = BackupHead::default();
-    let kept = receive(global, &mut stream, &mut head, &mut partial, &args.file).await;
-    let kept = kept.and_then(|size| finish(&partial, &args.file).map(|()| size));
-    let size = kept.map_err(|error| without_backup(error, &head.recovery_key))?;
+    let received = receive(global, &mut stream, &mut head, &mut files).await;
+    let Files { backup, key: _, kept } = files;
+    let whole = received.and_then(|size| backup.finish().map(|()| size));
+    let size = whole.map_err(|error| without_backup(error, &head.recovery_key, kept.as_deref()))?;
     let path = args.file.display().to_string();
+    // What is in a file is shown nowhere else.
+    let shown = if kept.is_some() { "" } else { head.recovery_key.as_str() };
     let value = json!({
         "file": path, "sizeBytes": size, "revision": head.revision,
-        "recoveryRecipient": head.recovery_recipient, "recoveryKey": head.recovery_key,
+        "recoveryRecipient": head.recovery_recipient, "recoveryKey": shown,
+        "recoveryKeyFile": kept,
     });
+    if head.recovery_key.is_empty()
+        && let Some(file) = &args.recovery_key
+    {
+        eprintln!("{}: not made, there is no new recovery key", file.display());
+    }
     if matches!(global.output, Output::Table | Output::Wide) {
         eprintln!(
             "{path}: {}, the ledger as of revision {} and the CA's key, encrypted; the \
@@ -133,9 +116,13 @@ pub async fn backup(global: &Global, args: Backup) -> Result<()> {
             eprintln!("the recovery key that was shown before opens it");
             return Ok(());
         }
+        if let Some(file) = &kept {
+            eprintln!("{file}: the recovery key, given out once; keep it apart from the backups");
+            return Ok(());
+        }
         eprintln!("the recovery key, shown once; keep it apart from the backups:");
     }
-    say(global, &head.recovery_key, &value).map_err(|error| not_shown(error, &head.recovery_key))
+    say(global, shown, &value).map_err(|error| not_shown(error, shown))
 }
 
 /// A key that is shown once and was not: it goes to standard error, whatever became of the reader.
@@ -163,28 +150,34 @@ mod tests {
     }
 
     #[test]
-    fn a_backup_gets_its_name_without_a_link_and_overwrites_nothing() {
+    fn a_key_is_in_its_file_before_the_backup_and_no_key_makes_no_file() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("monday.age");
-        let begun = || {
-            let mut partial = begin(&path).unwrap();
-            partial.file.write_all(b"x").unwrap();
-            partial
+        let at = |name: &str| dir.path().join(name);
+        let begin = || {
+            let (backup, key) = (Whole::begin(&at("monday.age")), Whole::begin(&at("key")));
+            Files { backup: backup.unwrap(), key: Some(key.unwrap()), kept: None }
         };
-        let (first, second) = (begun(), dir.path().join("second"));
-        finish(&first, &path).unwrap();
-        // Moved, not linked: FAT has no links.
-        assert!(!first.path.exists());
-        std::fs::write(&second, "y").unwrap();
-        assert_eq!(rename(&second, &path).unwrap_err().kind(), std::io::ErrorKind::AlreadyExists);
-        assert_eq!(std::fs::read(&path).unwrap(), b"x");
+        let mut none = begin();
+        none.keep("").unwrap();
+        drop(none);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let mut some = begin();
+        some.keep("AGE-SECRET-KEY-1X").unwrap();
+        assert_eq!(std::fs::read_to_string(at("key")).unwrap(), "AGE-SECRET-KEY-1X\n");
+        assert_eq!(some.kept.as_deref(), at("key").to_str());
+        assert!(!at("monday.age").exists());
+        // A backup that broke off takes no key with it.
+        drop(some);
+        assert!(at("key").exists());
     }
 
     #[test]
     fn a_new_key_is_shown_also_when_the_backup_broke_off_behind_it() {
         let broke = || Error::user("the backup broke off");
-        let hint = without_backup(broke(), "AGE-SECRET-KEY-1X").hint.unwrap();
+        let hint = without_backup(broke(), "AGE-SECRET-KEY-1X", None).hint.unwrap();
         assert!(hint.contains("keep AGE-SECRET-KEY-1X until"), "{hint}");
-        assert_eq!(without_backup(broke(), "").hint, None);
+        let hint = without_backup(broke(), "AGE-SECRET-KEY-1X", Some("my.key")).hint.unwrap();
+        assert!(hint.contains("keep my.key until"), "{hint}");
+        assert_eq!(without_backup(broke(), "", None).hint, None);
     }
 }

@@ -380,6 +380,8 @@ mod tests {
             "orphan release --host a",
             "orphan adopt r1 r2",
             "backup f",
+            "backup f --recovery-key k",
+            "user create a --out f",
             "server backup f --new-recovery-key",
             "model push a:1 f --alias x --param a=b --metric c=1",
             "model list",

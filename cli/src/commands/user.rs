@@ -5,6 +5,7 @@ use crate::args::{Global, User as UserVerb, UserRole};
 use crate::client;
 use crate::error::{Error, Kind, Result};
 use crate::output::{moment, print, put, say, word};
+use crate::whole::Whole;
 use berth_proto::api::*;
 use berth_proto::manifest;
 use serde_json::{Value, json};
@@ -53,7 +54,9 @@ pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
         list.iter().map(|b| json!({"role": word(b.role().as_str_name(), "ROLE_"), "namespace": b.namespace, "exec": b.exec})).collect()
     };
     match verb {
-        UserVerb::Create { name, role, expires, exec } => {
+        UserVerb::Create { name, role, expires, exec, out } => {
+            // Where the context cannot be written no user is made.
+            let file = out.as_deref().map(Whole::begin).transpose()?;
             let role = match role {
                 UserRole::Admin => Role::Admin,
                 UserRole::Operator => Role::Operator,
@@ -73,7 +76,7 @@ pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
             };
             let made = ask(global, users.create_user(request)).await?;
             let context = client::Context {
-                user: name,
+                user: name.clone(),
                 cluster: made.cluster,
                 endpoints: made.endpoints,
                 registry: client.context.registry.clone(),
@@ -87,7 +90,13 @@ pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
                 contexts: BTreeMap::from([("default".to_owned(), context)]),
             };
             // A secret: shown once, to be kept in ~/.config/berth/config.toml over there.
-            put(&toml::to_string(&config)?)
+            let text = toml::to_string(&config)?;
+            let Some(mut file) = file else { return put(&text) };
+            let path = file.path.display().to_string();
+            file.write(text.as_bytes())?;
+            file.finish()?;
+            let words = format!("{name}: made, its context is in {path}");
+            say(global, &words, &json!({"name": name, "file": path}))
         }
         UserVerb::List => {
             let all = pages!(global, users, |page| users.list_users(ListUsersRequest { page }));
