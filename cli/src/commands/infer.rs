@@ -4,14 +4,20 @@ use crate::args::{Global, Infer};
 use crate::client::{Door, context};
 use crate::error::{Error, Kind, Result};
 use crate::output::{put, remote_lines};
+use berth_proto::escape::for_terminal;
 use bytes::Bytes;
 use http_body_util::Full;
-use serde_json::{Value, json};
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_json::Value;
 use std::io::Read as _;
+use std::path::Path;
 use std::time::Duration;
 
 /// How long a prediction may take.
 const INFER: Duration = Duration::from_secs(300);
+
+/// Characters that are shown of an answer that cannot be read.
+const SHOWN: usize = 200;
 
 /// The elements of an output, whether they are nested or in a row.
 fn elements<'a>(value: &'a Value, out: &mut Vec<&'a Value>) {
@@ -60,7 +66,7 @@ fn differs(got: &Value, want: &Value) -> Option<String> {
 /// What an answer means that is no prediction. It came from the gateway: whatever it says, the server
 /// was reached.
 fn refused(status: u16, words: &str, deployment: &str) -> Error {
-    let words = format!("{} ({status})", berth_proto::escape::for_terminal(words));
+    let words = format!("{} ({status})", for_terminal(words));
     match status {
         401 | 403 => Error::new(Kind::Denied, words),
         // The gateway's own words; a replica's 404 is about what it serves.
@@ -82,15 +88,64 @@ fn refused(status: u16, words: &str, deployment: &str) -> Error {
     }
 }
 
-pub async fn infer(global: &Global, args: Infer) -> Result<()> {
-    let body = if args.input.as_os_str() == "-" {
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|e| Error::user(format!("cannot read {}: {e}", path.display())))
+}
+
+/// What a file holds, or where it is no JSON.
+fn json_of<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes)
+        .map_err(|e| Error::user(format!("{} is no JSON: {e}", path.display())))
+}
+
+/// The request as it is sent, byte by byte; what is no JSON is not.
+fn request(path: &Path) -> Result<Vec<u8>> {
+    let (name, body) = if path == Path::new("-") {
         let mut bytes = Vec::new();
         std::io::stdin().read_to_end(&mut bytes)?;
-        bytes
+        (Path::new("standard input"), bytes)
     } else {
-        std::fs::read(&args.input)
-            .map_err(|e| Error::user(format!("cannot read {}: {e}", args.input.display())))?
+        (path, read(path)?)
     };
+    json_of::<IgnoredAny>(name, &body)?;
+    Ok(body)
+}
+
+/// Why a request was refused: the protocol's own field, or whatever else stands there.
+fn reason(body: &[u8]) -> String {
+    let said: Option<Value> = serde_json::from_slice(body).ok();
+    match said.as_ref().map(|value| value["error"].as_str()) {
+        Some(words) => words.unwrap_or("no reason was given").to_owned(),
+        None => begin_of(body),
+    }
+}
+
+/// The first of what somebody said, on one line.
+fn begin_of(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(body);
+    let mut begin: String = text.trim().chars().take(SHOWN).collect();
+    if begin.len() < text.trim().len() {
+        begin.push_str("...");
+    }
+    for_terminal(&begin)
+}
+
+/// What a program has answered to a request that it took.
+fn prediction(body: &[u8], gateway: &str, model: &str) -> Result<Value> {
+    serde_json::from_slice(body).map_err(|_| {
+        let begin = begin_of(body);
+        Error::user(format!("the answer is no JSON (Open Inference Protocol): {begin}")).hint(
+            format!(
+                "a program that speaks another protocol is reached as it is, at \
+                 https://{gateway}/deployments/{model}/..."
+            ),
+        )
+    })
+}
+
+pub async fn infer(global: &Global, args: Infer) -> Result<()> {
+    let body = request(&args.input)?;
+    let want = args.expect.as_deref().map(|path| json_of(path, &read(path)?)).transpose()?;
     let context = context(global)?;
     let namespace = global.namespace.as_deref().filter(|n| *n != "default");
     let model = match namespace {
@@ -103,15 +158,13 @@ pub async fn infer(global: &Global, args: Infer) -> Result<()> {
         .header(http::header::CONTENT_TYPE, "application/json")
         .body(Full::new(Bytes::from(body)))?;
     let answer = Door::new(&context, &context.gateway)?.ask(request, INFER).await?;
-    let value: Value = serde_json::from_slice(answer.body())
-        .unwrap_or_else(|_| json!({"error": String::from_utf8_lossy(answer.body())}));
     if !answer.status().is_success() {
-        let words = value["error"].as_str().unwrap_or("no reason was given");
-        return Err(refused(answer.status().as_u16(), words, &args.deployment));
+        let words = reason(answer.body());
+        return Err(refused(answer.status().as_u16(), &words, &args.deployment));
     }
+    let value = prediction(answer.body(), &context.gateway, &model)?;
     put(&remote_lines(&format!("{}\n", serde_json::to_string(&value)?)))?;
-    if let Some(path) = args.expect {
-        let want: Value = serde_json::from_slice(&std::fs::read(path)?)?;
+    if let Some(want) = want {
         if let Some(difference) = differs(&value, &want) {
             return Err(Error::user(format!("the answer is not the expected one: {difference}")));
         }
@@ -123,6 +176,39 @@ pub async fn infer(global: &Global, args: Infer) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_is_no_json_is_not_sent_and_the_place_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("input.json");
+        let of = |text: &str| {
+            std::fs::write(&at, text).unwrap();
+            request(&at)
+        };
+        assert_eq!(of("{\"inputs\": []}\n").unwrap(), b"{\"inputs\": []}\n");
+        for (text, place) in [("{\n  inputs}", "line 2 column 3"), ("", "line 1 column 0")] {
+            let error = of(text).unwrap_err();
+            assert_eq!(error.kind, Kind::User);
+            assert!(error.message.contains("input.json is no JSON"), "{}", error.message);
+            assert!(error.message.contains(place), "{}", error.message);
+        }
+    }
+
+    #[test]
+    fn an_answer_of_another_protocol_is_an_error_with_its_beginning() {
+        let error = prediction(b"hello\n\x1b[2J\n", "127.0.0.1:7445", "vision.app").unwrap_err();
+        assert_eq!(error.kind, Kind::User);
+        assert!(error.message.ends_with("Protocol): hello\\u{a}\\u{1b}[2J"), "{}", error.message);
+        assert!(error.hint.unwrap().contains("https://127.0.0.1:7445/deployments/vision.app/"));
+        let long = prediction("ö".repeat(500).as_bytes(), "x", "x").unwrap_err().message;
+        assert_eq!(long.chars().filter(|c| *c == 'ö').count(), SHOWN);
+        assert_eq!(prediction(b"{\"outputs\": []}", "x", "x").unwrap()["outputs"], json!([]));
+        // A refusal says why in its own words.
+        assert_eq!(reason(b"no room\n"), "no room");
+        assert_eq!(reason(br#"{"error": "too large"}"#), "too large");
+        assert_eq!(reason(b"{}"), "no reason was given");
+    }
 
     #[test]
     fn a_gateway_that_answers_was_reached_and_says_where_to_look() {
