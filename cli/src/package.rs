@@ -4,7 +4,6 @@
 //! Files are shipped raw, one layer each: a raw blob equals the file, so that ranges and what has not
 //! changed can be told from any registry. The same files give the same digests.
 
-use crate::client::Context;
 use crate::error::{Error, Result};
 use crate::progress::Board;
 use crate::push;
@@ -115,6 +114,8 @@ fn files_of(path: &Path) -> Result<Vec<(String, PathBuf)>> {
     } else if path.is_file() {
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         files.push((name, path.to_owned()));
+    } else if path.exists() {
+        return Err(Error::user(format!("{} is neither a file nor a folder", path.display())));
     } else {
         return Err(Error::user(format!("{} does not exist", path.display())));
     }
@@ -178,13 +179,20 @@ fn fits(version: &ModelVersion) -> Result<()> {
     .hint("give fewer files, shorter paths, or fewer parameters"))
 }
 
-/// Packages a file or folder and pushes it to the repository of `version` under its tag. Answers with
-/// the version, to which is added what the files tell, and with the bytes sent.
-pub async fn push_model(
-    context: &Context,
-    mut version: ModelVersion,
-    args: &crate::args::ModelPush,
-) -> Result<(ModelVersion, u64)> {
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+/// A model as it is sent: everything is known of it, and nothing has been sent.
+pub struct Packed {
+    /// With its digest and what its files tell.
+    pub version: ModelVersion,
+    /// Of each file of the version, where it is.
+    paths: Vec<PathBuf>,
+    config: Vec<u8>,
+    manifest: Vec<u8>,
+}
+
+/// Packages a file or folder as this version.
+pub async fn pack(mut version: ModelVersion, args: &crate::args::ModelPush) -> Result<Packed> {
     let files = files_of(&args.path)?;
     version.format = args.format.clone().unwrap_or_else(|| format_of(&files).to_owned());
     let onnx = files.iter().find(|(name, _)| name.to_ascii_lowercase().ends_with(".onnx"));
@@ -201,51 +209,63 @@ pub async fn push_model(
         version.files.push(ModelFile { path, size_bytes, digest: version.digest.clone() });
     }
     fits(&version)?;
-    let repository = version.repository.clone();
-    let registry = push::Registry::of(context)?;
     let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
-    let (mut size, mut sent) = (0, 0);
-    let board = RefCell::new(Board::new());
-    for (i, ((file, path), listed)) in files.iter().zip(&mut version.files).enumerate() {
-        let label = format!("[{}/{}] {file}", i + 1, files.len());
+    for ((file, path), listed) in files.iter().zip(&mut version.files) {
         let (digest, bytes) = push::digest_of(path).await?;
+        layers.push(layer(file, &digest, bytes));
+        diff_ids.push(Value::String(digest.clone()));
+        version.size_bytes += bytes;
+        (listed.size_bytes, listed.digest) = (bytes, digest);
+    }
+    let config = serde_json::to_vec(&config_of(
+        &version.model,
+        &version.version,
+        &version.format,
+        &args.license,
+        &diff_ids,
+    ))?;
+    let manifest = serde_json::to_vec(&json!({
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "artifactType": "application/vnd.cncf.model.manifest.v1+json",
+        "config": {
+            "mediaType": "application/vnd.cncf.model.config.v1+json",
+            "digest": Digest::of(&config).to_string(),
+            "size": config.len(),
+        },
+        "layers": layers,
+    }))?;
+    version.digest = Digest::of(&manifest).to_string();
+    let paths = files.into_iter().map(|(_, path)| path).collect();
+    Ok(Packed { version, paths, config, manifest })
+}
+
+/// Pushes what was packaged to the version's repository under its tag. Answers with the bytes sent. A
+/// file that has changed since is refused by the registry.
+pub async fn send(registry: &push::Registry<'_>, packed: &Packed) -> Result<u64> {
+    let version = &packed.version;
+    let mut sent = 0;
+    let board = RefCell::new(Board::new());
+    for (i, (file, path)) in version.files.iter().zip(&packed.paths).enumerate() {
+        let (digest, bytes) = (&file.digest, file.size_bytes);
+        let label = format!("[{}/{}] {}", i + 1, version.files.len(), file.path);
         let report = |done, all| board.borrow_mut().show(0, vec![push::moving(&label, done, all)]);
-        let new = push::blob(&registry, &repository, path, &digest, bytes, &report).await?;
+        let new = push::blob(registry, &version.repository, path, digest, bytes, &report).await?;
         let what = if new { "pushed" } else { "there already" };
         let label = berth_proto::escape::for_terminal(&label);
         board.borrow_mut().end(0, &format!("{label}: {}, {what}", human_bytes(bytes)));
         if new {
             sent += bytes;
         }
-        layers.push(layer(file, &digest, bytes));
-        diff_ids.push(Value::String(digest.clone()));
-        (listed.size_bytes, listed.digest) = (bytes, digest);
-        size += bytes;
     }
-    version.size_bytes = size;
-    let config =
-        config_of(&version.model, &version.version, &version.format, &args.license, &diff_ids);
     let folder = push::TempFolder::new()?;
-    let config_path = folder.path().join("config.json");
-    std::fs::write(&config_path, serde_json::to_vec(&config)?)?;
-    let (config_digest, config_size) = push::digest_of(&config_path).await?;
-    push::blob(&registry, &repository, &config_path, &config_digest, config_size, &|_, _| {})
-        .await?;
-    let media = "application/vnd.oci.image.manifest.v1+json";
-    let manifest = json!({
-        "schemaVersion": 2,
-        "mediaType": media,
-        "artifactType": "application/vnd.cncf.model.manifest.v1+json",
-        "config": {
-            "mediaType": "application/vnd.cncf.model.config.v1+json",
-            "digest": config_digest,
-            "size": config_size,
-        },
-        "layers": layers,
-    });
-    let bytes = serde_json::to_vec(&manifest)?;
-    version.digest = push::manifest(&registry, &repository, &version.version, media, bytes).await?;
-    Ok((version, sent))
+    let config = folder.path().join("config.json");
+    std::fs::write(&config, &packed.config)?;
+    let (digest, size) = push::digest_of(&config).await?;
+    push::blob(registry, &version.repository, &config, &digest, size, &|_, _| {}).await?;
+    let bytes = packed.manifest.clone();
+    push::manifest(registry, &version.repository, &version.version, MANIFEST, bytes).await?;
+    Ok(sent)
 }
 
 /// Where a folder comes from, when it is in a git work tree.
@@ -397,5 +417,8 @@ mod tests {
         assert_eq!(names, ["a", "b/x", "c"]);
         std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
         assert!(collect(dir.path(), dir.path(), &mut Vec::new()).is_err());
+        let words = |path: &str| files_of(Path::new(path)).err().unwrap().message;
+        assert_eq!(words("/dev/null"), "/dev/null is neither a file nor a folder");
+        assert_eq!(words("/dev/nothing"), "/dev/nothing does not exist");
     }
 }

@@ -4,6 +4,7 @@ use crate::client::{Context, Door};
 use crate::error::{Error, Kind, Result};
 use crate::progress::{Board, Line};
 use crate::style::Ink;
+use berth_proto::ids::Digest;
 use berth_proto::quantity::human_bytes;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -88,6 +89,16 @@ impl<'a> Registry<'a> {
                 return Ok(all);
             }
         }
+    }
+
+    /// What a tag names, if it is there and may be read.
+    pub async fn named(&self, repository: &str, tag: &str) -> Result<Option<String>> {
+        let head = self
+            .request(Method::HEAD, &format!("/v2/{repository}/manifests/{tag}"))
+            .body(Empty::<Bytes>::new())?;
+        let answer = self.door.ask(head, SHORT).await?;
+        let digest = answer.headers().get("docker-content-digest").and_then(|v| v.to_str().ok());
+        Ok(digest.filter(|_| answer.status() == StatusCode::OK).map(str::to_owned))
     }
 
     /// Whether pushes to a repository are permitted: an upload is begun and given up.
@@ -385,7 +396,7 @@ pub async fn manifest(
     media_type: &str,
     bytes: Vec<u8>,
 ) -> Result<String> {
-    let digest = format!("sha256:{}", hex::encode(sha2::Sha256::digest(&bytes)));
+    let digest = Digest::of(&bytes).to_string();
     let put = registry
         .request(Method::PUT, &format!("/v2/{repository}/manifests/{tag}"))
         .header(header::CONTENT_TYPE, media_type)

@@ -42,3 +42,16 @@ fn nobody_is_asked_about_a_host_or_a_deployment_before_it_is_known_to_be_there()
         assert!(!said(&output).contains("nobody can be asked"), "{words}: {}", said(&output));
     }
 }
+
+#[test]
+fn what_cannot_be_sent_is_refused_before_the_server_is_looked_for() {
+    for (words, code, told) in [
+        ("build -t Hello:1 .", 2, "\"Hello\" is no model's name"),
+        ("model push iris:.5 Cargo.toml", 2, "\".5\" is no version"),
+        ("infer iris --input Cargo.toml", 1, "Cargo.toml is no JSON"),
+    ] {
+        let output = berth(words);
+        assert_eq!(output.status.code(), Some(code), "{words}: {}", said(&output));
+        assert!(said(&output).contains(told), "{words}: {}", said(&output));
+    }
+}

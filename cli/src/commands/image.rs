@@ -1,7 +1,7 @@
 //! Images: pushed from the local engine, or built there from a folder.
 
-use super::model::version_json;
-use super::{ask, connect, name_and_version, pair, write};
+use super::model::{exists, registered, version_json};
+use super::{ask, connect, model_and_version, name_and_version, pair, write};
 use crate::args::{Build, Global, Image};
 use crate::client;
 use crate::dockerignore::{self, Rules};
@@ -149,7 +149,7 @@ async fn run_build(engine: &bollard::Docker, args: &Build, local: &str) -> Resul
 }
 
 pub async fn build(global: &Global, args: Build) -> Result<()> {
-    let (name, version) = name_and_version(&args.tag)?;
+    let (name, version) = model_and_version(&args.tag)?;
     if !args.folder.is_dir() {
         return Err(Error::user(format!("{} is not a folder", args.folder.display())));
     }
@@ -159,8 +159,12 @@ pub async fn build(global: &Global, args: Build) -> Result<()> {
             .hint("--file names another one, as a path in the folder"));
     }
     let context = client::context(global)?;
-    // Whether the server is there is said before the build, not after.
-    drop(connect(global).await?);
+    // Whether the server is there, and has that version, is said before the build, not after.
+    let client = connect(global).await?;
+    if let Some(known) = registered(global, &client, name, version).await? {
+        return Err(exists(&known));
+    }
+    drop(client);
     let engine = engine::connect().await?;
     let namespace = global.namespace();
     let repository = package::repository(namespace, name);

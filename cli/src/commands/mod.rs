@@ -21,10 +21,15 @@ use crate::args::{
 use crate::client::Client;
 use crate::error::{Error, Kind, Result};
 use berth_proto::api::WriteOptions;
+use berth_proto::escape::for_terminal;
+use berth_proto::ids::is_name;
 use clap::Parser as _;
 use std::ffi::OsString;
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
+
+/// Segments that a model's name has at most.
+const MODEL_SEGMENTS: usize = 3;
 
 /// Runs the command line.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -303,6 +308,38 @@ fn name_and_version(reference: &str) -> Result<(&str, &str)> {
         })
 }
 
+/// NAME:VERSION of a model, as the server takes it: told before anything is built or sent.
+fn model_and_version(reference: &str) -> Result<(&str, &str)> {
+    let (name, version) = name_and_version(reference)?;
+    if name.split('/').count() > MODEL_SEGMENTS || !name.split('/').all(is_name) {
+        return Err(Error::new(
+            Kind::Usage,
+            format!("\"{}\" is no model's name", for_terminal(name)),
+        )
+        .hint(
+            "1 to 3 segments of a-z, 0-9 and '-', each beginning and ending with a letter or \
+               digit, joined by '/'",
+        ));
+    }
+    if !is_version(version) {
+        return Err(Error::new(
+            Kind::Usage,
+            format!("\"{}\" is no version", for_terminal(version)),
+        )
+        .hint("1 to 128 of letters, digits, '.', '_' and '-', not beginning with '.' or '-'"));
+    }
+    Ok((name, version))
+}
+
+/// Whether this can be a version: a tag of the registry.
+fn is_version(text: &str) -> bool {
+    let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    let bytes = text.as_bytes();
+    bytes.len() <= 128
+        && bytes.first().is_some_and(|b| word(*b))
+        && bytes.iter().all(|b| word(*b) || matches!(b, b'.' | b'-'))
+}
+
 /// KEY=VALUE.
 fn pair(text: &str) -> Result<(String, String)> {
     text.split_once('=')
@@ -463,6 +500,12 @@ mod tests {
     #[test]
     fn a_reference_needs_both_parts() {
         assert_eq!(name_and_version("a/b:1.2").unwrap(), ("a/b", "1.2"));
+        assert_eq!(model_and_version("a/b/c-1:v1.2_x").unwrap(), ("a/b/c-1", "v1.2_x"));
+        for bad in ["iris: 5", "Hello:1", "a/b/c/d:1", "a//b:1", "-a:1", "a:.1", "a:1/2", "a:ö"] {
+            let error = model_and_version(bad).unwrap_err();
+            assert_eq!(error.kind, Kind::Usage, "{bad}");
+            assert!(error.hint.is_some(), "{bad}");
+        }
         for bad in ["a", ":1", "a:"] {
             assert_eq!(name_and_version(bad).unwrap_err().kind, Kind::Usage, "{bad}");
         }

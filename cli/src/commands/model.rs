@@ -1,11 +1,11 @@
 //! Models, their versions and aliases.
 
-use super::{ask, confirm, connect, name_and_version, pages, pair, write};
+use super::{ask, confirm, connect, model_and_version, name_and_version, pages, pair, write};
 use crate::args::{Global, Model as ModelVerb, ModelPush};
-use crate::client;
+use crate::client::{self, Client};
 use crate::error::{Error, Kind, Result};
 use crate::output::{age, moment, print, say, word};
-use crate::package;
+use crate::{package, push};
 use berth_proto::api::*;
 use berth_proto::manifest;
 use berth_proto::quantity::human_bytes;
@@ -34,8 +34,41 @@ pub fn version_json(v: &ModelVersion) -> Value {
     })
 }
 
+/// The version that is registered under this name, if there is one.
+pub async fn registered(
+    global: &Global,
+    client: &Client,
+    name: &str,
+    version: &str,
+) -> Result<Option<ModelVersion>> {
+    let (reference, namespace) = (format!("{name}:{version}"), global.namespace().to_owned());
+    let request = GetVersionRequest { reference, namespace: namespace.clone() };
+    match ask(global, client.models().get_version(request)).await {
+        // A name that begins with another namespace's is looked for there, too.
+        Ok(answer) => Ok(answer.version.filter(|v| v.model == name && is_in(v, &namespace))),
+        Err(error) if ["MODEL_NOT_FOUND", "VERSION_NOT_FOUND"].contains(&&*error.reason) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn is_in(version: &ModelVersion, namespace: &str) -> bool {
+    let named = |space: &str| if space.is_empty() { "default" } else { space }.to_owned();
+    named(&version.namespace) == named(namespace)
+}
+
+/// What somebody is told who would change a version.
+pub fn exists(known: &ModelVersion) -> Error {
+    Error::user(format!(
+        "{}:{} exists already ({}), and a version never changes",
+        known.model, known.version, known.digest
+    ))
+    .hint("nothing was sent; give it another version")
+}
+
 async fn model_push(global: &Global, mut args: ModelPush) -> Result<()> {
-    let (name, version) = name_and_version(&args.reference)?;
+    let (name, version) = model_and_version(&args.reference)?;
     let mut metrics = BTreeMap::new();
     for metric in &args.metrics {
         let (key, value) = pair(metric)?;
@@ -60,11 +93,26 @@ async fn model_push(global: &Global, mut args: ModelPush) -> Result<()> {
         license: args.license.clone(),
         ..ModelVersion::default()
     };
-    let (version, sent) = package::push_model(&context, version, &args).await?;
+    let packed = package::pack(version, &args).await?;
+    let (registry, version) = (push::Registry::of(&context)?, &packed.version);
+    // The registry's tag tells whether there is anything to ask the server for; what was never
+    // registered may change.
+    let there = registry.named(&version.repository, &version.version).await?;
+    if there.is_some_and(|digest| digest != version.digest)
+        && let client = connect(global).await?
+        && let Some(known) = registered(global, &client, name, &version.version).await?
+        && known.digest != version.digest
+    {
+        return Err(exists(&known));
+    }
+    let sent = package::send(&registry, &packed).await?;
     // Only now: a push takes its time, and the server closes a connection that asks for nothing.
     let client = connect(global).await?;
-    let request =
-        RegisterVersionRequest { write: write(), version: Some(version), aliases: args.aliases };
+    let request = RegisterVersionRequest {
+        write: write(),
+        version: Some(packed.version),
+        aliases: args.aliases,
+    };
     let made =
         ask(global, client.models().register_version(request)).await?.version.unwrap_or_default();
     let words = format!(
@@ -251,5 +299,20 @@ pub async fn model(global: &Global, verb: ModelVerb) -> Result<()> {
             ask(global, models.delete_version(request)).await?;
             say(global, &format!("{reference}: removed"), &json!({"removed": reference}))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_of_another_namespace_is_not_the_one_that_is_pushed() {
+        let of = |namespace: &str| ModelVersion {
+            namespace: namespace.to_owned(),
+            ..ModelVersion::default()
+        };
+        assert!(is_in(&of("default"), "") && is_in(&of(""), "default"));
+        assert!(is_in(&of("vision"), "vision") && !is_in(&of("vision"), ""));
     }
 }
