@@ -139,6 +139,15 @@ pub fn rfc3339(time: &prost_types::Timestamp) -> String {
         .unwrap_or_default()
 }
 
+/// A moment for a table, as long as any other: RFC 3339, UTC, to the millisecond.
+pub fn stamp(time: &prost_types::Timestamp) -> String {
+    let text = rfc3339(&prost_types::Timestamp { nanos: 0, ..*time });
+    match text.strip_suffix('Z') {
+        Some(seconds) => format!("{seconds}.{:03}Z", time.nanos.clamp(0, 999_999_999) / 1_000_000),
+        None => text,
+    }
+}
+
 /// A point in time that people give: so long ago (10m) or RFC 3339.
 pub fn since(text: &str) -> Result<prost_types::Timestamp> {
     if let Ok(ms) = berth_proto::quantity::parse_duration_ms(text) {
@@ -244,6 +253,14 @@ mod tests {
         assert_eq!(since("2026-01-01T00:00:00Z").unwrap().seconds, 1_767_225_600);
         assert!(since("10m").is_ok());
         assert_eq!(since("yesterday").unwrap_err().kind, Kind::Usage);
+    }
+
+    #[test]
+    fn the_times_of_a_table_are_of_one_length() {
+        let of = |nanos| stamp(&prost_types::Timestamp { seconds: 1_767_225_600, nanos });
+        assert_eq!(of(0), "2026-01-01T00:00:00.000Z");
+        assert_eq!(of(120_000_000), "2026-01-01T00:00:00.120Z");
+        assert_eq!(of(7_999_999), "2026-01-01T00:00:00.007Z");
     }
 
     #[test]

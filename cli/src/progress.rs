@@ -52,11 +52,13 @@ impl Board {
         }
     }
 
-    /// Which of these lines say something that was not said.
+    /// Which of these lines say something that was not said. A state without what was known of it
+    /// before, as that of a transfer between two looks, says less.
     fn news(&mut self, lines: &[Line]) -> Vec<String> {
         let mut out = Vec::new();
         for line in lines {
-            if self.said.get(&line.key) != Some(&line.coarse) {
+            let said = self.said.get(&line.key).and_then(|said| said.strip_prefix(&line.coarse));
+            if !said.is_some_and(|more| more.is_empty() || more.starts_with(' ')) {
                 self.said.insert(line.key.clone(), line.coarse.clone());
                 out.push(line.text.clone());
             }
@@ -137,6 +139,9 @@ mod tests {
         assert_eq!(board.news(&[line("a", "a: 43 %", "fetching 40")]), Vec::<String>::new());
         assert_eq!(board.news(&[line("a", "a: 51 %", "fetching 50")]), ["a: 51 %"]);
         assert_eq!(board.news(&first[1..]), Vec::<String>::new());
+        assert_eq!(board.news(&[line("a", "a: fetching", "fetching")]), Vec::<String>::new());
+        assert_eq!(board.news(&[line("a", "a: 61 %", "fetching 60")]), ["a: 61 %"]);
+        assert_eq!(board.news(&[line("a", "a: starting", "starting")]), ["a: starting"]);
     }
 
     #[test]

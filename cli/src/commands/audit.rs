@@ -3,7 +3,7 @@
 use super::{ask, connect};
 use crate::args::{Audit, Global};
 use crate::error::Result;
-use crate::output::{moment, print, rfc3339};
+use crate::output::{moment, print, stamp};
 use berth_proto::api::*;
 use serde_json::{Value, json};
 
@@ -28,7 +28,7 @@ pub async fn audit(global: &Global, verb: Audit) -> Result<()> {
         .iter()
         .map(|e| {
             vec![
-                e.time.as_ref().map(rfc3339).unwrap_or_default(),
+                e.time.as_ref().map(stamp).unwrap_or_default(),
                 e.actor.clone(),
                 e.method.clone(),
                 e.objects.join(", "),

@@ -3,7 +3,7 @@
 use super::{Patience, ask, broken, connect};
 use crate::args::{Events, Global, Logs};
 use crate::error::{Error, Kind, Result};
-use crate::output::{item, moment, remote, rfc3339, since, word};
+use crate::output::{item, moment, remote, rfc3339, since, stamp, word};
 use crate::style::{Ink, Paint, Stream};
 use berth_proto::api::*;
 use berth_proto::escape::for_terminal;
@@ -222,6 +222,7 @@ fn print_event(global: &Global, event: &Event) -> Result<()> {
         let padded = format!("{severity:<7}");
         let severity = Paint { on: Stream::Stdout, ink, text: &padded };
         let rest = format!("{}/{} {} {}", event.kind, event.name, event.reason, event.message);
+        let time = event.time.as_ref().map(stamp).unwrap_or_default();
         format!("{time} {severity} {}\n", remote(&rest.replace('\n', " ")))
     };
     item(global, words, &value)

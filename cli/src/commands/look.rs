@@ -46,13 +46,14 @@ fn placeless(global: &Global, all: &[Deployment]) -> Vec<Shown> {
             let row = vec![
                 meta.namespace.clone(),
                 meta.name.clone(),
-                counted(pending.count, "slot"),
+                // How many, not which: that stands with the reason.
+                String::new(),
                 String::new(),
                 status.release.to_string(),
                 "pending".to_owned(),
                 String::new(),
                 String::new(),
-                pending.message.clone(),
+                format!("{} ({})", pending.message, counted(pending.count, "slot")),
             ];
             let value = json!({
                 "uid": null, "namespace": meta.namespace, "deployment": meta.name, "slot": null,
@@ -327,10 +328,11 @@ mod tests {
         let told = placeless(&global, &[one]);
         // What waits with a replica is that replica's row.
         let [(row, value)] = told.as_slice() else { panic!("{told:?}") };
-        assert_eq!((row[2].as_str(), row[5].as_str()), ("2 slots", "pending"));
+        assert_eq!((row[2].as_str(), row[5].as_str()), ("", "pending"));
+        assert_eq!(row[8], "no host fits: 1 cordoned (2 slots)");
         assert_eq!(value["state"], "pending");
         assert_eq!((&value["slots"], &value["reason"]), (&json!(2), &json!("NO_HOST_FITS")));
-        assert_eq!(value["message"], row[8]);
+        assert_eq!(value["message"], "no host fits: 1 cordoned");
         let names = |value: &Value| -> BTreeSet<String> {
             value.as_object().unwrap().keys().cloned().collect()
         };

@@ -267,7 +267,7 @@ pub async fn model(global: &Global, verb: ModelVerb) -> Result<()> {
                 .iter()
                 .map(|m| {
                     vec![
-                        m.time.as_ref().map(crate::output::rfc3339).unwrap_or_default(),
+                        m.time.as_ref().map(crate::output::stamp).unwrap_or_default(),
                         m.alias.clone(),
                         m.from_version.clone(),
                         m.to_version.clone(),
