@@ -29,7 +29,8 @@ Hosts that are away block nothing: they are told apart and get the release when 
 A rollout that fails goes back by itself (rollout.onFailure); the exit code is then 5. It is 5, too,
 when the rollout is not complete by --timeout: what was written stays, the rollout goes on, and
 `rollout` in -o json is \"rolling\". A manifest that changes nothing is waited for as well, until as
-many replicas are ready as are wanted. A server that restarts meanwhile is waited for.
+many replicas are ready as are wanted. A server that restarts meanwhile is waited for. Ctrl-C ends
+the waiting and nothing else, with 130.
 deploy/examples/all-options.yaml explains every field.";
 
 pub const PLAN: &str = "\

@@ -81,6 +81,12 @@ impl Board {
         }
     }
 
+    /// The last words: nothing is drawn any more.
+    pub fn leave(&mut self, words: &str) {
+        self.groups.clear();
+        self.note(words);
+    }
+
     fn erase(&mut self) {
         if self.drawn > 0 {
             // Up to the first line of the picture, and all below it away.

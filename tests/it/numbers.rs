@@ -44,6 +44,11 @@ fn whoever_waits_for_a_raised_number_waits_until_it_is_there_or_hears_why_not() 
     let said = String::from_utf8_lossy(&late.stderr);
     assert_eq!(late.status.code(), Some(5), "{said}");
     assert!(said.contains("no host fits: 1 without label zone=mars"), "{said}");
+    // Nor is it there for whoever applies the same once more.
+    let again = cluster.berth(&["apply", "-f", file, "--timeout", "3s"]).unwrap();
+    let said = String::from_utf8_lossy(&again.stderr);
+    assert_eq!(again.status.code(), Some(5), "{said}");
+    assert!(said.contains("unchanged") && said.contains("4/5 ready"), "{said}");
 
     // What is left in the engine is found by the uid that was noted.
     let uid = cluster.uid().unwrap();

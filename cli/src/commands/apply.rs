@@ -23,6 +23,9 @@ use tokio::time::Instant;
 /// Rollouts followed at once; the others wait for their turn, which changes nothing for them: what is
 /// followed is a level. One connection carries at least 100 streams.
 const FOLLOWED: usize = 64;
+/// The exit code of whoever is ended by Ctrl-C, as shells give it.
+const INTERRUPTED: u8 = 130;
+
 /// Reads at most what a manifest may hold and one byte more, which `parse` then refuses.
 fn read_text(from: impl Read) -> std::io::Result<String> {
     let mut text = String::new();
@@ -141,7 +144,18 @@ struct Outcome {
     error: Option<Error>,
 }
 
-pub async fn apply(global: &Global, args: Apply) -> Result<()> {
+/// What somebody is told who does not wait any longer for these.
+fn left(global: &Global, names: &[String]) -> String {
+    let space = global.namespace.as_deref().map(|n| format!(" -n {n}")).unwrap_or_default();
+    let (what, name) = match names {
+        [one] => ("the rollout goes on", one.as_str()),
+        _ => ("the rollouts go on", "NAME"),
+    };
+    for_terminal(&format!("{what}; `berth deployment rollout status {name}{space}` tells how"))
+}
+
+/// Answers with the exit code.
+pub async fn apply(global: &Global, args: Apply) -> Result<u8> {
     let deployments = inputs(global, &args.files)?;
     let client = connect(global).await?;
     let request = ApplyRequest { write: write(), deployments };
@@ -189,9 +203,25 @@ pub async fn apply(global: &Global, args: Apply) -> Result<()> {
             (index, outcome)
         }
     };
+    let names: Vec<String> = answer
+        .results
+        .iter()
+        .filter_map(|r| Some(r.deployment.as_ref()?.meta.as_ref()?.name.clone()))
+        .collect();
     let results = answer.results.into_iter().enumerate();
-    let mut outcomes: Vec<(usize, Outcome)> =
-        futures_util::stream::iter(results).map(follow).buffer_unordered(FOLLOWED).collect().await;
+    let following =
+        futures_util::stream::iter(results).map(follow).buffer_unordered(FOLLOWED).collect();
+    let mut outcomes: Vec<(usize, Outcome)> = tokio::select! {
+        // What is over is told, also when somebody gives up at that moment.
+        biased;
+        outcomes = following => outcomes,
+        // Cancel-safe: followed is a level, and nothing is written.
+        pressed = tokio::signal::ctrl_c() => {
+            pressed?;
+            board.borrow_mut().leave(&left(global, &names));
+            return Ok(INTERRUPTED);
+        }
+    };
     outcomes.sort_by_key(|(index, _)| *index);
     let (mut rows, mut values, mut errors) = (Vec::new(), Vec::new(), Vec::new());
     for (_, outcome) in outcomes {
@@ -204,7 +234,7 @@ pub async fn apply(global: &Global, args: Apply) -> Result<()> {
     }
     let heads = ["NAMESPACE", "NAME", "ACTION", "RELEASE", "ROLLOUT", "READY", "DEFERRED"];
     let printed = print(global, &heads, heads.len(), rows, &Value::Array(values));
-    despite(printed, worst(errors))
+    despite(printed, worst(errors)).map(|()| 0)
 }
 
 /// Whether a rollout that is complete says nothing of how many are there now. Every host of a fleet is
@@ -420,6 +450,19 @@ mod tests {
         assert!(is_settled(ApplyAction::Adjusted, &of(true)));
         // Their rollout judges them.
         assert!(!is_settled(ApplyAction::Changed, &of(false)));
+    }
+
+    #[test]
+    fn whoever_gives_up_is_told_where_to_look() {
+        let names = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+        assert_eq!(
+            left(&global(&[]), &names(&["iris"])),
+            "the rollout goes on; `berth deployment rollout status iris` tells how"
+        );
+        assert_eq!(
+            left(&global(&["-n", "x"]), &names(&["a", "b"])),
+            "the rollouts go on; `berth deployment rollout status NAME -n x` tells how"
+        );
     }
 
     #[test]

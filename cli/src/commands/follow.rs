@@ -142,6 +142,8 @@ fn judge(status: &DeploymentStatus, release: u64, spared: Option<u32>) -> Verdic
 /// is done.
 fn late(status: &DeploymentStatus, release: u64, spared: Option<u32>) -> Error {
     let why = status.pending.iter().find(|p| !p.message.is_empty());
+    // Its rollout is over, and what it had brought is not there any more.
+    let lost = status.rollout() == RolloutState::Complete;
     match judge(status, release, spared) {
         Verdict::Done { deferred } if deferred > 0 => Error::new(
             Kind::Deferred,
@@ -151,9 +153,11 @@ fn late(status: &DeploymentStatus, release: u64, spared: Option<u32>) -> Error {
         Verdict::Done { .. } | Verdict::Wait | Verdict::Failed(_) => Error::new(
             Kind::RolloutFailed,
             for_terminal(&format!(
-                "not complete in time ({} ready{}); the rollout goes on",
+                "not {} in time ({} ready{}); {}",
+                if lost { "there" } else { "complete" },
                 ready_of(status),
-                why.map(|p| format!("; {}", p.message)).unwrap_or_default()
+                why.map(|p| format!("; {}", p.message)).unwrap_or_default(),
+                if lost { "it is still tried" } else { "the rollout goes on" }
             )),
         )
         .hint("`berth deployment rollout status` shows where it is, `berth ps` why"),
@@ -501,7 +505,9 @@ mod tests {
         assert_eq!(judge(&status(45, 1), 1, Some(5)), Verdict::Done { deferred: 1 });
         // Nothing fits: the rollout was complete long ago, and nothing is there.
         assert_eq!(judge(&status(0, 0), 1, Some(0)), Verdict::Wait);
-        assert_eq!(late(&status(0, 0), 1, Some(0)).kind, Kind::RolloutFailed);
+        let error = late(&status(0, 0), 1, Some(0));
+        assert_eq!(error.kind, Kind::RolloutFailed);
+        assert_eq!(error.message, "not there in time (0/50 ready); it is still tried");
         // What is wanted of a number that was made smaller is there before those beyond it are gone.
         assert_eq!(judge(&status(51, 0), 1, Some(0)), Verdict::Done { deferred: 0 });
         // A release that was made has been judged by its rollout.

@@ -138,7 +138,7 @@ async fn carry_out(cli: Cli) -> Result<u8> {
             .hint("ps, top, deployment list, host list"));
     }
     match cli.command {
-        Command::Apply(args) => apply::apply(&global, args).await?,
+        Command::Apply(args) => return apply::apply(&global, args).await,
         Command::Plan(files) => apply::plan(&global, &files).await?,
         Command::Scale(args) => deployment::scale(&global, args).await?,
         Command::Rm { deployment } => deployment::remove(&global, &deployment, false).await?,
