@@ -110,6 +110,40 @@ fn a_host_cut_off_is_replaced_and_on_its_return_exactly_what_is_wanted_runs() {
 }
 
 #[test]
+fn a_host_cut_off_for_less_than_its_policy_says_changes_nothing_anywhere() {
+    if !can_make_hosts("a_host_cut_off_for_less") {
+        return;
+    }
+    let fleet = three_hosts().unwrap();
+    let patient = SPREAD.replace("after: 5s", "after: 60s");
+    let manifest = fleet.manifest("app", &patient).unwrap();
+    fleet.cluster.berth_ok(&["apply", "-f", &manifest, "--timeout", "90s"]).unwrap();
+    let before = fleet.settles_at("app", 3).unwrap();
+    let listed = fleet.ps("app").unwrap();
+    let replicas = |listed: &[serde_json::Value]| {
+        let mut all: Vec<String> = listed.iter().map(|r| r["uid"].to_string()).collect();
+        all.sort();
+        all
+    };
+
+    fleet.hosts[1].cut().unwrap();
+    eventually("the host is known to be away", PATIENCE, || {
+        let now = fleet.ps("app")?;
+        let away = now.iter().any(|r| r["host"] == "h1" && r["state"] == "host away");
+        ensure!(away, "{now:#?}");
+        // What it runs is deferred: nothing is placed elsewhere for it.
+        ensure!(replicas(&now) == replicas(&listed), "{now:#?}");
+        Ok(())
+    })
+    .unwrap();
+    fleet.hosts[1].mend().unwrap();
+    fleet.all_present().unwrap();
+    // The very same containers, none of them started anew.
+    assert_eq!(fleet.settles_at("app", 3).unwrap(), before);
+    assert_eq!(replicas(&fleet.ps("app").unwrap()), replicas(&listed));
+}
+
+#[test]
 fn a_host_that_loses_power_is_replaced_and_on_its_return_nothing_runs_twice() {
     if !can_make_hosts("a_host_that_loses_power") {
         return;

@@ -405,10 +405,7 @@ async fn a_slip_in_a_reference_is_told_with_the_nearest_there_is() {
             Some(image) => deployment_spec::Source::Image(image.to_owned()),
             None => deployment_spec::Source::Model(reference.to_owned()),
         };
-        let spec = DeploymentSpec {
-            source: Some(source),
-            ..DeploymentSpec::default()
-        };
+        let spec = DeploymentSpec { source: Some(source), ..DeploymentSpec::default() };
         let meta = ObjectMeta { name: "d".to_owned(), ..ObjectMeta::default() };
         let input = DeploymentInput { meta: Some(meta), spec: Some(spec), ..Default::default() };
         let request = PlanRequest { deployments: vec![input] };
