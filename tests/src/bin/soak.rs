@@ -134,7 +134,7 @@ fn work(fleet: &Fleet, draws: &mut fastrand::Rng, mark: u64) -> Result<String> {
         10 => ["events", "--limit", "20"].map(str::to_owned).into(),
         11 => {
             let host = draws.choice(&fleet.hosts).context("a host")?.name.clone();
-            vec!["host".into(), "drain".into(), host]
+            vec!["host".into(), "drain".into(), host, "--yes".into()]
         }
         _ => {
             let host = draws.choice(&fleet.hosts).context("a host")?.name.clone();
