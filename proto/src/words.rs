@@ -8,10 +8,13 @@ pub const NO_HOST_FITS: &str = "NO_HOST_FITS";
 /// The reason of a `Pending` for slots that get a replica once the one before is gone.
 pub const STOPPING: &str = "STOPPING";
 
+/// The reason of a `Pending` for slots whose replica was found after a restore and is not decided about.
+pub const ORPHAN_UNDECIDED: &str = "ORPHAN_UNDECIDED";
+
 /// Whether a `Pending` with this reason tells of slots that no replica stands for.
 #[must_use]
 pub fn is_of_empty_slots(reason: &str) -> bool {
-    [NO_HOST_FITS, STOPPING].contains(&reason)
+    [NO_HOST_FITS, STOPPING, ORPHAN_UNDECIDED].contains(&reason)
 }
 
 /// So many of something: `1 slot`, `3 slots`. What does not fit into a `u64` is told as its greatest.

@@ -173,12 +173,23 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     );
 
     let mut failed = cluster.ledger.failed();
+    // A server without one of its parts would answer and do nothing: whoever supervises it starts it anew.
+    let panicked = async {
+        loop {
+            match work.join_next().await {
+                Some(Err(error)) if error.is_panic() => break error,
+                Some(_) => {}
+                None => std::future::pending().await,
+            }
+        }
+    };
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let ended = tokio::select! {
         // Cancel-safe, all.
         _ = terminate.recv() => Ok(()),
         _ = tokio::signal::ctrl_c() => Ok(()),
         _ = failed.wait_for(|failed| *failed) => Err(anyhow::anyhow!("the ledger's store has failed")),
+        error = panicked => Err(anyhow::anyhow!("a part of the server has failed: {error}")),
     };
     tracing::info!("stopping; containers go on");
     cluster.stop();

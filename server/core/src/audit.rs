@@ -9,6 +9,7 @@
 use crate::change::{Change, Subject};
 use crate::live::{Live, Presence};
 use crate::objects::{Deployment, Replica};
+use crate::orphans;
 use crate::view::View;
 use berth_proto::api::{ReplicaIntent, RolloutState};
 use berth_proto::ids::{DeploymentUid, HostUid, Mono, ReleaseNumber, ReplicaUid};
@@ -311,10 +312,9 @@ pub fn floor(
         back &= new.is_some() || done || old.is_some_and(|old| old.slot == replica.slot);
     }
     // The place of an orphan on a host that is away is deferred, as any other there.
-    let orphans = before.replicas_of(uid).filter(|r| r.intent == ReplicaIntent::Orphan);
-    for orphan in orphans.filter(|r| r.slot < wanted && stays(before, r)) {
-        if filled.insert(orphan.slot) && live.is_present(&orphan.host) {
-            reachable.insert(orphan.slot);
+    for (slot, orphan) in orphans::holding(before, deployment) {
+        if slot < wanted && filled.insert(slot) && live.is_present(&orphan.host) {
+            reachable.insert(slot);
         }
     }
     let empty = if back {

@@ -103,7 +103,9 @@ pub enum Unadoptable {
     #[error("its release is not known; it can only be released")]
     ReleaseUnknown,
     /// Something else runs in its place.
-    #[error("its slot is filled by another replica; release one of the two")]
+    #[error(
+        "its slot is filled by another replica: release one of the two, and if hosts were not heard of since the restore, wait for them or remove them first"
+    )]
     SlotFilled,
     /// Its host was given other replicas meanwhile, or before.
     #[error(
@@ -226,6 +228,7 @@ pub fn holding<'a>(view: &'a View, deployment: &Deployment) -> Vec<(u32, &'a Arc
     let mut orphans: Vec<_> = undecided(view, &deployment.uid).collect();
     orphans.sort_by_key(|r| (r.slot, r.uid.clone()));
     let mut places = Places::new(view, deployment);
+    places.all_told = true;
     orphans.into_iter().filter_map(|r| Some((places.give(r)?, r))).collect()
 }
 
@@ -251,6 +254,8 @@ struct Places {
     filled: BTreeSet<Place>,
     /// Slots that orphans tell of themselves.
     told: BTreeSet<u32>,
+    /// Every host has said what it runs: no other orphan may turn up.
+    all_told: bool,
 }
 
 impl Places {
@@ -262,6 +267,7 @@ impl Places {
             wanted: deployment.wanted().unwrap_or(0),
             filled: runs.map(|r| place(on_hosts, r)).collect(),
             told: undecided(view, &deployment.uid).map(|r| r.slot).collect(),
+            all_told: !view.hosts().any(|h| !h.is_removed() && view.is_unobserved(&h.uid)),
         }
     }
 
@@ -271,7 +277,8 @@ impl Places {
         if self.filled.insert(place(self.on_hosts, orphan)) {
             return Some(orphan.slot);
         }
-        if self.on_hosts {
+        // Who has not spoken yet may tell the slot that seems to be free.
+        if self.on_hosts || !self.all_told {
             return None;
         }
         let free =

@@ -158,6 +158,72 @@ fn the_place_of_an_orphan_is_filled_only_once_it_is_decided_about_or_its_host_is
     assert_eq!(plan.steps.iter().map(|s| s.slot).collect::<Vec<_>>(), [2, 1], "all of that host");
 }
 
+/// Two hosts and a restored ledger; `h1` runs what nobody has decided about.
+fn with_orphan_on_h1(spec: berth_proto::api::DeploymentSpec, orphan: ReplicaReport) -> World {
+    let mut w = World::new(2);
+    w.apply(spec);
+    w.settle();
+    let mut cluster = w.view.cluster.clone();
+    (cluster.epoch, cluster.observing) = (5, true);
+    w.change(vec![Change::PutCluster(cluster)]);
+    observe(&mut w, &[]);
+    let other: HostUid = "h1".parse().unwrap();
+    let seen = w.view.host(&other).unwrap().edited(|r| r.observed_epoch = 5).unwrap();
+    w.change(vec![Change::PutHost(Arc::new(seen))]);
+    let body_digest = body(&w).to_string();
+    let orphan = ReplicaReport { body_digest, ..orphan };
+    w.change(found(&w.view, &other, &[orphan], w.now.wall));
+    w
+}
+
+#[test]
+fn an_orphan_on_a_host_that_is_away_holds_up_no_rollout() {
+    let keep = berth_proto::api::HostLossPolicy {
+        action: berth_proto::api::HostLossAction::Keep as i32,
+        after: None,
+    };
+    let spec = |image: &str| berth_proto::api::DeploymentSpec {
+        on_host_loss: Some(keep),
+        ..World::spec(image)
+    };
+    let one = berth_proto::api::DeploymentSpec { replicas: Some(1), ..spec("one") };
+    let orphan = report("there", "d", 1, 1, &Digest::of(b""));
+    let mut w = with_orphan_on_h1(one, orphan);
+    assert_eq!(w.view.replicas_of(&w.uid()).next().unwrap().host, uid());
+    w.presence(1, Presence::Away(w.now.mono));
+    w.apply(spec("two"));
+    w.settle();
+    assert_eq!(w.deployment().rollout(), berth_proto::api::RolloutState::Complete);
+    // In reach again it is waited for, and no time counts.
+    w.presence(1, Presence::Present);
+    w.apply(spec("three"));
+    for _ in 0..20 {
+        w.pass(6_000);
+    }
+    assert_eq!(w.deployment().rollout(), berth_proto::api::RolloutState::Rolling);
+}
+
+#[test]
+fn a_host_that_waits_for_a_decision_fails_no_rollout_on_all_hosts() {
+    let spec = |image: &str| berth_proto::api::DeploymentSpec {
+        replicas: None,
+        every_host: true,
+        ..World::spec(image)
+    };
+    let mut w = with_orphan_on_h1(spec("one"), report("lost", "other", 1, 0, &Digest::of(b"")));
+    w.apply(spec("two"));
+    for _ in 0..20 {
+        w.pass(6_000);
+    }
+    assert_eq!(w.deployment().rollout(), berth_proto::api::RolloutState::Complete);
+    assert_eq!(w.releases_running(), [1, 2], "what is there stays");
+    let other: Vec<_> = w.view.orphans_on(&"h1".parse().unwrap()).cloned().collect();
+    let done = release(&other);
+    w.change(done.changes);
+    w.settle();
+    assert_eq!(w.releases_running(), [2, 2]);
+}
+
 #[test]
 fn what_was_adopted_is_in_its_own_slot_though_that_was_wanted_before() {
     let mut w = restored();

@@ -240,7 +240,7 @@ impl Queue {
             Change::PutReplica(replica) => {
                 let before = self.placed.insert(replica.uid.clone(), placed(replica));
                 self.wake_replica(view, &replica.deployment, &replica.host);
-                // An orphan that was decided about may let its host be used again.
+                // An orphan that was decided about may let its host be used again, by whoever stayed away.
                 let decided = before.as_ref().is_some_and(|(_, _, orphan)| *orphan);
                 if let Some((deployment, host, _)) = before
                     && (deployment != replica.deployment || host != replica.host)
@@ -248,7 +248,9 @@ impl Queue {
                     self.wake_replica(view, &deployment, &host);
                     self.host_may_take(view, live, &host, &[WaitsFor::Room]);
                 }
-                if replica.replaces.is_some() || replica.failed || !replica.runs() || decided {
+                if decided {
+                    self.host_changed(view, live, &replica.host);
+                } else if replica.replaces.is_some() || replica.failed || !replica.runs() {
                     // What it takes of its host may be less than before.
                     self.host_may_take(view, live, &replica.host, &[WaitsFor::Room]);
                 }

@@ -2,7 +2,7 @@
 
 use crate::live::{Live, Presence};
 use crate::objects::{Deployment, Host, Release, Replica};
-use crate::planner::Report;
+use crate::planner::{self, Report};
 use crate::view::View;
 use berth_proto::api::{self, HostPresence, ReplicaIntent};
 use berth_proto::convert::{
@@ -10,7 +10,7 @@ use berth_proto::convert::{
 };
 use berth_proto::ids::{Mono, Now, Wall};
 use berth_proto::values::Phase;
-use berth_proto::words::{NO_HOST_FITS, STOPPING, counted};
+use berth_proto::words::{NO_HOST_FITS, ORPHAN_UNDECIDED, STOPPING, counted};
 use std::collections::BTreeMap;
 
 /// After so long away a host is shown as lost; deployments have their own policies.
@@ -89,7 +89,7 @@ pub fn deployment(
         status.deferred_hosts = u32::try_from(report.deferred.len()).unwrap_or(u32::MAX);
         for (message, count) in &report.pending {
             status.pending_count += count;
-            pending.insert((NO_HOST_FITS.to_owned(), message.clone()), *count);
+            pending.insert((pending_reason(message).to_owned(), message.clone()), *count);
         }
         for (host, count) in &report.until_gone {
             let name = view.host(host).map(|h| h.name.to_string()).unwrap_or_default();
@@ -114,6 +114,12 @@ pub fn deployment(
         spec: Some(spec),
         status: Some(status),
     }
+}
+
+/// The stable word for what a plan says of empty slots.
+#[must_use]
+pub fn pending_reason(message: &str) -> &'static str {
+    if message == planner::UNDECIDED { ORPHAN_UNDECIDED } else { NO_HOST_FITS }
 }
 
 /// Why a replica that shall run is not ready: the stable word, and words for people.

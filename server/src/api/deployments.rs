@@ -11,7 +11,6 @@ use berth_proto::api::*;
 use berth_proto::convert::{self, Problems};
 use berth_proto::ids::{Name, Namespace, ReleaseNumber};
 use berth_proto::selector::check_labels;
-use berth_proto::words::NO_HOST_FITS;
 use berth_server_core::batching::{Precondition, Proposal, Refusal};
 use berth_server_core::change::audited;
 use berth_server_core::decide::{self, Asked, Decision, Refused, Wanted};
@@ -302,9 +301,9 @@ impl DeploymentService for Api {
             ..Proposal::default()
         };
         self.fits(&together, decided.len())?;
+        let plans = foresee(self, &view, &decided).await?;
         let mut planned = Vec::new();
-        for (wanted, decision) in decided {
-            let plan = foresee(self, &view, &decision);
+        for ((wanted, decision), plan) in decided.into_iter().zip(plans) {
             let before = view.deployment_by_name(&wanted.namespace, &wanted.name);
             let name = |uid| view.host(uid).map(|h| h.name.to_string()).unwrap_or_default();
             let bytes = wanted.resolved.artifact.as_ref().map_or(0, |a| a.size_bytes)
@@ -329,12 +328,13 @@ impl DeploymentService for Api {
                     .pending
                     .iter()
                     .map(|(message, count)| Pending {
-                        reason: NO_HOST_FITS.to_owned(),
+                        reason: status::pending_reason(message).to_owned(),
                         message: message.clone(),
                         count: *count,
                     })
                     .collect(),
                 resolved: Some(convert::resolved_to_api(&wanted.resolved)),
+                more: plan.report.more,
             });
         }
         Ok(Response::new(PlanResponse { planned }))

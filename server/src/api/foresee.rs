@@ -2,10 +2,11 @@
 //! applied. Writes nothing.
 
 use super::Api;
+use crate::error::Error;
 use berth_proto::api::{DeploymentSpec, FieldChange};
 use berth_proto::convert::deployment_spec_from_api;
 use berth_proto::ids::ReplicaUid;
-use berth_server_core::decide::Decision;
+use berth_server_core::decide::{Decision, Wanted};
 use berth_server_core::view::View;
 use berth_server_core::{planner, release};
 use std::collections::{BTreeMap, BTreeSet};
@@ -62,21 +63,50 @@ fn differences(
         .collect()
 }
 
-/// What the planner would do over a view with the decision applied, to the end if all goes well.
-pub(super) fn foresee(api: &Api, view: &View, decision: &Decision) -> planner::Plan {
-    let mut next = view.clone();
-    let revision = next.revision.next();
-    for change in &decision.proposal.changes {
-        next.apply(change, revision);
-    }
-    let live = api.0.live.load_full();
-    let mut number = 0_u32;
-    let mut mint = || -> ReplicaUid {
-        number += 1;
-        #[expect(clippy::expect_used, reason = "the text is a uid by its form")]
-        format!("planned-{number}").parse().expect("a uid")
+/// Steps of one answer: some 4 MiB, of the 16 that a client takes.
+const MAX_STEPS: usize = 50_000;
+
+/// What the planner would do for each over a view with that decision applied, to the end if all goes
+/// well. Not on the runtime's threads: it may take as long as half a second.
+///
+/// # Errors
+/// When it panics.
+pub(super) async fn foresee(
+    api: &Api,
+    view: &View,
+    decided: &[(Wanted, Decision)],
+) -> Result<Vec<planner::Plan>, Error> {
+    let (live, now) = (api.0.live.load_full(), api.0.time());
+    let view = view.clone();
+    let decided: Vec<_> = decided
+        .iter()
+        .map(|(_, d)| (d.deployment.uid.clone(), d.proposal.changes.clone()))
+        .collect();
+    let look = move || {
+        let (mut budget, mut room) = (planner::Budget::default(), MAX_STEPS);
+        let mut number = 0_u32;
+        let mut mint = || -> ReplicaUid {
+            number += 1;
+            #[expect(clippy::expect_used, reason = "the text is a uid by its form")]
+            format!("planned-{number}").parse().expect("a uid")
+        };
+        let mut plans = Vec::new();
+        for (uid, changes) in decided {
+            let mut next = view.clone();
+            let revision = next.revision.next();
+            for change in &changes {
+                next.apply(change, revision);
+            }
+            let mut plan = planner::foresee(&next, &live, &uid, now, &mut mint, &mut budget);
+            plan.report.more |= plan.steps.len() > room;
+            plan.steps.truncate(room);
+            room -= plan.steps.len();
+            plans.push(plan);
+        }
+        plans
     };
-    planner::foresee(&next, &live, &decision.deployment.uid, api.0.time(), &mut mint)
+    let plans = tokio::task::spawn_blocking(look).await;
+    plans.map_err(|e| Error::internal("cannot look ahead", e))
 }
 
 #[cfg(test)]

@@ -40,15 +40,19 @@ pub(crate) fn private(path: &Path) -> io::Result<()> {
         fs::create_dir_all(parent)?;
     }
     match fs::DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            let mode = fs::metadata(path)?.permissions().mode();
-            if mode & 0o077 == 0 {
-                return Ok(());
-            }
-            fs::set_permissions(path, fs::Permissions::from_mode(0o700))
-        }
-        made => made,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        made => return made,
     }
+    // What a link leads to, a mount perhaps, is somebody else's to close.
+    let held = fs::symlink_metadata(path)?;
+    let mode = held.permissions().mode();
+    if held.is_dir() && mode & 0o077 != 0 {
+        let closed = fs::Permissions::from_mode(mode & 0o7700);
+        if let Err(error) = fs::set_permissions(path, closed) {
+            tracing::warn!(folder = %path.display(), %error, "others can read what is stored here");
+        }
+    }
+    Ok(())
 }
 
 /// Makes a data folder. One that somebody has made keeps their rights: others may have to find the

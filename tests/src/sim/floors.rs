@@ -7,6 +7,7 @@ use berth_proto::ids::{DeploymentUid, Mono, ReplicaUid};
 use berth_proto::values::HostLossAction;
 use berth_server_core::live::{Live, Presence};
 use berth_server_core::objects::{Deployment, Replica};
+use berth_server_core::orphans;
 use berth_server_core::view::View;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -23,7 +24,8 @@ fn changing(view: &View, live: &Live, deployment: &Deployment) -> usize {
         let counts = view.host(&replica.host).is_some_and(|host| {
             let part = deployment.wanted().is_some() || !fit::is_shut(host);
             let release = view.release(&deployment.uid, deployment.release());
-            let starts = release.is_some_and(|release| fit::can_start(host, release));
+            let starts = release.is_some_and(|release| fit::can_start(host, release))
+                && (deployment.wanted().is_some() || !view.is_held_back(&host.uid));
             part && !fit::is_draining(host) && starts
         });
         let current = replica.release == deployment.release() && counts;
@@ -81,14 +83,9 @@ impl World<'_> {
             return self
                 .broke(format!("{uid} has {there} with those that end, and may have {most}"));
         }
-        let found = |r: &&Arc<Replica>| {
-            let release = before.release(uid, r.release);
-            let whole = release.is_some_and(|of| r.found_body.as_ref() == Some(&of.body_digest));
-            let there = before.host(&r.host).is_some_and(|host| !host.is_removed());
-            r.intent == ReplicaIntent::Orphan && there && whole && live.is_present(&r.host)
-        };
-        let held = before.replicas_of(uid).filter(found).map(|r| r.slot);
-        let held: BTreeSet<u32> = held.filter(|slot| !filled.contains(slot)).collect();
+        let undecided = orphans::holding(before, deployment).into_iter();
+        let undecided = undecided.filter(|(_, r)| live.is_present(&r.host)).map(|(slot, _)| slot);
+        let held: BTreeSet<u32> = undecided.filter(|slot| !filled.contains(slot)).collect();
         if let Some(taken) = placed.iter().find(|r| held.contains(&r.slot)) {
             let words = format!("slot {} of {uid} is filled", taken.slot);
             return self.broke(format!("{words}, and what was found in it is not decided about"));

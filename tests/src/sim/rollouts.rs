@@ -7,6 +7,7 @@ use berth_proto::ids::{DeploymentUid, HostUid, Mono, ReleaseNumber};
 use berth_proto::values::OnRolloutFailure;
 use berth_server_core::live::{Live, Presence};
 use berth_server_core::objects::{Deployment, Release, Replica};
+use berth_server_core::orphans;
 use berth_server_core::view::View;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -91,7 +92,8 @@ fn is_counted(view: &View, deployment: &Deployment, release: &Release, host: &Ho
     let Some(host) = view.host(host).filter(|_| deployment.wanted().is_none()) else { return true };
     let there = || standing(view, deployment).filter(|(_, r)| r.host == host.uid);
     let keeps = || there().all(|(_, r)| is_current(view, deployment, r));
-    let open = !fit::is_shut(host) && fit::can_start(host, release);
+    let open =
+        !fit::is_shut(host) && fit::can_start(host, release) && !view.is_held_back(&host.uid);
     fit::is_of_its_kind(host, deployment, release)
         && !host.record.waiting_for_approval
         && (open || keeps())
@@ -258,7 +260,7 @@ fn unfinished(view: &View, live: &Live, deployment: &Deployment, now: Mono) -> O
         }),
         None => {
             for host in view.hosts() {
-                if fit::suits(live, deployment, release, host) {
+                if fit::suits(live, deployment, release, host) && !view.is_held_back(&host.uid) {
                     places.entry(Place::Host(host.uid.clone())).or_default();
                 }
             }
@@ -266,9 +268,17 @@ fn unfinished(view: &View, live: &Live, deployment: &Deployment, now: Mono) -> O
             places.retain(|place, _| match place {
                 Place::Slot(_) => true,
                 Place::Host(uid) => view.host(uid).is_some_and(|host| {
-                    takes_part(view, deployment, release, uid) && fit::can_start(host, release)
+                    takes_part(view, deployment, release, uid)
+                        && fit::can_start(host, release)
+                        && !view.is_held_back(uid)
                 }),
             });
+        }
+    }
+    // The place of an orphan on a host that is away is deferred.
+    for (slot, orphan) in orphans::holding(view, deployment) {
+        if !live.is_present(&orphan.host) {
+            places.remove(&Place::Slot(slot));
         }
     }
     let mut ready = false;

@@ -25,6 +25,8 @@ enum Standing {
 impl<'a> Planning<'a> {
     fn standing(&self, need: &Need<'_>, host: &Host) -> Standing {
         match need.suits(host, self.live) {
+            // It gets no sets before people have decided.
+            Ok(()) if self.view.is_held_back(&host.uid) => Standing::Left(Rejection::HeldBack),
             Ok(()) => Standing::Slot,
             Err(Rejection::Away | Rejection::Unknown) => {
                 match need.require.iter().find(|r| !r.matches(&host.labels)) {

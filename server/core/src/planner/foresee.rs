@@ -10,32 +10,60 @@ use berth_proto::ids::{DeploymentUid, Now, ReplicaUid};
 use berth_proto::values::{Phase, ReplicaStatus};
 use std::sync::Arc;
 
-/// Plans that are looked ahead at the most: one of a thousand replicas takes some milliseconds.
-pub const MAX_PLANS: usize = 100;
+/// Plans of one deployment that are looked ahead at the most.
+const MAX_PLANS: u32 = 100;
+/// What one look ahead may cost at the most, in replicas and hosts that are planned over: some
+/// microseconds each.
+const MAX_COST: usize = 100_000;
+
+/// What is left to look ahead for all that one caller asks.
+#[derive(Debug)]
+pub struct Budget(usize);
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self(MAX_COST)
+    }
+}
+
+impl Budget {
+    fn take(&mut self, cost: usize) -> bool {
+        let enough = self.0 >= cost;
+        self.0 = self.0.saturating_sub(cost);
+        enough
+    }
+}
 
 /// The steps of a deployment's rollout in their order, at most [`MAX_STEPS`], supposing that hosts stay
 /// as they are and that all that is new becomes healthy; and the report of the last plan: what still
-/// waits then. Changes nothing.
+/// waits then, and in [`Report::more`](super::Report::more) that there is more than was looked at.
+/// Changes nothing. The first plan is made whatever is left of the budget.
 pub fn foresee(
     view: &View,
     live: &Live,
     uid: &DeploymentUid,
     now: Now,
     mint: &mut dyn FnMut() -> ReplicaUid,
+    budget: &mut Budget,
 ) -> Plan {
     let (mut view, mut live) = (view.clone(), live.clone());
     ready_at_once(&mut view, uid);
     let mut steps: Vec<Step> = Vec::new();
     let mut last = plan(&view, &live, uid, now, mint);
-    for _ in 0..MAX_PLANS {
-        if last.changes.is_empty() || steps.len() >= MAX_STEPS {
+    let mut plans = 0;
+    while !last.changes.is_empty() {
+        let cost = 1 + view.replicas_of(uid).count() + view.hosts().count();
+        if plans == MAX_PLANS || steps.len() >= MAX_STEPS || !budget.take(cost) {
+            last.report.more = true;
             break;
         }
+        plans += 1;
         steps.append(&mut last.steps);
         carry_out(&mut view, &mut live, uid, &last, now);
         last = plan(&view, &live, uid, now, mint);
     }
     steps.append(&mut last.steps);
+    last.report.more |= steps.len() > MAX_STEPS;
     steps.truncate(MAX_STEPS);
     last.steps = steps;
     last
@@ -69,7 +97,14 @@ fn carry_out(view: &mut View, live: &mut Live, uid: &DeploymentUid, plan: &Plan,
                 let attempt = live.replica(old).map_or(0, |known| known.status.attempt);
                 live.take(old, status(attempt, Phase::Exited, false), now.mono);
             }
-            let attempt = live.replica(&replica.uid).map_or(1, |known| known.status.attempt);
+            let known = live.replica(&replica.uid).map(|known| &known.status);
+            if replica.first_ready.is_some() && known.is_some_and(|status| status.ready) {
+                continue;
+            }
+            // One that has ended has another attempt.
+            let attempt = known.map_or(1, |status| {
+                status.attempt + u32::from(status.phase > Some(Phase::Running))
+            });
             live.take(&replica.uid, status(attempt, Phase::Running, true), now.mono);
             let ready = Replica {
                 first_ready: replica.first_ready.or(Some(now.wall)),
@@ -107,7 +142,7 @@ mod tests {
             ids += 1;
             format!("foreseen{ids}").parse().unwrap()
         };
-        let plan = foresee(&w.view, &w.live, &w.uid(), w.now, &mut mint);
+        let plan = foresee(&w.view, &w.live, &w.uid(), w.now, &mut mint, &mut Budget::default());
         (plan.steps.iter().map(|s| (s.kind, s.slot, s.release.0)).collect(), plan)
     }
 
@@ -141,6 +176,23 @@ mod tests {
         let (steps, _) = foreseen(&w);
         let kinds: Vec<_> = steps.iter().map(|(kind, ..)| *kind).collect();
         assert_eq!(kinds, [Stop, Place, Stop, Place]);
+    }
+
+    #[test]
+    fn what_is_not_looked_at_is_told_to_be_more_and_costs_nothing() {
+        let mut w = World::new(3);
+        w.apply(spec("one", 1, 0));
+        for _ in 0..3 {
+            w.pass(61_000);
+        }
+        w.apply(spec("two", 1, 0));
+        let mut mint = || -> ReplicaUid { "foreseen".parse().unwrap() };
+        let mut budget = Budget(6);
+        let plan = foresee(&w.view, &w.live, &w.uid(), w.now, &mut mint, &mut budget);
+        assert_eq!((plan.steps.len(), plan.report.more), (2, true));
+        let plan = foresee(&w.view, &w.live, &w.uid(), w.now, &mut mint, &mut budget);
+        assert_eq!((plan.steps.len(), plan.report.more), (1, true));
+        assert!(!foreseen(&w).1.report.more);
     }
 
     #[test]

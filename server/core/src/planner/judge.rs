@@ -33,7 +33,7 @@ impl<'a> Planning<'a> {
         // Until every host has spoken, and with no host in reach, nothing is done and nothing fails.
         let in_reach = work.iter().any(|item| {
             item.all().any(|(_, h)| *h != Health::Deferred)
-                || (item.new.is_empty() && item.old.is_empty())
+                || (item.new.is_empty() && item.old.is_empty() && !item.is_undecided_away())
         });
         let nobody = tally.wanted == 0 && !self.plan.report.deferred.is_empty();
         let undecided = work.iter().any(SlotWork::is_undecided);
@@ -49,6 +49,7 @@ impl<'a> Planning<'a> {
             let healthy = item.new.iter().any(|(_, h)| *h == Health::Healthy);
             let away = !item.new.is_empty() || !item.old.is_empty();
             let away = away && !reachable(&item.new) && !reachable(&item.old);
+            let away = away || item.is_undecided_away();
             let old = item.old.iter().any(|(_, h)| *h == Health::Healthy);
             (healthy && !reachable(&item.old))
                 || away

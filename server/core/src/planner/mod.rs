@@ -28,7 +28,8 @@ mod judge;
 mod roll;
 
 pub use commit::STEPS_PER_COMMIT;
-pub use foresee::{MAX_PLANS, foresee};
+pub use foresee::{Budget, foresee};
+pub use roll::UNDECIDED;
 
 use crate::capacity::HostUse;
 use crate::change::Change;
@@ -247,7 +248,8 @@ impl<'a> Planning<'a> {
     }
 
     fn pending(&mut self, why: &Unplaceable, slots: u32) {
-        if why.0.contains_key(&Rejection::Unknown) {
+        // Nor is time counted while a host waits for people to decide about what it runs.
+        if [Rejection::Unknown, Rejection::HeldBack].iter().any(|r| why.0.contains_key(r)) {
             self.plan.report.unheard = true;
         }
         *self.plan.report.pending.entry(why.to_string()).or_default() += slots;

@@ -17,7 +17,7 @@ use std::sync::Arc;
 const UNMOVED: &str = "on a draining host, and not moved while the rollout is paused: undo it, or apply \
                        what works";
 /// What is said of a slot whose replica was found after a restore.
-const UNDECIDED: &str = "found after a restore and not decided about (berth orphan list)";
+pub const UNDECIDED: &str = "found after a restore and not decided about (berth orphan list)";
 
 /// A place the deployment fills.
 pub(super) struct Slot<'a> {
@@ -35,8 +35,8 @@ pub(super) struct Slot<'a> {
 pub(super) struct SlotWork<'a> {
     slot: u32,
     host: Option<HostUid>,
-    /// Nothing is placed in it before its orphan is decided about.
-    undecided: bool,
+    /// Nothing is placed in it before its orphan is decided about; whether that one's host is in reach.
+    undecided: Option<bool>,
     /// Of the wanted release, and to stay.
     pub(super) new: Vec<(&'a Arc<Replica>, Health)>,
     /// All others.
@@ -48,9 +48,14 @@ impl<'a> SlotWork<'a> {
         self.new.iter().chain(&self.old)
     }
 
-    /// An orphan may still be adopted into it.
+    /// An orphan on a host in reach may still be adopted into it.
     pub(super) fn is_undecided(&self) -> bool {
-        self.undecided
+        self.undecided == Some(true)
+    }
+
+    /// Its orphan's host is away, which holds up nothing.
+    pub(super) fn is_undecided_away(&self) -> bool {
+        self.undecided == Some(false)
     }
 
     /// Of the wanted release, and one too many in this slot.
@@ -168,15 +173,16 @@ impl<'a> Planning<'a> {
             }
         }
         // It exists, though nobody knows whether it serves.
-        match undecided.map(|on| (on, self.live.is_present(on))) {
-            Some((_, true)) => tally.existing += 1,
-            Some((on, false)) => {
+        let here = undecided.map(|on| self.live.is_present(on));
+        match here {
+            Some(true) => tally.existing += 1,
+            Some(false) => {
                 tally.deferred_slots += 1;
-                self.plan.report.deferred.insert(on.clone());
+                self.plan.report.deferred.extend(undecided.cloned());
             }
             None => {}
         }
-        let work = SlotWork { slot, host, undecided: undecided.is_some(), new, old };
+        let work = SlotWork { slot, host, undecided: here, new, old };
         tally.old_healthy += count(work.old.iter().filter(|(_, h)| *h == Health::Healthy));
         for (_, health) in &work.old {
             // One that is drained may become healthy, which makes room to stop it.
@@ -252,7 +258,7 @@ impl<'a> Planning<'a> {
         let (empty, filled): (Vec<_>, Vec<_>) =
             work.iter().partition(|item| item.old.is_empty() && item.new.is_empty());
         for item in empty.into_iter().chain(filled) {
-            if item.undecided {
+            if item.undecided.is_some() {
                 *self.plan.report.pending.entry(UNDECIDED.to_owned()).or_default() += 1;
                 continue;
             }
