@@ -103,8 +103,8 @@ enum Verdict {
     Failed(String),
 }
 
-/// `spared`: how many slots nobody waits for, where no new release was made.
-fn judge(status: &DeploymentStatus, release: u64, spared: Option<u32>) -> Verdict {
+/// `excused`: how many slots nobody waits for, where no new release was made.
+fn judge(status: &DeploymentStatus, release: u64, excused: Option<u32>) -> Verdict {
     let reason = || {
         let words = for_terminal(&status.reason);
         if words.is_empty() { "the rollout failed".to_owned() } else { words }
@@ -120,8 +120,8 @@ fn judge(status: &DeploymentStatus, release: u64, spared: Option<u32>) -> Verdic
             Verdict::Failed(format!("release {} took the place of {release}", status.release))
         }
         RolloutState::Complete
-            if spared.is_some_and(|spared| {
-                status.updated_ready.saturating_add(spared) < status.wanted
+            if excused.is_some_and(|excused| {
+                status.updated_ready.saturating_add(excused) < status.wanted
             }) =>
         {
             Verdict::Wait
@@ -140,11 +140,11 @@ fn judge(status: &DeploymentStatus, release: u64, spared: Option<u32>) -> Verdic
 /// The time of somebody who waits is over. That is no failure of the rollout, but whoever waited must not
 /// go on as if it were there: 1 would say that nothing was written, 3 that nobody was reached, 6 that it
 /// is done.
-fn late(status: &DeploymentStatus, release: u64, spared: Option<u32>) -> Error {
+fn late(status: &DeploymentStatus, release: u64, excused: Option<u32>) -> Error {
     let why = status.pending.iter().find(|p| !p.message.is_empty());
     // Its rollout is over, and what it had brought is not there any more.
     let lost = status.rollout() == RolloutState::Complete;
-    match judge(status, release, spared) {
+    match judge(status, release, excused) {
         Verdict::Done { deferred } if deferred > 0 => Error::new(
             Kind::Deferred,
             format!("complete, but {}", on_return(deferred, &BTreeSet::new())),
@@ -254,13 +254,13 @@ impl Following<'_> {
             name: self.meta.name.clone(),
         };
         let mut stream = ask(self.global, deployments.watch_deployment(request)).await?;
-        let mut spared = self.settled.then_some(0);
+        let mut excused = self.settled.then_some(0);
         loop {
             let next = match tokio::time::timeout_at(self.end, stream.message()).await {
                 Ok(next) => next.map_err(broken)?,
                 Err(_) => {
                     let status = last.as_ref().and_then(|d| d.status.clone()).unwrap_or_default();
-                    return Err(late(&status, self.release, spared));
+                    return Err(late(&status, self.release, excused));
                 }
             };
             let Some(now) = next else {
@@ -273,13 +273,13 @@ impl Following<'_> {
             let deployment = now.deployment.clone().unwrap_or_default();
             let status = deployment.status.clone().unwrap_or_default();
             *last = Some(deployment.clone());
-            let out_of_reach = out_of_reach(&now.replicas);
-            let away = out_of_reach.iter().map(|(host, _)| *host).collect();
-            let finished = finished(&now.replicas).len();
-            let excused = out_of_reach.len() + finished;
-            spared = self.settled.then(|| u32::try_from(excused).unwrap_or(u32::MAX));
+            let every_host = deployment.spec.as_ref().is_some_and(|s| s.every_host);
+            let Spared { all, finished } = spared(&now.replicas, status.release, every_host);
+            let away =
+                now.replicas.iter().filter(|r| is_away(r)).map(|r| r.host.as_str()).collect();
+            excused = self.settled.then(|| u32::try_from(all).unwrap_or(u32::MAX));
             self.board.borrow_mut().show(self.index, self.lines(&now.replicas, &status, &away));
-            match judge(&status, self.release, spared) {
+            match judge(&status, self.release, excused) {
                 Verdict::Wait => {}
                 Verdict::Done { deferred } if deferred > 0 && self.wait_all => {}
                 Verdict::Done { deferred } => {
@@ -343,25 +343,53 @@ impl Following<'_> {
     }
 }
 
-/// The slots on hosts that are away, with the hosts' names.
-fn out_of_reach(replicas: &[Replica]) -> BTreeSet<(&str, u32)> {
-    replicas
-        .iter()
-        .filter(|r| r.intent() == ReplicaIntent::Run)
-        .filter(|r| matches!(r.host_presence(), HostPresence::Away | HostPresence::Lost))
-        .map(|r| (r.host.as_str(), r.slot))
-        .collect()
+/// Whether nobody can ask for a replica now that shall run.
+fn is_away(replica: &Replica) -> bool {
+    replica.intent() == ReplicaIntent::Run
+        && matches!(replica.host_presence(), HostPresence::Away | HostPresence::Lost)
 }
 
-/// The slots whose program has ended and is not to be started again: what it shall run has run.
-fn finished(replicas: &[Replica]) -> BTreeSet<(&str, u32)> {
-    replicas
-        .iter()
-        .filter(|r| r.intent() == ReplicaIntent::Run)
-        .filter(|r| r.host_presence() == HostPresence::Present)
-        .filter(|r| r.status.as_ref().is_some_and(|s| s.reason == "FINISHED"))
-        .map(|r| (r.host.as_str(), r.slot))
-        .collect()
+/// Whether a replica's program has ended well and is not to be started again: what it shall run has run.
+/// One that has ended with another code is left as well, and has not done what it was to do.
+fn has_finished(replica: &Replica) -> bool {
+    replica.intent() == ReplicaIntent::Run
+        && replica.host_presence() == HostPresence::Present
+        && replica.status.as_ref().is_some_and(|s| {
+            s.reason == "FINISHED" && s.last_exit.as_ref().is_some_and(|exit| exit.code == 0)
+        })
+}
+
+/// Those that nobody waits for, where no new release was made.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Spared {
+    /// Slots on hosts that are away, and those that have finished.
+    all: usize,
+    /// Of these, those that have finished.
+    finished: usize,
+}
+
+/// Counted by slot, not by replica, and without those that are ready elsewhere: a lost host's replica
+/// stays on the list beside the one that stands in for it, and two excuses for one slot would let another
+/// one's absence pass.
+fn spared(replicas: &[Replica], release: u64, every_host: bool) -> Spared {
+    // Of what runs on every host, the host is the slot.
+    let slot = |r: &Replica| (if every_host { r.host_uid.clone() } else { String::new() }, r.slot);
+    // As the server counts them.
+    let is_ready = |r: &&Replica| {
+        r.intent() == ReplicaIntent::Run
+            && r.host_presence() == HostPresence::Present
+            && r.release == release
+            && r.status.as_ref().is_some_and(|s| s.ready)
+    };
+    let ready: BTreeSet<_> = replicas.iter().filter(is_ready).map(slot).collect();
+    let unready = |counts: &dyn Fn(&Replica) -> bool| -> BTreeSet<_> {
+        let slots = replicas.iter().filter(|r| counts(r)).map(slot);
+        slots.filter(|slot| !ready.contains(slot)).collect()
+    };
+    // What has finished of an older release is yet to be replaced.
+    let finished = unready(&|r| r.release == release && has_finished(r));
+    let away = unready(&is_away);
+    Spared { all: away.union(&finished).count(), finished: finished.len() }
 }
 
 pub fn on_return(count: u32, away: &BTreeSet<&str>) -> String {
@@ -514,42 +542,99 @@ mod tests {
         assert_eq!(judge(&status(2, 0), 1, None), Verdict::Done { deferred: 0 });
     }
 
-    #[test]
-    fn what_is_out_of_reach_is_what_shall_run_on_hosts_that_are_away() {
-        let replica = |host: &str, slot, intent: ReplicaIntent, presence: HostPresence| Replica {
+    /// One of release 1 that shall run.
+    fn replica(host: &str, slot: u32, host_presence: HostPresence, ready: bool) -> Replica {
+        Replica {
             host: host.to_owned(),
+            host_uid: host.to_owned(),
             slot,
-            intent: intent as i32,
-            host_presence: presence as i32,
+            release: 1,
+            intent: ReplicaIntent::Run as i32,
+            host_presence: host_presence as i32,
+            status: Some(ReplicaStatus { ready, ..ReplicaStatus::default() }),
             ..Replica::default()
+        }
+    }
+
+    /// One whose program has ended for good.
+    fn ended(slot: u32, code: i32) -> Replica {
+        let status = ReplicaStatus {
+            reason: "FINISHED".to_owned(),
+            last_exit: Some(Exit { code, ..Exit::default() }),
+            ..ReplicaStatus::default()
         };
-        let all = [
-            replica("a", 0, ReplicaIntent::Run, HostPresence::Away),
-            // The same slot's older one, and one that is being stopped.
-            replica("a", 0, ReplicaIntent::Run, HostPresence::Away),
-            replica("a", 1, ReplicaIntent::Stop, HostPresence::Away),
-            replica("b", 2, ReplicaIntent::Run, HostPresence::Lost),
-            replica("c", 3, ReplicaIntent::Run, HostPresence::Present),
-        ];
-        assert_eq!(out_of_reach(&all), BTreeSet::from([("a", 0), ("b", 2)]));
+        Replica { status: Some(status), ..replica("c", slot, HostPresence::Present, false) }
+    }
+
+    /// What becomes of somebody who waits for so many of release 1, of which these are there.
+    fn waiting(wanted: u32, all: &[Replica]) -> (Verdict, Kind) {
+        let ready = all.iter().filter(|r| r.status.as_ref().is_some_and(|s| s.ready)).count();
+        let status = DeploymentStatus {
+            rollout: RolloutState::Complete as i32,
+            release: 1,
+            wanted,
+            updated_ready: u32::try_from(ready).unwrap(),
+            ..DeploymentStatus::default()
+        };
+        let excused = u32::try_from(spared(all, 1, false).all).ok();
+        (judge(&status, 1, excused), late(&status, 1, excused).kind)
     }
 
     #[test]
-    fn what_has_ended_for_good_is_not_waited_for() {
-        let replica = |slot, reason: &str, intent: ReplicaIntent| Replica {
-            host: "a".to_owned(),
-            slot,
-            intent: intent as i32,
-            host_presence: HostPresence::Present as i32,
-            status: Some(ReplicaStatus { reason: reason.to_owned(), ..ReplicaStatus::default() }),
-            ..Replica::default()
-        };
+    fn what_is_spared_is_what_shall_run_on_hosts_that_are_away() {
+        let stopping = |r: Replica| Replica { intent: ReplicaIntent::Stop as i32, ..r };
         let all = [
-            replica(0, "FINISHED", ReplicaIntent::Run),
-            replica(1, "BACKOFF", ReplicaIntent::Run),
-            replica(2, "FINISHED", ReplicaIntent::Stop),
+            replica("a", 0, HostPresence::Away, false),
+            // The same slot's older one, and one that is being stopped.
+            Replica { release: 0, ..replica("a", 0, HostPresence::Away, false) },
+            stopping(replica("a", 1, HostPresence::Away, false)),
+            replica("b", 2, HostPresence::Lost, true),
+            replica("c", 3, HostPresence::Present, false),
         ];
-        assert_eq!(finished(&all), BTreeSet::from([("a", 0)]));
+        assert_eq!(spared(&all, 1, false), Spared { all: 2, finished: 0 });
+    }
+
+    #[test]
+    fn whoever_stands_in_for_a_slot_leaves_no_excuse_for_another() {
+        let lost = replica("a", 0, HostPresence::Lost, false);
+        let stand_in = replica("b", 0, HostPresence::Present, true);
+        let missing = replica("c", 1, HostPresence::Present, false);
+        let all = [lost.clone(), stand_in.clone(), missing];
+        assert_eq!(spared(&all, 1, false), Spared::default());
+        assert_eq!(waiting(2, &all), (Verdict::Wait, Kind::RolloutFailed));
+        // One that is not ready, or of another release, stands in for nobody.
+        let starting = replica("b", 0, HostPresence::Present, false);
+        let older = Replica { release: 0, ..stand_in.clone() };
+        for other in [starting, older] {
+            assert_eq!(spared(&[lost.clone(), other], 1, false).all, 1);
+        }
+        // The same slot away and finished is one.
+        assert_eq!(spared(&[lost.clone(), ended(0, 0)], 1, false).all, 1);
+        // Of what runs on every host each host is a slot, all of the same number.
+        let everywhere = [lost, replica("d", 0, HostPresence::Away, false), stand_in];
+        assert_eq!(spared(&everywhere, 1, true).all, 2);
+    }
+
+    #[test]
+    fn what_has_ended_well_for_good_is_not_waited_for() {
+        let with = |reason: &str| {
+            let mut replica = ended(1, 0);
+            reason.clone_into(&mut replica.status.as_mut().unwrap().reason);
+            replica
+        };
+        let stopping = Replica { intent: ReplicaIntent::Stop as i32, ..ended(2, 0) };
+        let older = Replica { release: 0, ..ended(3, 0) };
+        let all = [ended(0, 0), with("BACKOFF"), stopping, older];
+        assert_eq!(spared(&all, 1, false), Spared { all: 1, finished: 1 });
+        assert_eq!(waiting(1, &[ended(0, 0)]).0, Verdict::Done { deferred: 0 });
+        // Left as well, but it has not done what it was to do.
+        for code in [1, 137, -1] {
+            let (verdict, late) = waiting(1, &[ended(0, code)]);
+            assert_eq!((verdict, late.code()), (Verdict::Wait, 5), "{code}");
+        }
+        let mut unknown = ended(0, 0);
+        unknown.status.as_mut().unwrap().last_exit = None;
+        assert_eq!(spared(&[unknown], 1, false), Spared::default());
     }
 
     #[tokio::test]
