@@ -20,8 +20,9 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use tokio::time::Instant;
 
-/// Rollouts followed at once; the others wait for their turn, which changes nothing for them: what is
-/// followed is a level. One connection carries at least 100 streams.
+/// Rollouts followed at once; the others wait for their turn. What is followed is a level, so they miss
+/// nothing by that, and one whose turn comes after the end is still asked for once. One connection carries
+/// at least 100 streams.
 const FOLLOWED: usize = 64;
 /// The exit code of whoever is ended by Ctrl-C, as shells give it.
 const INTERRUPTED: u8 = 130;

@@ -14,11 +14,19 @@ use berth_proto::words::{NO_HOST_FITS, counted, is_of_empty_slots};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::time::Duration;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tonic::transport::Channel;
 
 /// Hosts named before they are only counted.
 const NAMED: usize = 8;
+/// What everybody who follows has for the first message, also where the end has come meanwhile: of many,
+/// some get their turn late, and how theirs are is not known before.
+const FIRST: Duration = Duration::from_secs(5);
+
+/// How long the next message is waited for.
+fn until(end: Instant, begun: Instant, heard: bool) -> Instant {
+    if heard { end } else { end.max(begun + FIRST) }
+}
 
 /// Waits until a deployment whose number was changed has as many replicas ready.
 pub async fn settle(
@@ -207,10 +215,11 @@ impl Following<'_> {
     /// To the rollout's end, or to the time's. A stream that broke is opened again, on whatever
     /// server answers then: each message is complete, so nothing is missed.
     pub async fn run(&self) -> std::result::Result<Deployment, Lost> {
-        let mut patience = Patience::new(Some(self.end));
+        let begun = Instant::now();
+        let mut patience = Patience::new(Some(until(self.end, begun, false)));
         let mut last: Option<Deployment> = None;
         loop {
-            match self.watch(&mut last, &mut patience).await {
+            match self.watch(begun, &mut last, &mut patience).await {
                 Ok(deployment) => return Ok(deployment),
                 Err(error) => {
                     let say = |words: String| self.board.borrow_mut().note(&format!("  {words}"));
@@ -224,19 +233,19 @@ impl Following<'_> {
 
     async fn watch(
         &self,
+        begun: Instant,
         last: &mut Option<Deployment>,
         patience: &mut Patience,
     ) -> Result<Deployment> {
         let make = async { Ok(connect(self.global).await?.deployments()) };
-        let (number, deployments) = match tokio::time::timeout_at(self.end, self.shared.get(make))
-            .await
-        {
+        let until = until(self.end, begun, last.is_some());
+        let (number, deployments) = match timeout_at(until, self.shared.get(make)).await {
             Ok(got) => got?,
             Err(_) => {
                 return Err(Error::new(Kind::Unavailable, "the server was not reached in time"));
             }
         };
-        let result = self.watch_over(deployments, last, patience).await;
+        let result = self.watch_over(begun, deployments, last, patience).await;
         if result.as_ref().is_err_and(|error| error.kind == Kind::Unavailable) {
             self.shared.leave(number).await;
         }
@@ -245,6 +254,7 @@ impl Following<'_> {
 
     async fn watch_over(
         &self,
+        begun: Instant,
         mut deployments: DeploymentServiceClient<Channel>,
         last: &mut Option<Deployment>,
         patience: &mut Patience,
@@ -256,11 +266,15 @@ impl Following<'_> {
         let mut stream = ask(self.global, deployments.watch_deployment(request)).await?;
         let mut excused = self.settled.then_some(0);
         loop {
-            let next = match tokio::time::timeout_at(self.end, stream.message()).await {
-                Ok(next) => next.map_err(broken)?,
-                Err(_) => {
-                    let status = last.as_ref().and_then(|d| d.status.clone()).unwrap_or_default();
+            let until = until(self.end, begun, last.is_some());
+            let next = match (timeout_at(until, stream.message()).await, &last) {
+                (Ok(next), _) => next.map_err(broken)?,
+                (Err(_), Some(last)) => {
+                    let status = last.status.clone().unwrap_or_default();
                     return Err(late(&status, self.release, excused));
+                }
+                (Err(_), None) => {
+                    return Err(Error::new(Kind::Unavailable, "the server did not answer in time"));
                 }
             };
             let Some(now) = next else {
@@ -497,6 +511,18 @@ mod tests {
         // A number that was made smaller, while those beyond it are still ready.
         let fewer = DeploymentStatus { updated_ready: 3, wanted: 1, ..some };
         assert_eq!(complete(&fewer, 0), "complete, 1/1 ready");
+    }
+
+    #[test]
+    fn whoever_gets_a_turn_after_the_end_has_some_seconds_for_the_first_message() {
+        let end = Instant::now() + Duration::from_secs(60);
+        for begun in [end - Duration::from_secs(1), end, end + Duration::from_secs(30)] {
+            assert_eq!(until(end, begun, false), begun + FIRST);
+            // Then it is judged as it is; another one is not waited for.
+            assert_eq!(until(end, begun, true), end);
+        }
+        // The end comes no sooner for whoever began in time.
+        assert_eq!(until(end, end - Duration::from_secs(60), false), end);
     }
 
     #[test]
