@@ -39,6 +39,8 @@ const AGAIN: Duration = Duration::from_secs(1);
 const GIVE_UP: Duration = Duration::from_secs(300);
 /// Pieces that a file is read in.
 const PIECE: usize = 256 * 1024;
+/// What an image's manifest is.
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// Work that takes long and waits for nothing, on a thread of its own: what else goes on here goes on.
 pub async fn aside<T: Send + 'static>(
@@ -446,9 +448,27 @@ fn packed(layer: &Path, scratch: PathBuf) -> Result<(PathBuf, &'static str)> {
     Ok((scratch, GZIP))
 }
 
-/// Pushes an image of the local engine.
-pub async fn image(context: &Context, local: &str, repository: &str, tag: &str) -> Result<Pushed> {
-    let registry = Registry::of(context)?;
+/// A blob of an image, as it goes to a registry.
+struct Blob {
+    path: PathBuf,
+    digest: String,
+    size: u64,
+}
+
+/// An image of the local engine, in a folder of its own and ready to be pushed. The same image gives the
+/// same digest each time.
+pub struct Image {
+    /// Holds the blobs.
+    _folder: TempFolder,
+    layers: Vec<Blob>,
+    config: Blob,
+    manifest: Vec<u8>,
+    /// The manifest's digest.
+    pub digest: String,
+}
+
+/// Takes an image out of the local engine.
+pub async fn export(local: &str) -> Result<Image> {
     let engine = crate::engine::connect().await?;
     let folder = TempFolder::new()?;
     let archive = folder.path().join("image.tar");
@@ -460,59 +480,77 @@ pub async fn image(context: &Context, local: &str, repository: &str, tag: &str) 
     }
     tokio::io::AsyncWriteExt::flush(&mut file).await?;
     drop(file);
-    let into = folder.path().join("image");
-    let (from, to) = (archive.clone(), into.clone());
-    aside(move || Ok(tar::Archive::new(std::fs::File::open(from)?).unpack(to)?)).await?;
+    let to = folder.path().join("image");
+    aside(move || Ok(tar::Archive::new(std::fs::File::open(archive)?).unpack(to)?)).await?;
+    ready(folder).await
+}
+
+/// The image that is unpacked in a folder, as it is pushed.
+async fn ready(folder: TempFolder) -> Result<Image> {
+    let from = folder.path().join("image");
     let list: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(into.join("manifest.json"))?)?;
-    let inside = |name: &str| -> Result<std::path::PathBuf> {
-        let path = into.join(name).canonicalize()?;
-        if path.starts_with(into.canonicalize()?) {
+        serde_json::from_slice(&std::fs::read(from.join("manifest.json"))?)?;
+    let inside = |name: &str| -> Result<PathBuf> {
+        let path = from.join(name).canonicalize()?;
+        if path.starts_with(from.canonicalize()?) {
             Ok(path)
         } else {
             Err(Error::user("the engine's archive names a file outside of it"))
         }
     };
-    let config = inside(list[0]["Config"].as_str().unwrap_or_default())?;
-    let (config_digest, config_size) = digest_of(&config).await?;
-    let (mut size, mut sent) = (config_size, 0);
-    let mut layers = Vec::new();
-    let board = RefCell::new(Board::new());
+    let path = inside(list[0]["Config"].as_str().unwrap_or_default())?;
+    let (digest, size) = digest_of(&path).await?;
+    let config = Blob { path, digest, size };
+    let (mut layers, mut described) = (Vec::new(), Vec::new());
     for (i, layer) in list[0]["Layers"].as_array().into_iter().flatten().enumerate() {
         let plain = inside(layer.as_str().unwrap_or_default())?;
         let scratch = folder.path().join(format!("layer-{i}.gz"));
-        let (packed, media_type) = aside(move || packed(&plain, scratch)).await?;
-        let (digest, bytes) = digest_of(&packed).await?;
+        let (path, media_type) = aside(move || packed(&plain, scratch)).await?;
+        let (digest, size) = digest_of(&path).await?;
+        described.push(serde_json::json!({
+            "mediaType": media_type,
+            "digest": digest,
+            "size": size,
+        }));
+        layers.push(Blob { path, digest, size });
+    }
+    let body = serde_json::json!({
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json",
+            "digest": config.digest,
+            "size": config.size,
+        },
+        "layers": described,
+    });
+    let manifest = serde_json::to_vec(&body)?;
+    let digest = Digest::of(&manifest).to_string();
+    Ok(Image { _folder: folder, layers, config, manifest, digest })
+}
+
+/// Pushes an image that was taken out of the local engine.
+pub async fn image(context: &Context, image: Image, repository: &str, tag: &str) -> Result<Pushed> {
+    let registry = Registry::of(context)?;
+    let (mut size, mut sent) = (image.config.size, 0);
+    let board = RefCell::new(Board::new());
+    for (i, layer) in image.layers.iter().enumerate() {
         let name = format!("layer {}", i + 1);
         let report = |done, all| board.borrow_mut().show(0, vec![moving(&name, done, all)]);
-        let new = blob(&registry, repository, &packed, &digest, bytes, &report).await?;
+        let Blob { path, digest, size: bytes } = layer;
+        let new = blob(&registry, repository, path, digest, *bytes, &report).await?;
         let what = if new { "pushed" } else { "there already" };
-        board.borrow_mut().end(0, &format!("{name}: {}, {what}", human_bytes(bytes)));
+        board.borrow_mut().end(0, &format!("{name}: {}, {what}", human_bytes(*bytes)));
         size += bytes;
         if new {
             sent += bytes;
         }
-        layers.push(serde_json::json!({
-            "mediaType": media_type,
-            "digest": digest,
-            "size": bytes,
-        }));
     }
-    if blob(&registry, repository, &config, &config_digest, config_size, &|_, _| {}).await? {
-        sent += config_size;
+    let Blob { path, digest, size: bytes } = &image.config;
+    if blob(&registry, repository, path, digest, *bytes, &|_, _| {}).await? {
+        sent += bytes;
     }
-    let media = "application/vnd.oci.image.manifest.v1+json";
-    let body = serde_json::json!({
-        "schemaVersion": 2,
-        "mediaType": media,
-        "config": {
-            "mediaType": "application/vnd.oci.image.config.v1+json",
-            "digest": config_digest,
-            "size": config_size,
-        },
-        "layers": layers,
-    });
-    let digest = manifest(&registry, repository, tag, media, serde_json::to_vec(&body)?).await?;
+    let digest = manifest(&registry, repository, tag, MANIFEST, image.manifest).await?;
     Ok(Pushed { digest, size, sent })
 }
 
@@ -587,6 +625,28 @@ mod tests {
             std::io::Read::read_to_end(&mut gz, &mut back).unwrap();
             assert_eq!(back, plain);
         }
+    }
+
+    #[tokio::test]
+    async fn an_images_digest_is_known_before_it_is_pushed_and_the_same_each_time() {
+        let of = async |layer: &str| {
+            let folder = TempFolder::new().unwrap();
+            let into = folder.path().join("image");
+            std::fs::create_dir(&into).unwrap();
+            let list = r#"[{"Config": "config.json", "Layers": ["layer.tar"]}]"#;
+            for (name, text) in
+                [("manifest.json", list), ("config.json", "{}"), ("layer.tar", layer)]
+            {
+                std::fs::write(into.join(name), text).unwrap();
+            }
+            let image = ready(folder).await.unwrap();
+            assert_eq!(image.digest, Digest::of(&image.manifest).to_string());
+            // Still there to be pushed.
+            assert!(image.layers.iter().chain([&image.config]).all(|blob| blob.path.is_file()));
+            image.digest
+        };
+        assert_eq!(of("a tar's bytes").await, of("a tar's bytes").await);
+        assert_ne!(of("a tar's bytes").await, of("another's").await);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Images: pushed from the local engine, or built there from a folder.
 
-use super::model::{exists, registered, version_json};
+use super::model::{registered, unchanged, version_json};
 use super::{ask, connect, model_and_version, name_and_version, pair, write};
 use crate::args::{Build, Global, Image};
 use crate::client;
@@ -53,7 +53,8 @@ pub async fn image(global: &Global, verb: Image) -> Result<()> {
         }
     };
     let (repository, tag) = name_and_version(&remote)?;
-    let pushed = push::image(&context, &local, repository, tag).await?;
+    let exported = push::export(&local).await?;
+    let pushed = push::image(&context, exported, repository, tag).await?;
     say(
         global,
         &format!(
@@ -159,11 +160,10 @@ pub async fn build(global: &Global, args: Build) -> Result<()> {
             .hint("--file names another one, as a path in the folder"));
     }
     let context = client::context(global)?;
-    // Whether the server is there, and has that version, is said before the build, not after.
+    // Whether the server is there is said before the build, not after. A version that it has may come out
+    // of the build as it is: whoever lost the answer, and CI, runs the same once more.
     let client = connect(global).await?;
-    if let Some(known) = registered(global, &client, name, version).await? {
-        return Err(exists(&known));
-    }
+    let known = registered(global, &client, name, version).await?;
     drop(client);
     let engine = engine::connect().await?;
     let namespace = global.namespace();
@@ -172,7 +172,9 @@ pub async fn build(global: &Global, args: Build) -> Result<()> {
         format!("berth.local/build-{}:{}", name.replace('/', "-"), uuid::Uuid::new_v4().simple());
     let result = async {
         run_build(&engine, &args, &local).await?;
-        push::image(&context, &local, &repository, version).await
+        let built = push::export(&local).await?;
+        unchanged(known.as_ref(), &built.digest)?;
+        push::image(&context, built, &repository, version).await
     }
     .await;
     let _ = engine.remove_image(&local, None::<RemoveImageOptions>, None).await;

@@ -58,13 +58,15 @@ fn is_in(version: &ModelVersion, namespace: &str) -> bool {
     named(&version.namespace) == named(namespace)
 }
 
-/// What somebody is told who would change a version.
-pub fn exists(known: &ModelVersion) -> Error {
-    Error::user(format!(
+/// Refuses what would change a version that is registered. The same once more is none of that: it moves
+/// the aliases that it names.
+pub fn unchanged(known: Option<&ModelVersion>, digest: &str) -> Result<()> {
+    let Some(known) = known.filter(|known| known.digest != digest) else { return Ok(()) };
+    let words = format!(
         "{}:{} exists already ({}), and a version never changes",
         known.model, known.version, known.digest
-    ))
-    .hint("nothing was sent; give it another version")
+    );
+    Err(Error::user(words).hint("nothing was sent; give it another version"))
 }
 
 async fn model_push(global: &Global, mut args: ModelPush) -> Result<()> {
@@ -98,12 +100,10 @@ async fn model_push(global: &Global, mut args: ModelPush) -> Result<()> {
     // The registry's tag tells whether there is anything to ask the server for; what was never
     // registered may change.
     let there = registry.named(&version.repository, &version.version).await?;
-    if there.is_some_and(|digest| digest != version.digest)
-        && let client = connect(global).await?
-        && let Some(known) = registered(global, &client, name, &version.version).await?
-        && known.digest != version.digest
-    {
-        return Err(exists(&known));
+    if there.is_some_and(|digest| digest != version.digest) {
+        let client = connect(global).await?;
+        let known = registered(global, &client, name, &version.version).await?;
+        unchanged(known.as_ref(), &version.digest)?;
     }
     let sent = package::send(&registry, &packed).await?;
     // Only now: a push takes its time, and the server closes a connection that asks for nothing.
@@ -305,6 +305,21 @@ pub async fn model(global: &Global, verb: ModelVerb) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_version_may_be_sent_again_as_it_is_and_not_otherwise() {
+        let known = ModelVersion {
+            model: "iris".to_owned(),
+            version: "1".to_owned(),
+            digest: "sha256:a".to_owned(),
+            ..ModelVersion::default()
+        };
+        assert!(unchanged(None, "sha256:a").is_ok());
+        assert!(unchanged(Some(&known), "sha256:a").is_ok());
+        let error = unchanged(Some(&known), "sha256:b").unwrap_err();
+        assert_eq!(error.kind, Kind::User);
+        assert!(error.message.contains("iris:1 exists already (sha256:a)"), "{}", error.message);
+    }
 
     #[test]
     fn a_version_of_another_namespace_is_not_the_one_that_is_pushed() {
