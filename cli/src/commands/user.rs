@@ -42,6 +42,19 @@ fn end_after(now: time::OffsetDateTime, expires: Duration) -> Result<prost_types
     Ok(prost_types::Timestamp { seconds: end.unix_timestamp(), nanos: 0 })
 }
 
+/// An error of a file that came after the user was made: its context was printed then, or is lost.
+fn shown_instead(error: Error, name: &str, printed: Result<()>) -> Error {
+    let words = format!("\"{name}\" is made, but {}", error.message);
+    match printed {
+        Ok(()) => Error::user(words)
+            .hint("its context is on standard output, and is not shown again: keep it in a file"),
+        Err(unread) => {
+            Error::user(format!("{words}; nor was its context printed: {}", unread.message))
+                .hint(format!("`berth user revoke {name}` takes it away; then make it again"))
+        }
+    }
+}
+
 pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
     let now = time::OffsetDateTime::now_utc();
     if let UserVerb::Revoke { name, token } = &verb {
@@ -93,8 +106,8 @@ pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
             let text = toml::to_string(&config)?;
             let Some(mut file) = file else { return put(&text) };
             let path = file.path.display().to_string();
-            file.write(text.as_bytes())?;
-            file.finish()?;
+            let kept = file.write(text.as_bytes()).and_then(|()| file.finish());
+            kept.map_err(|error| shown_instead(error, &name, put(&text)))?;
             let words = format!("{name}: made, its context is in {path}");
             say(global, &words, &json!({"name": name, "file": path}))
         }
@@ -177,6 +190,29 @@ pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_context_whose_file_cannot_be_written_is_shown_instead() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ci.toml");
+        let failed = || {
+            let file = Whole::begin(&path).unwrap();
+            // Somebody else's comes between.
+            std::fs::write(&path, "another").unwrap();
+            let error = file.finish().unwrap_err();
+            std::fs::remove_file(&path).unwrap();
+            error
+        };
+        let error = shown_instead(failed(), "ci", Ok(()));
+        assert_eq!(error.kind, Kind::User);
+        assert!(error.message.starts_with("\"ci\" is made, but cannot make"), "{}", error.message);
+        assert!(error.hint.unwrap().contains("on standard output"));
+        // Nobody read it there: that is no quiet end.
+        let gone = Error::new(Kind::ReaderGone, "nobody reads the answer");
+        let error = shown_instead(failed(), "ci", Err(gone));
+        assert_eq!(error.kind, Kind::User);
+        assert!(error.hint.unwrap().contains("berth user revoke ci"));
+    }
 
     #[test]
     fn an_end_that_no_calendar_has_is_refused() {
