@@ -156,8 +156,9 @@ Examples:
   berth orphan release 0190f3c2-7d1a-7f00-8000-2a41c1b0e7aa
 
 Since a restore from a backup a host gets nothing new to do as long as it runs something that the
-restored ledger does not know. What is adopted goes on running; what is released is stopped. What was
-deployed after the backup is not known at all: apply its manifest again, then release the old one.";
+restored ledger does not know. What is adopted goes on running; what is released is stopped. What
+was deployed after the backup is not known at all: release it, then apply its manifest again. A host
+with orphans that nobody has decided about takes nothing new.";
 
 pub const BACKUP: &str = "\
 Examples:
