@@ -15,7 +15,7 @@ use berth_proto::words::counted;
 use futures_util::StreamExt as _;
 use serde_json::{Value, json};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use tokio::time::Instant;
@@ -145,12 +145,19 @@ struct Outcome {
     error: Option<Error>,
 }
 
-/// What somebody is told who does not wait any longer for these.
-fn left(global: &Global, names: &[String]) -> String {
-    let space = global.namespace.as_deref().map(|n| format!(" -n {n}")).unwrap_or_default();
-    let (what, name) = match names {
-        [one] => ("the rollout goes on", one.as_str()),
-        _ => ("the rollouts go on", "NAME"),
+/// What somebody is told who does not wait any longer for these. The namespaces are the manifests', which
+/// may name them without `-n`.
+fn left(metas: &[ObjectMeta]) -> String {
+    let (what, name) = match metas {
+        [one] => ("the rollout goes on", one.name.as_str()),
+        [] | [_, ..] => ("the rollouts go on", "NAME"),
+    };
+    let spaces: BTreeSet<&str> = metas.iter().map(|m| m.namespace.as_str()).collect();
+    let mut spaces = spaces.into_iter();
+    let space = match (spaces.next(), spaces.next()) {
+        (None | Some("" | "default"), None) => String::new(),
+        (Some(one), None) => format!(" -n {one}"),
+        (_, Some(_)) => " -n NAMESPACE".to_owned(),
     };
     for_terminal(&format!("{what}; `berth deployment rollout status {name}{space}` tells how"))
 }
@@ -204,11 +211,8 @@ pub async fn apply(global: &Global, args: Apply) -> Result<u8> {
             (index, outcome)
         }
     };
-    let names: Vec<String> = answer
-        .results
-        .iter()
-        .filter_map(|r| Some(r.deployment.as_ref()?.meta.as_ref()?.name.clone()))
-        .collect();
+    let metas: Vec<ObjectMeta> =
+        answer.results.iter().filter_map(|r| r.deployment.as_ref()?.meta.clone()).collect();
     let results = answer.results.into_iter().enumerate();
     let following =
         futures_util::stream::iter(results).map(follow).buffer_unordered(FOLLOWED).collect();
@@ -219,7 +223,7 @@ pub async fn apply(global: &Global, args: Apply) -> Result<u8> {
         // Cancel-safe: followed is a level, and nothing is written.
         pressed = tokio::signal::ctrl_c() => {
             pressed?;
-            board.borrow_mut().leave(&left(global, &names));
+            board.borrow_mut().leave(&left(&metas));
             return Ok(INTERRUPTED);
         }
     };
@@ -455,15 +459,31 @@ mod tests {
 
     #[test]
     fn whoever_gives_up_is_told_where_to_look() {
-        let names = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+        let told = |all: &[(&str, &str)]| {
+            let meta = |(namespace, name): &(&str, &str)| ObjectMeta {
+                namespace: (*namespace).to_owned(),
+                name: (*name).to_owned(),
+                ..ObjectMeta::default()
+            };
+            left(&all.iter().map(meta).collect::<Vec<_>>())
+        };
         assert_eq!(
-            left(&global(&[]), &names(&["iris"])),
+            told(&[("default", "iris")]),
             "the rollout goes on; `berth deployment rollout status iris` tells how"
         );
+        // Also where the manifest names it, and not the command line.
         assert_eq!(
-            left(&global(&["-n", "x"]), &names(&["a", "b"])),
-            "the rollouts go on; `berth deployment rollout status NAME -n x` tells how"
+            told(&[("vision", "iris")]),
+            "the rollout goes on; `berth deployment rollout status iris -n vision` tells how"
         );
+        for (all, end) in [
+            ([("default", "a"), ("default", "b")], "status NAME` tells how"),
+            ([("x", "a"), ("x", "b")], "status NAME -n x` tells how"),
+            ([("x", "a"), ("default", "b")], "status NAME -n NAMESPACE` tells how"),
+        ] {
+            let told = told(&all);
+            assert!(told.starts_with("the rollouts go on; ") && told.ends_with(end), "{told}");
+        }
     }
 
     #[test]
