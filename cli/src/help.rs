@@ -80,7 +80,10 @@ Examples:
   berth infer iris --input sample.json
   echo '{\"inputs\":[{\"name\":\"x\",\"datatype\":\"FP32\",\"shape\":[1,4],\"data\":[5.1,3.5,1.4,0.2]}]}' |
     berth infer iris --input -
-  berth infer iris --input sample.json --expect expected.json";
+  berth infer iris --input sample.json --expect expected.json
+
+The input is JSON in the strict sense, without NaN and Infinity, which some programs write; what is
+no JSON is not sent.";
 
 pub const BUILD: &str = "\
 Examples:

@@ -187,7 +187,13 @@ mod tests {
             request(&at)
         };
         assert_eq!(of("{\"inputs\": []}\n").unwrap(), b"{\"inputs\": []}\n");
-        for (text, place) in [("{\n  inputs}", "line 2 column 3"), ("", "line 1 column 0")] {
+        for (text, place) in [
+            ("{\n  inputs}", "line 2 column 3"),
+            ("", "line 1 column 0"),
+            // Python's json writes these.
+            ("[NaN]", "line 1 column 2"),
+            ("[-Infinity]", "line 1 column 3"),
+        ] {
             let error = of(text).unwrap_err();
             assert_eq!(error.kind, Kind::User);
             assert!(error.message.contains("input.json is no JSON"), "{}", error.message);
