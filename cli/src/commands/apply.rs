@@ -315,6 +315,9 @@ fn planned_text(planned: &PlannedDeployment) -> String {
             step.slot, step.host, step.release
         ));
     }
+    if planned.more {
+        text.push_str("  ... and more steps\n");
+    }
     for pending in &planned.pending {
         let slots = counted(pending.count, "slot");
         text.push_str(&format!("  {slots} would wait: {}\n", pending.message));
@@ -349,7 +352,7 @@ fn planned_json(planned: &PlannedDeployment) -> Value {
         "name": meta.name, "namespace": meta.namespace,
         "action": word(planned.action().as_str_name(), "APPLY_ACTION_"),
         "resolved": shown.status.map(|s| s.resolved),
-        "changes": changes, "steps": steps, "pending": pending,
+        "changes": changes, "steps": steps, "more": planned.more, "pending": pending,
     })
 }
 
@@ -483,6 +486,19 @@ mod tests {
         ] {
             let told = told(&all);
             assert!(told.starts_with("the rollouts go on; ") && told.ends_with(end), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_plan_that_is_cut_short_says_so() {
+        let planned = |more| {
+            let steps = vec![PlannedStep { host: "a".to_owned(), ..PlannedStep::default() }];
+            PlannedDeployment { steps, more, ..PlannedDeployment::default() }
+        };
+        assert!(planned_text(&planned(true)).ends_with(")\n  ... and more steps\n"));
+        assert!(!planned_text(&planned(false)).contains("more"));
+        for more in [true, false] {
+            assert_eq!(planned_json(&planned(more))["more"], json!(more));
         }
     }
 
