@@ -92,9 +92,10 @@ Examples:
 
 The engine of DOCKER_HOST, or the local one, builds the folder; what .dockerignore names stays out.
 The image is pushed to Berth's registry and registered with the folder's git commit, branch and
-whether there were changes. A version that is there may be built again as long as that gives the
-same digest, and its aliases move then; anything else is refused before it is pushed.
-`docker build` and `docker push` work just as well.";
+whether there were changes. A version that is there is refused before it is pushed, unless the build
+gave the same digest; the aliases move then. Engines date what they build, and nothing of this is
+left in them, so the same folder mostly gives another digest: `berth model alias` moves an alias
+alone. `docker build` and `docker push` work just as well.";
 
 pub const EVENTS: &str = "\
 Examples:
