@@ -139,7 +139,7 @@ fn a_restore_of_an_older_backup_stops_nothing_and_what_it_does_not_know_waits_fo
     let left = listed(&fleet, 1).unwrap();
     let lone = left[0]["uid"].as_str().unwrap();
     let refused = fleet.cluster.berth(&["orphan", "adopt", lone]).unwrap();
-    told(&refused, 1, &["cannot be adopted", "apply the manifest, then release"]);
+    told(&refused, 1, &["cannot be adopted", "release this one, then apply the manifest"]);
     let ready = fleet.ready("app", 4).unwrap();
     untouched(&fleet, "after the adoption");
     assert!(known.iter().all(|one| ready.iter().any(|r| r["containerId"] == one.id.as_str())));
