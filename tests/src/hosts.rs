@@ -463,14 +463,18 @@ impl Host {
     /// # Errors
     /// When the engine does not say.
     pub fn containers(&self) -> Result<Vec<Seen>> {
-        let ids =
-            self.docker(&["ps", "-aq", "--no-trunc", "--filter", "label=io.berth.replica"])?;
-        if ids.is_empty() {
-            return Ok(Vec::new());
-        }
-        let mut args = vec!["inspect"];
-        args.extend(ids.lines());
-        let all: Vec<Value> = serde_json::from_str(&self.docker(&args)?)?;
+        // One that is removed between the two calls makes the second one fail.
+        let all = eventually("the engine tells of its containers", PATIENCE, || {
+            let ids =
+                self.docker(&["ps", "-aq", "--no-trunc", "--filter", "label=io.berth.replica"])?;
+            if ids.is_empty() {
+                return Ok(Vec::new());
+            }
+            let mut args = vec!["inspect"];
+            args.extend(ids.lines());
+            let all: Vec<Value> = serde_json::from_str(&self.docker(&args)?)?;
+            Ok(all)
+        })?;
         let mut seen = Vec::new();
         for one in all {
             let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();

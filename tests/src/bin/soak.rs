@@ -223,6 +223,8 @@ fn slack(what: &str) -> u64 {
     match what.rsplit(' ').next() {
         Some("containers" | "images") => 4,
         Some("disk") => 32,
+        // Eight of each container.
+        Some("handles") if what.contains("engine") => 64,
         _ => 8,
     }
 }
