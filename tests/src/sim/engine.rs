@@ -61,6 +61,7 @@ pub(super) struct Engine {
     made: u32,
     pub(super) images: BTreeSet<Digest>,
     pub(super) away_until: u64,
+    pub(super) down_since: u64,
     /// It takes calls and answers none.
     pub(super) hangs_until: u64,
     /// Another program has the port that programs here publish.
@@ -82,6 +83,11 @@ pub(super) struct Engine {
 impl Engine {
     pub(super) fn is_up(&self, now: u64) -> bool {
         now >= self.away_until && now >= self.hangs_until
+    }
+
+    /// It has been away or silent for so long.
+    pub(super) fn down_for(&self, now: u64) -> u64 {
+        if self.is_up(now) { 0 } else { now - self.down_since }
     }
 
     pub(super) fn running(&self) -> impl Iterator<Item = &Made> {
@@ -183,7 +189,8 @@ impl World<'_> {
             return self.events.push(now + answer_ms, Event::Tell { node, life, input });
         }
         let mut answers = Vec::new();
-        let is_step = matches!(effect, Effect::Create { .. } | Effect::Start { .. });
+        let is_step =
+            matches!(effect, Effect::Create { .. } | Effect::Start { .. } | Effect::Stop { .. });
         match effect {
             Effect::Observe(look) => {
                 let containers = held.engine.containers.values().map(|c| c.shown.clone()).collect();

@@ -140,6 +140,11 @@ pub(super) enum Event {
         replica: ReplicaUid,
         since: u64,
     },
+    /// An engine is away since so long that its agent says so.
+    CheckAway {
+        node: NodeId,
+        life: Life,
+    },
     /// What was so of a host for a while is over.
     FactsChange {
         node: NodeId,

@@ -13,6 +13,10 @@ use berth_server_core::memory::Memory;
 use berth_server_core::restore;
 use berth_server_core::view::View;
 
+/// An engine that does not answer is told of by then: looks are half a minute apart, one that hangs takes
+/// 15 s, and an agent's clock may run slow.
+pub(super) const AWAY_TOLD_MS: u64 = 90_000;
+
 impl World<'_> {
     /// An entry of the script.
     pub(super) fn happens(&mut self, action: &Action) {
@@ -89,6 +93,7 @@ impl World<'_> {
             Action::EngineAway { host, for_ms } => {
                 let node = self.machine(*host);
                 self.nodes[node].engine.troubled(now + for_ms);
+                self.goes_away(node, *for_ms);
                 self.nodes[node].engine.away_until = now + for_ms;
                 self.follow_ends(node);
             }
@@ -114,11 +119,13 @@ impl World<'_> {
             Action::EngineHangs { host, for_ms } => {
                 let node = self.machine(*host);
                 self.nodes[node].engine.troubled(now + for_ms);
+                self.goes_away(node, *for_ms);
                 self.nodes[node].engine.hangs_until = now + for_ms;
             }
             Action::EngineRestarts { host, for_ms } => {
                 let node = self.machine(*host);
                 self.nodes[node].engine.troubled(now + for_ms);
+                self.goes_away(node, *for_ms);
                 let ids: Vec<u32> = self.nodes[node].engine.containers.keys().copied().collect();
                 self.nodes[node].engine.away_until = now + for_ms;
                 self.follow_ends(node);
@@ -199,6 +206,19 @@ impl World<'_> {
                 self.nodes[node].wall_ahead = *ahead_ms;
                 self.nodes[node].clock.wall_ahead = *ahead_ms;
             }
+        }
+    }
+
+    /// An engine is about to be away.
+    fn goes_away(&mut self, node: NodeId, for_ms: u64) {
+        let now = self.now;
+        let engine = &mut self.nodes[node].engine;
+        if engine.is_up(now) {
+            engine.down_since = now;
+        }
+        if for_ms > AWAY_TOLD_MS {
+            let life = self.nodes[node].life;
+            self.events.push(self.now + AWAY_TOLD_MS, Event::CheckAway { node, life });
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::engine::Made;
 use super::events::{Life, NodeId};
+use super::faults::AWAY_TOLD_MS;
 use super::script::Program;
 use super::specs;
 use super::world::World;
@@ -36,6 +37,22 @@ pub(super) fn serves(made: &Made, now: u64) -> bool {
 const RETRY_MS: u64 = 75_000;
 
 impl World<'_> {
+    /// An engine that was away all the time is told to be.
+    pub(super) fn check_away(&mut self, node: NodeId, life: Life) {
+        let held = &self.nodes[node];
+        // Another fault may have ended this one.
+        if !self.lives(node, life) || held.engine.down_for(self.now) < AWAY_TOLD_MS {
+            return;
+        }
+        let told = held.agent.as_ref().is_some_and(|agent| agent.board.facts.engine_available);
+        if told {
+            self.broke(format!(
+                "the engine of {} is away, and its agent says it answers",
+                held.uid
+            ));
+        }
+    }
+
     /// What no set names any more is gone, unless something was wrong on its host.
     pub(super) fn check_gone(&mut self, node: NodeId, life: Life, uid: &ReplicaUid, since: u64) {
         let held = &self.nodes[node];

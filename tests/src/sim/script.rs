@@ -400,7 +400,7 @@ fn dies(when: Moment) -> &'static str {
         Moment::Now => "is killed",
         Moment::BeforeWrite => "is killed just before its next write is durable",
         Moment::AfterWrite => "is killed just after its next write is durable",
-        Moment::AfterStep => "is killed just after its next container is made or started",
+        Moment::AfterStep => "is killed just after its next container is made, started or stopped",
     }
 }
 

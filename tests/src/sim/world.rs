@@ -194,6 +194,7 @@ impl<'s> World<'s> {
             Event::CheckGone { node, life, replica, since } => {
                 self.check_gone(node, life, &replica, since);
             }
+            Event::CheckAway { node, life } => self.check_away(node, life),
             Event::FactsChange { node } => self.facts_change(node),
             Event::ServerStarts => self.server_starts(),
             Event::Commit { life, token, batches } => self.commit(life, token, &batches),

@@ -173,7 +173,7 @@ impl Reconcile {
         }
         self.engine.due = Some(now);
         self.engine.retry.failed(ASK_MS, MAX_ASK_MS, now);
-        if self.engine.here != Some(false) {
+        if self.engine.here != Some(false) && !bug!(EngineAwayUntold) {
             out.push(Effect::EngineIs { available: false, why: why.to_owned() });
         }
         self.engine.here = Some(false);
