@@ -36,7 +36,8 @@ pub(super) fn is_full(error: &io::Error) -> bool {
 /// # Errors
 /// When it cannot be made, or is another user's.
 pub(crate) fn private(path: &Path) -> io::Result<()> {
-    if let Some(parent) = path.parent() {
+    // What is there and is no folder is told as such by what follows.
+    if let Some(parent) = path.parent().filter(|parent| !parent.exists()) {
         fs::create_dir_all(parent)?;
     }
     match fs::DirBuilder::new().mode(0o700).create(path) {
@@ -258,6 +259,14 @@ mod tests {
         fs::set_permissions(&ledger, fs::Permissions::from_mode(0o755)).unwrap();
         private(&ledger).unwrap();
         assert_eq!(mode(&ledger), 0o700);
+    }
+
+    #[test]
+    fn a_folder_below_a_file_is_told_to_be_none() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "x").unwrap();
+        let told = private(&dir.path().join("file/data")).unwrap_err();
+        assert_eq!(told.kind(), io::ErrorKind::NotADirectory);
     }
 
     #[test]
