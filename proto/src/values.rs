@@ -433,7 +433,7 @@ pub enum Phase {
 }
 
 /// What an agent says of one replica.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ReplicaStatus {
     /// Which container: 1, 2, 3...; 0 before the first.
     pub attempt: u32,

@@ -267,18 +267,7 @@ mod tests {
     use super::*;
 
     fn status(attempt: u32, phase: Phase, ready: bool) -> ReplicaStatus {
-        ReplicaStatus {
-            attempt,
-            phase: Some(phase),
-            ready,
-            reason: String::new(),
-            message: String::new(),
-            progress: None,
-            last_exit: None,
-            start_time: None,
-            next_attempt_time: None,
-            container_id: String::new(),
-        }
+        ReplicaStatus { attempt, phase: Some(phase), ready, ..ReplicaStatus::default() }
     }
 
     #[test]

@@ -169,18 +169,8 @@ impl World {
     }
 
     pub(crate) fn report(&mut self, uid: &ReplicaUid, phase: Phase, ready: bool) {
-        let status = ReplicaStatus {
-            attempt: 1,
-            phase: Some(phase),
-            ready,
-            reason: String::new(),
-            message: String::new(),
-            progress: None,
-            last_exit: None,
-            start_time: None,
-            next_attempt_time: None,
-            container_id: String::new(),
-        };
+        let status =
+            ReplicaStatus { attempt: 1, phase: Some(phase), ready, ..ReplicaStatus::default() };
         self.live.take(uid, status, self.now.mono);
     }
 

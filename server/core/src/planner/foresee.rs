@@ -116,18 +116,7 @@ fn carry_out(view: &mut View, live: &mut Live, uid: &DeploymentUid, plan: &Plan,
 }
 
 fn status(attempt: u32, phase: Phase, ready: bool) -> ReplicaStatus {
-    ReplicaStatus {
-        attempt,
-        phase: Some(phase),
-        ready,
-        reason: String::new(),
-        message: String::new(),
-        progress: None,
-        last_exit: None,
-        start_time: None,
-        next_attempt_time: None,
-        container_id: String::new(),
-    }
+    ReplicaStatus { attempt, phase: Some(phase), ready, ..ReplicaStatus::default() }
 }
 
 #[cfg(test)]
