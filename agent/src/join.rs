@@ -12,6 +12,7 @@ use berth_proto::record::{AgentIdentityFile, AgentJoinFile};
 use berth_proto::tls::{self, ALPN_H2, Trusted};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Notify;
 
 /// Connecting to a server.
 const CONNECT: Duration = Duration::from_secs(15);
@@ -146,13 +147,20 @@ fn joining(store: &Store, token: &str, name: &str) -> Result<AgentJoinFile, Join
 type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Renews the certificate once it is due, and ends then; looks every `look`, by the wall clock, which
-/// may be set meanwhile.
+/// may be set meanwhile, and whenever other roots have been `told`.
 ///
 /// A session may stand for longer than a certificate lives, and nobody dials meanwhile. Cancel-safe:
 /// a renewal that was dropped is begun anew, the server takes the old key until the new one is used.
-pub async fn renewed(shared: &Arc<Shared>, client: &Client, endpoint: &str, look: Duration) {
+pub async fn renewed(
+    shared: &Arc<Shared>,
+    client: &Client,
+    endpoint: &str,
+    look: Duration,
+    told: &Notify,
+) {
     loop {
-        tokio::time::sleep(look).await;
+        // Either way it is time to look.
+        let _ = tokio::time::timeout(look, told.notified()).await;
         match renew_if_due(shared, client, endpoint).await {
             Ok(true) => return,
             Ok(false) => {}
@@ -164,7 +172,8 @@ pub async fn renewed(shared: &Arc<Shared>, client: &Client, endpoint: &str, look
     }
 }
 
-/// Renews the certificate at half its life, also when its end is past; `true`: it was renewed, or the
+/// Renews the certificate at half its life, also when its end is past, and when there is a newer root than
+/// the one that has signed it; `true`: it was renewed, or the
 /// host was removed and that is remembered. `endpoint` is the server's address that is dialled, or that
 /// a session stands with: another one is asked with the next dial.
 ///
@@ -177,7 +186,10 @@ pub async fn renew_if_due(
 ) -> Result<bool, AnyError> {
     let identity = shared.identity.lock().clone();
     let (from, until) = tls::validity(&identity.certificate_pem)?;
-    if shared.clock.now().0 / 1000 < from + (until - from) / 2 {
+    let roots = identity.trust.as_ref().map(|trust| trust.roots_pem.as_str()).unwrap_or_default();
+    // Where that cannot be read, renewing would not mend it.
+    let newest = tls::is_signed_by_newest(&identity.certificate_pem, roots).unwrap_or(true);
+    if newest && shared.clock.now().0 / 1000 < from + (until - from) / 2 {
         return Ok(false);
     }
     let (key_pem, answer) = renewal(shared, &identity, endpoint).await?;

@@ -128,7 +128,8 @@ async fn a_certificate_is_renewed_while_a_session_stands() {
     let shared = Arc::new(Shared::open(store, HostPolicy::default()).unwrap());
     let config = tls_config(&identity, Arc::clone(&shared.clock), &[b"http/1.1"]).unwrap();
     let client = Client::new(address.clone(), config);
-    let waiting = renewed(&shared, &client, &address, Duration::from_millis(1));
+    let told = Notify::new();
+    let waiting = renewed(&shared, &client, &address, Duration::from_millis(1), &told);
     tokio::time::timeout(Duration::from_secs(60), waiting).await.expect("a renewal");
     let next = shared.identity.lock().clone();
     assert_ne!(next.certificate_pem, identity.certificate_pem);
@@ -143,6 +144,49 @@ async fn a_certificate_is_renewed_while_a_session_stands() {
         .change_identity(|held| held.certificate_pem.clone_from(&identity.certificate_pem))
         .unwrap();
     assert!(renew_if_due(&shared, &client, &closed).await.is_err());
+}
+
+#[tokio::test]
+async fn a_young_certificate_is_renewed_once_a_newer_root_than_its_own_is_told() {
+    let (address, newest, _) = serve().await;
+    let mut first = CertificateParams::new(Vec::new()).unwrap();
+    first.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let first_key = KeyPair::generate().unwrap();
+    let first_root = first.self_signed(&first_key).unwrap().pem();
+    let issuer = Issuer::new(first, first_key);
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let mut young = CertificateParams::new(Vec::new()).unwrap();
+    lives(&mut young, 2150);
+    let identity = AgentIdentityFile {
+        cluster: "c".into(),
+        host_uid: "h".into(),
+        certificate_pem: young.signed_by(&key, &issuer).unwrap().pem(),
+        key_pem: key.serialize_pem(),
+        trust: Some(Trust { version: 1, roots_pem: first_root.clone(), ..Trust::default() }),
+        ..Default::default()
+    };
+    store.put_identity(&identity).unwrap();
+    let shared = Arc::new(Shared::open(store, HostPolicy::default()).unwrap());
+    let config = tls_config(&identity, Arc::clone(&shared.clock), &[b"http/1.1"]).unwrap();
+    let client = Client::new(address.clone(), config);
+    assert!(!renew_if_due(&shared, &client, &address).await.unwrap(), "its root is the newest");
+    let told = Notify::new();
+    // It would look by itself in a year.
+    let look = Duration::from_secs(365 * 86_400);
+    let waiting = renewed(&shared, &client, &address, look, &told);
+    let telling = async {
+        let both =
+            Trust { version: 2, roots_pem: format!("{first_root}{newest}"), ..Trust::default() };
+        shared.change_identity(|held| session::take_over(held, both)).unwrap();
+        told.notify_one();
+    };
+    let both = async { tokio::join!(waiting, telling) };
+    tokio::time::timeout(Duration::from_secs(60), both).await.expect("a renewal");
+    let next = Store::peek(folder.path()).identity().unwrap();
+    assert!(tls::is_signed_by_newest(&next.certificate_pem, &newest).unwrap());
+    assert!(!renew_if_due(&shared, &client, &address).await.unwrap(), "once");
 }
 
 #[tokio::test]

@@ -20,7 +20,7 @@ use rustls::ClientConfig;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::{Notify, broadcast, mpsc};
 use tokio::task::spawn_blocking;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
@@ -202,7 +202,9 @@ async fn attempt(
         Err(_) => return Ended::Lost("the server did not answer in time".to_owned()),
     };
     let mut queue = std::collections::VecDeque::new();
-    let mut renewed = std::pin::pin!(crate::join::renewed(shared, client, endpoint, RENEWAL_LOOK));
+    let told = Notify::new();
+    let renewed = crate::join::renewed(shared, client, endpoint, RENEWAL_LOOK, &told);
+    let mut renewed = std::pin::pin!(renewed);
     loop {
         let due = machine.deadline().since_ms(shared.now().mono);
         let input = tokio::select! {
@@ -267,6 +269,7 @@ async fn attempt(
                     Effect::Trust(trust) => {
                         if let Some(version) = take_trust(shared, client, *trust).await {
                             inputs.push(Input::Trusted(version));
+                            told.notify_one();
                         }
                     }
                     Effect::Open(open) => {

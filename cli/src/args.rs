@@ -1,5 +1,9 @@
 //! The command line. The doc comments are the help.
 
+mod house;
+
+pub use house::{Backup, ContextCommand, Registry, Root, Server};
+
 use crate::help;
 use berth_proto::values::Requirement;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -172,6 +176,9 @@ pub enum Command {
     /// The server itself.
     #[command(subcommand)]
     Server(Server),
+    /// The roots that hosts and clients know the server by, and their rotation.
+    #[command(subcommand, after_help = help::ROOT)]
+    Root(Root),
     /// The registry.
     #[command(subcommand)]
     Registry(Registry),
@@ -692,75 +699,4 @@ pub enum UserRole {
     Operator,
     /// Look.
     Viewer,
-}
-
-/// Contexts.
-#[derive(Debug, Subcommand)]
-pub enum ContextCommand {
-    /// List them.
-    List,
-    /// Show the current one, without its key.
-    Show,
-    /// Take over a context that a server or `berth user create` wrote.
-    Create {
-        /// Its name here.
-        name: String,
-        /// The file; `-` is standard input.
-        #[arg(long)]
-        from: PathBuf,
-        /// Though there is one of that name.
-        #[arg(long)]
-        force: bool,
-    },
-    /// Use another one.
-    Use {
-        /// Its name.
-        name: String,
-    },
-    /// Forget one.
-    Rm {
-        /// Its name.
-        name: String,
-    },
-}
-
-/// The server.
-#[derive(Debug, Subcommand)]
-pub enum Server {
-    /// Who and how it is.
-    Info {
-        /// Try for so long until it answers.
-        #[arg(long, value_parser = duration)]
-        wait: Option<std::time::Duration>,
-    },
-    /// Print a link that opens the web page once, as you, within 5 minutes.
-    Page,
-    /// Back up its ledger and keys, encrypted, into a file here.
-    #[command(after_help = help::BACKUP)]
-    Backup(Backup),
-}
-
-/// A backup.
-#[derive(Debug, Args)]
-pub struct Backup {
-    /// File to write; must not exist.
-    pub file: PathBuf,
-    /// Make a new recovery key, for this backup and those that follow.
-    #[arg(long)]
-    pub new_recovery_key: bool,
-    /// File to write the recovery key to instead of standard output; must not exist, and is made only
-    /// when there is a new key.
-    #[arg(long, value_name = "FILE")]
-    pub recovery_key: Option<PathBuf>,
-}
-
-/// The registry.
-#[derive(Debug, Subcommand)]
-pub enum Registry {
-    /// Remove content that nothing names.
-    Gc {
-        /// Say what would go.
-        #[arg(long)]
-        dry_run: bool,
-    },
 }

@@ -213,7 +213,20 @@ Examples:
   berth context create lab --from ./admin.toml   take over what `berth user create` printed
   berth context list
   berth context use lab
+  berth context renew                            a new certificate, and the roots that there are now
   berth --context lab ps";
+
+pub const ROOT: &str = "\
+Examples:
+  berth root list
+  berth root rotate && berth context renew       then back up, and wait until `list` names nobody
+  berth root finish
+  berth root export > berth-roots.pem            what docker, curl and grpcurl trust
+
+Hosts learn the new root by themselves, and renew their certificates with it; those that are away do so
+when they are back. People run `berth context renew`, once each. Other clients (docker, curl) are given
+what `export` prints. Tokens stay good. A backup from before the end of a rotation holds the root that is
+retired then: make a new one after each step.";
 
 pub const COMPLETION: &str = "\
 Examples:

@@ -49,6 +49,13 @@ pub fn of(reason: &str, code: Code) -> Option<&'static str> {
             "an admin of the server can make a new context: `berth user create`"
         }
         "DISK_FULL" => "`berth registry gc` frees what nothing names",
+        "HOSTS_NOT_TOLD" => {
+            "`berth root list` shows them; remove those that are gone for good, or --force"
+        }
+        "NO_ROTATION" => "`berth root rotate` begins one",
+        "ROOT_RETIRED" | "CERTIFICATE_NEEDED" => {
+            "`berth context renew` in time, or a new context from an admin: `berth user create`"
+        }
         "EVENTS_EXPIRED" => "begin anew, without a token",
         "HOST_AWAY" => "`berth host list` shows when it was last seen",
         "SERVER_STOPPING" | "LEDGER_BUSY" => "the same command may work in a moment",

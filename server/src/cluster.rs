@@ -1,6 +1,8 @@
 //! What all parts of the server share, and the desk that sessions speak to.
 
-use crate::identity::ca::Ca;
+use crate::doors::DoorTls;
+use crate::doors::certificates::{CertificateError, Internal};
+use crate::identity::roots::Roots;
 use crate::ledger::Ledger;
 use crate::registry::Registry;
 use crate::session::desk::{Desk, Ended, Later, Lines, Newest, Order};
@@ -10,6 +12,7 @@ use berth_proto::agent::{ReplicaReport, SetVerdict, Trust};
 use berth_proto::api::{self, EventSeverity};
 use berth_proto::ids::{DeploymentUid, HostUid, Mono, Now, SetNumber, Wall};
 use berth_proto::record::ClusterRecord;
+use berth_proto::tls::TlsError;
 use berth_server_core::batching::{Proposal, Refusal};
 use berth_server_core::change::Change;
 use berth_server_core::desk::{self, Admission, Admitted};
@@ -23,7 +26,7 @@ use berth_server_core::session::Registration;
 use berth_server_core::view::View;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, watch};
 
@@ -41,7 +44,7 @@ pub struct Cluster {
     /// The ledger.
     pub ledger: Ledger,
     /// The certificate authority.
-    pub ca: Ca,
+    pub roots: Roots,
     /// The registry.
     pub registry: Registry,
     /// Reverse connections.
@@ -54,6 +57,8 @@ pub struct Cluster {
     pub links: crate::page::Links,
     /// The ballast was given up: of what people ask for only what makes room is taken.
     pub cramped: std::sync::atomic::AtomicBool,
+    /// Held while the roots change.
+    pub rotating: tokio::sync::Mutex<()>,
     /// Held while a backup is made.
     pub backing_up: Arc<tokio::sync::Mutex<()>>,
     /// Views of lists that callers walk through.
@@ -71,6 +76,7 @@ pub struct Cluster {
     /// When the process started.
     pub started: Wall,
     origin: Instant,
+    shown: OnceLock<Shown>,
     live_lock: Mutex<()>,
     live_changed: watch::Sender<u64>,
     revoked: watch::Sender<u64>,
@@ -87,12 +93,20 @@ pub fn wall_now() -> Wall {
     Wall(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
+/// What shows the roots to whoever comes, and asks for certificates of them.
+pub struct Shown {
+    /// The server's own certificate.
+    pub internal: Arc<Internal>,
+    /// All doors.
+    pub doors: Vec<Arc<DoorTls>>,
+}
+
 /// What a cluster is made of.
 pub struct Parts {
     /// The ledger.
     pub ledger: Ledger,
     /// The certificate authority.
-    pub ca: Ca,
+    pub roots: Roots,
     /// The registry.
     pub registry: Registry,
     /// The settings.
@@ -105,7 +119,7 @@ impl Cluster {
     /// Puts the parts together.
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { ledger, ca, registry, settings, ports } = parts;
+        let Parts { ledger, roots, registry, settings, ports } = parts;
         let told = |port: u16| -> Vec<String> {
             let name = |host: &String| {
                 if host.contains(':') {
@@ -123,18 +137,20 @@ impl Cluster {
             gateway_address: first(ports[2]),
             page_address: first(ports[3]),
             ledger,
-            ca,
+            roots,
             registry,
             hub: ReverseHub::default(),
             live: ArcSwap::default(),
             reports: Mutex::default(),
             links: crate::page::Links::default(),
             cramped: std::sync::atomic::AtomicBool::default(),
+            rotating: tokio::sync::Mutex::default(),
             backing_up: Arc::default(),
             walked: Mutex::default(),
             settings,
             started: wall_now(),
             origin: Instant::now(),
+            shown: OnceLock::new(),
             live_lock: Mutex::new(()),
             live_changed: watch::channel(0).0,
             revoked: watch::channel(0).0,
@@ -208,20 +224,35 @@ impl Cluster {
         let view = self.ledger.view();
         Trust {
             version: view.cluster.trust_version,
-            roots_pem: self.ca.root_pem().to_owned(),
+            roots_pem: self.roots.pem(),
             endpoints: self.endpoints.clone(),
             registry: self.registry_address.clone(),
         }
     }
 
-    /// Raises the number of what agents are told when the addresses are others than before.
+    /// Whether the ledger's number is that of the roots there are.
+    fn roots_are_told(&self, told: &ClusterRecord) -> bool {
+        let first = told.roots_sha256.is_empty() && self.roots.next().is_none();
+        first || told.roots_sha256 == self.roots.digest()
+    }
+
+    /// Raises the number of what agents are told when addresses or roots are others than before, and
+    /// tells those that are there. `noted` is written with it, or alone.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub async fn tell_addresses(&self) -> Result<(), Refusal> {
+    pub async fn tell_trust(&self, noted: Vec<Change>) -> Result<(), Refusal> {
         let told = self.ledger.ahead().cluster.clone();
-        if told.endpoints == self.endpoints && told.registry == self.registry_address {
-            return Ok(());
+        let same = told.endpoints == self.endpoints
+            && told.registry == self.registry_address
+            && self.roots_are_told(&told);
+        let mut changes = noted;
+        if same {
+            if changes.is_empty() {
+                return Ok(());
+            }
+            let proposal = Proposal { preconditions: Vec::new(), changes };
+            return self.ledger.propose(proposal).await.map(|_| ());
         }
         let seconds = u64::try_from(wall_now().0 / 1000).unwrap_or(0);
         let record = ClusterRecord {
@@ -229,10 +260,42 @@ impl Cluster {
             trust_version: (told.trust_version + 1).max(seconds),
             endpoints: self.endpoints.clone(),
             registry: self.registry_address.clone(),
+            roots_sha256: self.roots.digest(),
             ..told
         };
-        let changes = vec![Change::PutCluster(record)];
-        self.ledger.propose(Proposal { preconditions: Vec::new(), changes }).await.map(|_| ())
+        changes.push(Change::PutCluster(record));
+        self.ledger.propose(Proposal { preconditions: Vec::new(), changes }).await?;
+        self.order_all(&Order::Trust(Box::new(self.trust())));
+        Ok(())
+    }
+
+    /// What shows the roots, and asks for certificates of them; once the doors are open.
+    pub fn show_with(&self, shown: Shown) {
+        // There is one set of doors.
+        let _ = self.shown.set(shown);
+    }
+
+    /// Has the doors go by the roots (PEM) that there will be, before anything is signed by them.
+    ///
+    /// # Errors
+    /// When it is not PEM of roots.
+    pub fn trust_roots(&self, roots_pem: &str) -> Result<(), TlsError> {
+        let doors = self.shown.get().map(|shown| shown.doors.as_slice()).unwrap_or_default();
+        doors.iter().try_for_each(|door| door.trust(roots_pem))
+    }
+
+    /// Has the doors show the present root, and let in none but certificates of the present roots; whoever
+    /// came in with another one has to come again.
+    ///
+    /// # Errors
+    /// When the server's certificate cannot be made.
+    pub fn show_roots(&self) -> Result<(), CertificateError> {
+        if let Some(shown) = self.shown.get() {
+            shown.internal.make_anew(&self.roots.current())?;
+        }
+        self.trust_roots(&self.roots.pem())?;
+        self.judge_again();
+        Ok(())
     }
 
     /// Works out the sets of these hosts anew and hands them to their sessions.
@@ -259,6 +322,14 @@ impl Cluster {
         let sessions = self.sessions.lock();
         for line in sessions.desk.sessions_of(host) {
             sessions.say(line, order);
+        }
+    }
+
+    /// Says something to all sessions.
+    fn order_all(&self, order: &Order) {
+        let sessions = self.sessions.lock();
+        for session in sessions.orders.keys() {
+            sessions.say(*session, order);
         }
     }
 

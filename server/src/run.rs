@@ -2,15 +2,15 @@
 
 use crate::api::users::is_admin;
 use crate::api::{Api, auth, standing};
-use crate::cluster::{Cluster, Parts, wall_now};
+use crate::cluster::{Cluster, Parts, Shown, wall_now};
 use crate::config::Settings;
 use crate::doors::certificates::{Certificates, Internal, Operators};
-use crate::doors::{self, DoorError, Speaks};
+use crate::doors::{self, DoorError, DoorTls, Speaks};
 use crate::gateway;
 use crate::gateway::forward::Forwarder;
 use crate::gateway::http::{Gateway, router as gateway_router};
 use crate::gateway::route::Routes;
-use crate::identity::ca::Ca;
+use crate::identity::roots::Roots;
 use crate::ledger::Ledger;
 use crate::planning;
 use crate::registry::access::PeerCertificates;
@@ -32,7 +32,7 @@ use berth_proto::api::model_service_server::ModelServiceServer;
 use berth_proto::api::system_service_server::SystemServiceServer;
 use berth_proto::api::user_service_server::UserServiceServer;
 use berth_proto::api::{Role, RoleBinding};
-use berth_proto::ids::Name;
+use berth_proto::ids::{ClusterUid, Name};
 use berth_proto::record::{Meta, UserRecord};
 use berth_proto::tls::{ALPN_H2, ALPN_REVERSE, SpiffeId, Subject};
 use berth_server_core::batching::Proposal;
@@ -76,7 +76,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     };
     let folder = Arc::new(Folder::open(&settings.data_dir)?);
     let cramped = cramped(&folder, settings.ballast_bytes)?;
-    let ca = Ca::open(folder.path())?;
+    let roots = Roots::open(folder.path())?;
     let (store, opened) = Embedded::open(&folder.path().join("ledger"))?;
     if let Some(why) = &opened.rebuilt {
         tracing::error!(why, "the ledger's store was damaged and was made anew; nothing was lost");
@@ -85,7 +85,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         store.load(b"")?.into_iter().map(|entry| (entry.key, entry.revision, entry.value));
     let mut view = View::load(entries).context("cannot read the ledger")?;
     view.revision = store.revision();
-    ca.belongs_to(&view.cluster.uid)?;
+    roots.current().belongs_to(&view.cluster.uid)?;
     let ledger = Ledger::start(Box::new(store), view);
     let registry = Registry::open(
         folder.path().join("registry"),
@@ -106,27 +106,32 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let ports = addresses.map(|a| a.port());
     let first =
         ["admin.toml", "admin.written"].iter().all(|name| !folder.path().join(name).exists());
-    first_records(&ledger, &ca, opened.fell_back.is_some(), first).await?;
+    first_records(&ledger, roots.cluster(), opened.fell_back.is_some(), first).await?;
     told_of_fall_back(&folder.path().join("ledger"))?;
-    let parts = Parts { ledger, ca, registry, settings, ports };
+    let parts = Parts { ledger, roots, registry, settings, ports };
     let cluster = Arc::new(Cluster::new(parts));
-    cluster.tell_addresses().await.context("cannot keep the server's addresses")?;
+    cluster.tell_trust(Vec::new()).await.context("cannot keep the server's addresses")?;
     cluster.cramped.store(cramped, Ordering::Relaxed);
 
     let mut names = cluster.settings.advertise.clone();
     names.extend(["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()]);
     names.dedup();
-    let internal = Arc::new(Internal::new(&cluster.ca, names)?);
+    let internal = Arc::new(Internal::new(&cluster.roots.current(), names)?);
     let plain = Certificates { internal: Arc::clone(&internal), operators: None };
     let with_operators = Certificates { operators: operators.clone(), ..plain.clone() };
-    let roots = cluster.ca.root_pem();
+    let roots_pem = cluster.roots.pem();
     let tls = |certificates: &Certificates, alpn: &[&[u8]], speaks| {
-        doors::server_config(certificates.clone(), roots, alpn, speaks)
+        DoorTls::new(certificates.clone(), &roots_pem, alpn, speaks).map(Arc::new)
     };
     let https: &[&[u8]] = &[ALPN_H2, b"http/1.1"];
     let control_tls = tls(&plain, &[ALPN_H2, ALPN_REVERSE], Speaks::Ours)?;
     let gateway_tls = tls(&plain, https, Speaks::Anybody)?;
     let registry_tls = tls(&with_operators, https, Speaks::Anybody)?;
+
+    cluster.show_with(Shown {
+        internal,
+        doors: [&control_tls, &gateway_tls, &registry_tls].map(Arc::clone).into(),
+    });
 
     let stop = cluster.stopping();
     let routes = Arc::new(Routes::default());
@@ -168,7 +173,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
 
     write_contexts(&cluster, &addresses)?;
     tracing::info!(
-        cluster = %cluster.ca.cluster(), control = %addresses[0], registry = %addresses[1],
+        cluster = %cluster.roots.cluster(), control = %addresses[0], registry = %addresses[1],
         gateway = %addresses[2], page = %addresses[3], "the doors are open"
     );
 
@@ -239,7 +244,7 @@ async fn sort(
         let peer = session
             .peer_certificates()
             .and_then(|chain| SpiffeId::of(chain.first()?).ok())
-            .filter(|id| id.cluster == *cluster.ca.cluster());
+            .filter(|id| id.cluster == *cluster.roots.cluster());
         let Some(SpiffeId { subject: Subject::Host(uid), .. }) = peer else {
             tracing::warn!(addr = %one.addr, "a reverse connection without a host's certificate");
             continue;
@@ -324,13 +329,13 @@ fn raise_handles() {
 /// folder gets one made anew then, also where nobody is left who may do everything.
 async fn first_records(
     ledger: &Ledger,
-    ca: &Ca,
+    uid: &ClusterUid,
     fell_back: bool,
     first: bool,
 ) -> anyhow::Result<()> {
     let view = ledger.view();
     let mut changes = Vec::new();
-    if let Some(record) = restore::begun(&view.cluster, ca.cluster(), fell_back, wall_now()) {
+    if let Some(record) = restore::begun(&view.cluster, uid, fell_back, wall_now()) {
         if fell_back {
             tracing::error!(
                 epoch = record.epoch,
@@ -359,6 +364,7 @@ async fn first_records(
             }],
             expire_unix_ms: now + ADMIN_DAYS * 86_400_000,
             revoked: false,
+            renew_unix_ms: 0,
         })));
     }
     // The epoch comes last, so that a start that ends in between does all of it again.
@@ -377,7 +383,7 @@ fn write_contexts(cluster: &Cluster, addresses: &[std::net::SocketAddr; 4]) -> a
     let written = folder.join("admin.written");
     if !admin.exists() && !written.exists() {
         let name: Name = "admin".parse()?;
-        let (certificate, key) = cluster.ca.user(&name, ADMIN_DAYS)?;
+        let (certificate, key) = cluster.roots.signing().user(&name, ADMIN_DAYS)?;
         let quoted = |text: &str| toml::Value::String(text.to_owned()).to_string();
         let endpoints: Vec<String> = cluster.endpoints.iter().map(|e| quoted(e)).collect();
         let text = format!(
@@ -385,11 +391,11 @@ fn write_contexts(cluster: &Cluster, addresses: &[std::net::SocketAddr; 4]) -> a
              may do everything.\ncurrent = \"default\"\n\n[contexts.default]\nuser = \"admin\"\n\
              cluster = {}\nendpoints = [{}]\nregistry = {}\ngateway = {}\nroots = {}\n\
              certificate = {}\nkey = {}\n",
-            quoted(cluster.ca.cluster().as_str()),
+            quoted(cluster.roots.cluster().as_str()),
             endpoints.join(", "),
             quoted(&cluster.registry_address),
             quoted(&cluster.gateway_address),
-            quoted(cluster.ca.root_pem()),
+            quoted(&cluster.roots.pem()),
             quoted(&certificate),
             quoted(&key),
         );

@@ -22,7 +22,7 @@ async fn the_first_start_writes_the_admins_context_for_its_owner_alone_and_never
     let text = std::fs::read_to_string(&admin).unwrap();
     let context: toml::Table = text.parse().unwrap();
     let context = context["contexts"]["default"].as_table().unwrap();
-    assert_eq!(context["cluster"].as_str(), Some(api.0.ca.cluster().as_str()));
+    assert_eq!(context["cluster"].as_str(), Some(api.0.roots.cluster().as_str()));
     let chain = berth_proto::tls::certificates(context["certificate"].as_str().unwrap()).unwrap();
     assert_eq!(SpiffeId::of(&chain[0]).unwrap().subject, Subject::User("admin".parse().unwrap()));
     // A second start leaves it as it is; one that was taken away is not given again.
@@ -36,22 +36,22 @@ async fn the_first_start_writes_the_admins_context_for_its_owner_alone_and_never
 #[tokio::test]
 async fn a_new_cluster_has_one_admin_and_an_epoch_of_its_time_and_a_later_start_writes_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let ca = Ca::open(dir.path()).unwrap();
+    let ca = Roots::open(dir.path()).unwrap();
     let ledger = Ledger::start(Box::new(Memory::default()), View::default());
     let seconds = u64::try_from(wall_now().0 / 1000).unwrap();
-    first_records(&ledger, &ca, false, false).await.unwrap();
+    first_records(&ledger, ca.cluster(), false, false).await.unwrap();
     let view = ledger.view();
     assert_eq!(view.cluster.uid, ca.cluster().to_string());
     assert!(view.cluster.epoch >= seconds && !view.cluster.observing);
     assert_eq!(view.users().count(), 1);
-    first_records(&ledger, &ca, false, false).await.unwrap();
+    first_records(&ledger, ca.cluster(), false, false).await.unwrap();
     assert_eq!(ledger.view().revision, view.revision);
 }
 
 #[tokio::test]
 async fn after_a_fallback_the_epoch_is_greater_and_no_host_gets_a_set_before_it_was_looked_at() {
     let (_dir, api) = served();
-    let (ledger, ca) = (&api.0.ledger, &api.0.ca);
+    let (ledger, ca) = (&api.0.ledger, api.0.roots.cluster());
     first_records(ledger, ca, false, false).await.unwrap();
     host(&api, "edge", &[]).await;
     let uid = ledger.view().host_by_name("edge").unwrap().uid.clone();
@@ -73,7 +73,7 @@ async fn after_a_fallback_the_epoch_is_greater_and_no_host_gets_a_set_before_it_
 #[tokio::test]
 async fn whoever_has_the_folder_and_takes_the_context_away_gets_an_admin_that_counts() {
     let (_dir, api) = served();
-    let (ledger, ca) = (&api.0.ledger, &api.0.ca);
+    let (ledger, ca) = (&api.0.ledger, api.0.roots.cluster());
     first_records(ledger, ca, false, true).await.unwrap();
     let held = ledger.view().user("admin").unwrap().record.clone();
     first_records(ledger, ca, false, true).await.unwrap();

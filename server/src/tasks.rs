@@ -159,7 +159,7 @@ pub async fn certificates(
             () = tokio::time::sleep(CERTIFICATES) => {}
             _ = stop.wait_for(|stop| *stop) => return,
         }
-        match shown.internal.renew(&cluster.ca, crate::cluster::wall_now()) {
+        match shown.internal.renew(&cluster.roots.current(), crate::cluster::wall_now()) {
             Ok(true) => tracing::info!("the server's own certificate was made anew"),
             Ok(false) => {}
             Err(error) => {

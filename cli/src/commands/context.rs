@@ -1,6 +1,6 @@
 //! Servers this command line knows, the one in use, and its registry.
 
-use super::{ask, confirm, connect};
+use super::{ask, confirm, connect, write};
 use crate::args::{ContextCommand, Global, Output, Registry, Server};
 use crate::client;
 use crate::error::{Error, Kind, Result};
@@ -19,7 +19,44 @@ fn known(config: &client::Config, name: &str) -> Result<()> {
     Err(client::no_context(config, name))
 }
 
-pub fn context(global: &Global, verb: ContextCommand) -> Result<()> {
+/// A new key and certificate, and what else the server tells of itself now.
+async fn renew(global: &Global, mut config: client::Config) -> Result<()> {
+    let name = global.context.clone().unwrap_or_else(|| config.current.clone());
+    known(&config, &name)?;
+    let client = connect(global).await?;
+    let (key, csr_pem) = berth_proto::tls::key_and_request()?;
+    let request = RenewCertificateRequest { write: write(), csr_pem };
+    let made = ask(global, client.users().renew_certificate(request)).await?;
+    let held = client.context;
+    // The addresses that work stay behind those that are told.
+    let mut endpoints = made.endpoints;
+    for address in held.endpoints {
+        if !endpoints.contains(&address) {
+            endpoints.push(address);
+        }
+    }
+    let told = |told: String, held: String| if told.is_empty() { held } else { told };
+    let context = client::Context {
+        endpoints,
+        registry: told(made.registry, held.registry),
+        gateway: told(made.gateway, held.gateway),
+        roots: made.roots_pem,
+        certificate: made.certificate_pem,
+        key,
+        user: held.user,
+        cluster: held.cluster,
+    };
+    let (_, until) = berth_proto::tls::validity(&context.certificate)?;
+    let expire_time = Some(prost_types::Timestamp { seconds: until, nanos: 0 });
+    let roots = berth_proto::tls::certificates(&context.roots)?.len();
+    config.contexts.insert(name.clone(), context);
+    client::save(&config)?;
+    let words = format!("{name}: renewed; it knows {}", counted(roots, "root"));
+    let expire_time = moment(expire_time.as_ref());
+    say(global, &words, &json!({"name": name, "roots": roots, "expireTime": expire_time}))
+}
+
+pub async fn context(global: &Global, verb: ContextCommand) -> Result<()> {
     // The first context may be taken over before there is a file.
     let mut config = match (client::config(), &verb) {
         (Err(_), ContextCommand::Create { .. }) if !client::config_path().exists() => {
@@ -73,6 +110,7 @@ pub fn context(global: &Global, verb: ContextCommand) -> Result<()> {
             client::save(&config)?;
             say(global, &words, &value)
         }
+        ContextCommand::Renew => renew(global, config).await,
         ContextCommand::Use { name } => {
             known(&config, &name)?;
             config.current.clone_from(&name);

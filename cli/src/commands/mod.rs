@@ -13,6 +13,7 @@ mod infer;
 mod logs;
 mod look;
 mod model;
+mod root;
 mod user;
 
 use crate::args::{
@@ -90,6 +91,7 @@ fn takes_selector(command: &Command) -> bool {
         | Command::User(_)
         | Command::Context(_)
         | Command::Server(_)
+        | Command::Root(_)
         | Command::Registry(_)
         | Command::Completion { .. } => false,
     }
@@ -120,6 +122,7 @@ fn takes_filter(command: &Command) -> bool {
         | Command::Backup(_)
         | Command::Context(_)
         | Command::Server(_)
+        | Command::Root(_)
         | Command::Registry(_)
         | Command::Completion { .. } => false,
     }
@@ -160,8 +163,9 @@ async fn carry_out(cli: Cli) -> Result<u8> {
         Command::Model(command) => model::model(&global, command).await?,
         Command::Image(command) => image::image(&global, command).await?,
         Command::User(command) => user::user(&global, command).await?,
-        Command::Context(command) => context::context(&global, command)?,
+        Command::Context(command) => context::context(&global, command).await?,
         Command::Server(command) => context::server(&global, command).await?,
+        Command::Root(verb) => root::root(&global, verb).await?,
         Command::Registry(command) => context::registry(&global, command).await?,
         Command::Completion { shell } => {
             let mut script = Vec::new();

@@ -189,6 +189,35 @@ pub fn private_key(pem: &str) -> Result<PrivateKeyDer<'static>, TlsError> {
     PrivateKeyDer::from_pem_slice(pem.as_bytes()).map_err(|_| TlsError::Pem { what: "key" })
 }
 
+/// Whether a client's certificate is signed by one of these roots, whatever the time is.
+fn signed_by(leaf: &CertificateDer<'_>, roots: RootCertStore) -> bool {
+    let Ok((from, _)) = validity_of(leaf) else { return false };
+    let verifier =
+        rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
+    let Ok(verifier) = verifier.build() else { return false };
+    let from = Duration::from_secs(u64::try_from(from).unwrap_or_default());
+    verifier.verify_client_cert(leaf, &[], UnixTime::since_unix_epoch(from)).is_ok()
+}
+
+/// Whether a client's certificate is signed by one of these roots (PEM), whatever the time is.
+#[must_use]
+pub fn is_signed_by(leaf: &CertificateDer<'_>, roots_pem: &str) -> bool {
+    roots(roots_pem).is_ok_and(|roots| signed_by(leaf, roots))
+}
+
+/// Whether a client's certificate (PEM) is signed by the newest root of a bundle, which is its last.
+///
+/// # Errors
+/// When PEM holds none.
+pub fn is_signed_by_newest(certificate_pem: &str, roots_pem: &str) -> Result<bool, TlsError> {
+    let leaf = certificates(certificate_pem)?.swap_remove(0);
+    let mut newest = RootCertStore::empty();
+    if let Some(root) = certificates(roots_pem)?.pop() {
+        newest.add(root)?;
+    }
+    Ok(signed_by(&leaf, newest))
+}
+
 /// A store of roots.
 ///
 /// # Errors

@@ -153,6 +153,8 @@ pub enum Input {
     },
     /// A ticket for a reverse connection.
     Open(agent::OpenReverse),
+    /// Roots or addresses that agents are told have changed.
+    Trust(Box<agent::Trust>),
     /// Time has passed.
     Tick,
 }
@@ -382,6 +384,7 @@ impl Session {
                     send(&mut out, session_response::Item::Open(open));
                 }
             }
+            Input::Trust(newer) => self.trust(*newer, &mut out),
             Input::Tick => self.tick(now, &mut out),
         }
         self.offer(now, &mut out);
@@ -558,6 +561,23 @@ impl Session {
         );
         if self.terms.trust.version > trust_version && !bug!(TrustNeverTold) {
             send(out, session_response::Item::Trust(self.terms.trust.clone()));
+        }
+    }
+
+    /// Roots or addresses have changed: the agent is told now, or with its welcome.
+    fn trust(&mut self, newer: agent::Trust, out: &mut Vec<Effect>) {
+        if newer.version <= self.terms.trust.version {
+            return;
+        }
+        self.terms.trust = newer;
+        match self.state {
+            State::Live => {
+                send(out, session_response::Item::Trust(self.terms.trust.clone()));
+            }
+            State::AwaitHello
+            | State::AwaitPages { .. }
+            | State::Registering { .. }
+            | State::Over => {}
         }
     }
 

@@ -419,6 +419,28 @@ fn an_agent_with_older_roots_and_addresses_is_told_the_newer_after_the_welcome()
 }
 
 #[test]
+fn newer_roots_are_told_at_once_where_a_session_stands_and_else_with_its_welcome() {
+    let trust = |version| Box::new(agent::Trust { version, ..Default::default() });
+    let told = |effects: Vec<Effect>| -> Vec<u64> {
+        let version = |effect| match effect {
+            Effect::Send(message) => match message.item {
+                Some(session_response::Item::Trust(trust)) => Some(trust.version),
+                _ => None,
+            },
+            _ => None,
+        };
+        effects.into_iter().filter_map(version).collect()
+    };
+    let mut standing = live();
+    assert_eq!(told(standing.step(at(1), Input::Trust(trust(7)))), [7]);
+    assert!(told(standing.step(at(2), Input::Trust(trust(7)))).is_empty(), "once");
+    assert!(told(standing.step(at(3), Input::Trust(trust(6)))).is_empty(), "never an older one");
+    let mut early = Session::new("h1".parse().unwrap(), terms(), Mono(0));
+    assert!(told(early.step(at(1), Input::Trust(trust(9)))).is_empty());
+    assert_eq!(told(greet(&mut early, 2, hello(), None)), [9]);
+}
+
+#[test]
 fn an_acknowledgement_says_all_that_the_agent_may_have_something_of() {
     let known = |effects: &[Effect]| {
         effects.iter().find_map(|e| match e {

@@ -62,7 +62,7 @@ impl AgentService for Api {
         let hosts = view.host_count() as u64;
         let terms = Terms {
             epoch: view.epoch(),
-            cluster: self.0.ca.cluster().to_string(),
+            cluster: self.0.roots.cluster().to_string(),
             ping_interval_ms: ms(settings.ping),
             idle_timeout_ms: ms(settings.idle),
             status_interval_ms: 100,
@@ -128,7 +128,10 @@ impl Api {
 
     /// What a challenge is: when it ends, and a keyed hash over that and the host.
     fn challenge(&self, host: &str, ends: Wall) -> Vec<u8> {
-        let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, self.0.ca.key_pem().as_bytes());
+        let key = ring::hmac::Key::new(
+            ring::hmac::HMAC_SHA256,
+            self.0.roots.current().key_pem().as_bytes(),
+        );
         let message = [host.as_bytes(), &[0], &ends.0.to_be_bytes()].concat();
         let tag = ring::hmac::sign(&key, &message);
         [&ends.0.to_be_bytes()[..], tag.as_ref()].concat()
@@ -212,7 +215,8 @@ impl JoinService for Api {
             Subject::Host(uid.parse().map_err(|e| Error::internal("cannot make a host's uid", e))?);
         let certificate_pem = self
             .0
-            .ca
+            .roots
+            .signing()
             .sign(&r.csr_pem, subject, HOST_DAYS)
             .map_err(|e| Error::field("csr_pem", crate::error::Chain(&e).to_string()))?;
         let certificates = berth_proto::tls::certificates(&certificate_pem)
@@ -262,7 +266,7 @@ impl JoinService for Api {
             host_uid: uid,
             name: name.to_string(),
             instance: record.instance,
-            cluster: self.0.ca.cluster().to_string(),
+            cluster: self.0.roots.cluster().to_string(),
             certificate_pem,
             trust: Some(self.0.trust()),
             waiting_for_approval: token.require_approval,
@@ -360,7 +364,8 @@ impl JoinService for Api {
         }
         let certificate_pem = self
             .0
-            .ca
+            .roots
+            .signing()
             .sign(&r.csr_pem, Subject::Host(host.uid.clone()), HOST_DAYS)
             .map_err(|e| Error::field("csr_pem", crate::error::Chain(&e).to_string()))?;
         let certificates = berth_proto::tls::certificates(&certificate_pem)

@@ -47,6 +47,8 @@ pub struct Caller {
     pub token: String,
     /// Only this deployment's gateway; empty: all.
     pub deployment: String,
+    /// The certificate that was shown; `None`: a token, or nothing.
+    pub certificate: Option<Arc<CertificateDer<'static>>>,
     /// Address.
     pub peer: String,
 }
@@ -149,6 +151,11 @@ fn by_token(cluster: &Cluster, text: &str) -> Result<Caller, Error> {
 /// Why it would not be let in now.
 pub fn still_stands(cluster: &Cluster, caller: &Caller) -> Result<(), Error> {
     let view = cluster.ledger.view();
+    if caller.certificate.as_ref().is_some_and(|leaf| !cluster.roots.stand_for(leaf)) {
+        // An agent renews its certificate before it dials.
+        let again = || Error::unavailable("ROOT_RETIRED", "its root was retired; dial again");
+        return Err(caller.host.as_ref().map_or_else(root_retired, |_| again()));
+    }
     if let Some(uid) = &caller.host {
         return match view.host(uid).is_none_or(|host| host.is_removed()) {
             true => Err(Error::denied("HOST_REMOVED", "the host was removed from its cluster")),
@@ -169,6 +176,15 @@ pub fn still_stands(cluster: &Cluster, caller: &Caller) -> Result<(), Error> {
     Ok(())
 }
 
+fn root_retired() -> Error {
+    Error::Unauthenticated {
+        reason: "ROOT_RETIRED",
+        message: "the root that signed this certificate was retired; connect again with one that \
+                  `berth context renew` has brought, or with a new context"
+            .to_owned(),
+    }
+}
+
 fn by_certificate(cluster: &Cluster, chain: &[CertificateDer<'static>]) -> Result<Caller, Error> {
     let unknown =
         |message: String| Error::Unauthenticated { reason: "CERTIFICATE_UNKNOWN", message };
@@ -176,8 +192,11 @@ fn by_certificate(cluster: &Cluster, chain: &[CertificateDer<'static>]) -> Resul
         return Err(unknown("no certificate was shown".to_owned()));
     };
     let id = SpiffeId::of(leaf).map_err(|e| unknown(e.to_string()))?;
-    if id.cluster != *cluster.ca.cluster() {
+    if id.cluster != *cluster.roots.cluster() {
         return Err(unknown("the certificate is of another cluster".to_owned()));
+    }
+    if !cluster.roots.stand_for(leaf) {
+        return Err(root_retired());
     }
     match id.subject {
         Subject::Server => Err(unknown("a server's certificate is no caller's".to_owned())),
@@ -192,7 +211,8 @@ fn by_certificate(cluster: &Cluster, chain: &[CertificateDer<'static>]) -> Resul
             if from + BACKDATE_SECONDS < made.unwrap_or_default() {
                 return Err(unknown_user(name.as_str()));
             }
-            Ok(Caller { expires: caller.expires.min(until.saturating_mul(1000)), ..caller })
+            let expires = caller.expires.min(until.saturating_mul(1000));
+            Ok(Caller { expires, certificate: Some(Arc::new(leaf.clone())), ..caller })
         }
         Subject::Host(uid) => {
             let public_key = tls::public_key(leaf).map_err(|e| unknown(e.to_string()))?;
@@ -218,6 +238,7 @@ fn by_certificate(cluster: &Cluster, chain: &[CertificateDer<'static>]) -> Resul
                 subject: format!("host/{uid}"),
                 host: Some(uid),
                 public_key,
+                certificate: Some(Arc::new(leaf.clone())),
                 ..Caller::default()
             })
         }
@@ -277,7 +298,7 @@ pub const RETIRED: &str = "a retired key was used: two copies of the host are al
 /// The host whose retired key this certificate holds, if it does: a copied disk shows itself so.
 fn retired_host(cluster: &Cluster, extensions: &http::Extensions) -> Option<HostUid> {
     let leaf = extensions.get::<PeerCerts>()?.0.first()?;
-    let id = SpiffeId::of(leaf).ok().filter(|id| id.cluster == *cluster.ca.cluster())?;
+    let id = SpiffeId::of(leaf).ok().filter(|id| id.cluster == *cluster.roots.cluster())?;
     let Subject::Host(uid) = id.subject else { return None };
     let key = tls::public_key(leaf).ok()?;
     let view = cluster.ledger.view();

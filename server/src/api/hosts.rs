@@ -310,7 +310,7 @@ impl HostService for Api {
         }
         check_labels(&r.labels, "labels", &mut p);
         p.finish(()).map_err(Error::from)?;
-        let pin = berth_proto::tls::pin(self.0.ca.root_pem())
+        let pin = berth_proto::tls::pin(self.0.roots.current().root_pem())
             .map_err(|e| Error::internal("cannot read the root", e))?;
         let new = tokens::new_join(&pin);
         let now = wall_now();

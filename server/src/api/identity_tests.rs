@@ -64,7 +64,7 @@ async fn renew(api: &Api, host: &Joined, key_pem: &str) -> Result<(RenewResponse
     Ok((api.renew(Request::new(request)).await?.into_inner(), next_key))
 }
 
-fn shows(api: &Api, certificate_pem: &str) -> Result<auth::Caller, String> {
+pub(super) fn shows(api: &Api, certificate_pem: &str) -> Result<auth::Caller, String> {
     let mut extensions = http::Extensions::new();
     extensions.insert(PeerCerts(Arc::new(tls::certificates(certificate_pem).unwrap())));
     let caller = auth::caller(&api.0, &http::HeaderMap::new(), &extensions);

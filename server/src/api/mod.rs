@@ -13,6 +13,7 @@ pub mod lists;
 pub mod logs;
 pub mod models;
 mod passing;
+mod roots;
 pub mod standing;
 mod system;
 pub mod users;

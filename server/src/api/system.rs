@@ -111,7 +111,7 @@ impl Api {
             .all_blobs()
             .await
             .map_err(|e| Error::internal("cannot list the registry's blobs", e))?;
-        let header = backup::header(&self.0.ca, revision, cluster.epoch);
+        let header = backup::header(&self.0.roots, revision, cluster.epoch);
         let contents = Contents::new(header, entries, blobs, &recovery);
         Ok(Taken { contents, recovery, running })
     }
@@ -220,6 +220,7 @@ impl SystemService for Api {
         let view = self.0.ledger.view();
         let mut warnings = Vec::new();
         warnings.extend(self.since_a_restore(&view));
+        warnings.extend(self.about_roots());
         if self.0.cramped.load(Ordering::Relaxed) {
             warnings.push(
                 "the disk is full: only deleting and cleaning are taken until there is room"
@@ -235,7 +236,7 @@ impl SystemService for Api {
         }
         Ok(Response::new(GetServerInfoResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            cluster: self.0.ca.cluster().to_string(),
+            cluster: self.0.roots.cluster().to_string(),
             epoch: view.cluster.epoch,
             revision: view.revision.0,
             start_time: Some(timestamp(self.0.started)),
@@ -244,7 +245,34 @@ impl SystemService for Api {
             gateway: self.0.gateway_address.clone(),
             page: self.0.page_address.clone(),
             warnings,
+            roots_pem: self.0.roots.pem(),
         }))
+    }
+
+    async fn get_roots(
+        &self,
+        _request: Request<GetRootsRequest>,
+    ) -> Result<Response<GetRootsResponse>, Status> {
+        Ok(Response::new(GetRootsResponse { state: Some(self.roots_state()?) }))
+    }
+
+    async fn begin_root_rotation(
+        &self,
+        request: Request<BeginRootRotationRequest>,
+    ) -> Result<Response<BeginRootRotationResponse>, Status> {
+        let caller = auth::of(&request);
+        let state = Some(self.begin_rotation(&caller).await?);
+        Ok(Response::new(BeginRootRotationResponse { state }))
+    }
+
+    async fn finish_root_rotation(
+        &self,
+        request: Request<FinishRootRotationRequest>,
+    ) -> Result<Response<FinishRootRotationResponse>, Status> {
+        let caller = auth::of(&request);
+        let r = request.into_inner();
+        let state = Some(self.finish_rotation(&caller, &r.pin, r.force).await?);
+        Ok(Response::new(FinishRootRotationResponse { state }))
     }
 
     async fn create_page_link(

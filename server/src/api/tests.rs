@@ -3,7 +3,7 @@
 use super::{Api, auth};
 use crate::cluster::{Cluster, Parts, wall_now};
 use crate::config::Options;
-use crate::identity::ca::Ca;
+use crate::identity::roots::Roots;
 use crate::ledger::Ledger;
 use crate::registry::{self, Registry};
 use crate::store::memory::Memory;
@@ -35,7 +35,7 @@ pub fn served_with(registry: registry::Settings) -> (tempfile::TempDir, Api) {
     let settings = Options { data_dir: Some(dir.path().to_owned()), ..Options::default() };
     let parts = Parts {
         ledger: Ledger::start(Box::new(Memory::default()), View::default()),
-        ca: Ca::open(dir.path()).unwrap(),
+        roots: Roots::open(dir.path()).unwrap(),
         registry: Registry::open(
             dir.path().join("registry"),
             registry::Settings { min_free_percent: 0, ..registry },

@@ -148,7 +148,8 @@ impl UserService for Api {
         } else {
             let days = (expires - now) / 86_400_000 + 1;
             self.0
-                .ca
+                .roots
+                .signing()
                 .sign(&r.csr_pem, Subject::User(name.clone()), days)
                 .map_err(|e| Error::field("csr_pem", e.to_string()))?
         };
@@ -163,6 +164,7 @@ impl UserService for Api {
             bindings: r.bindings.clone(),
             expire_unix_ms: expires,
             revoked: false,
+            renew_unix_ms: 0,
         });
         let answer = self
             .write(&call, Kind::User, name.as_str(), |view| {
@@ -187,8 +189,8 @@ impl UserService for Api {
                     answer: CreateUserResponse {
                         user: Some(shown(view, &new)),
                         certificate_pem: certificate_pem.clone(),
-                        roots_pem: self.0.ca.root_pem().to_owned(),
-                        cluster: self.0.ca.cluster().to_string(),
+                        roots_pem: self.0.roots.pem(),
+                        cluster: self.0.roots.cluster().to_string(),
                         endpoints: self.0.endpoints.clone(),
                     },
                     objects: vec![user_object(&record)],
@@ -296,6 +298,57 @@ impl UserService for Api {
                         .map(|u| user_object(&u.record))
                         .into_iter()
                         .collect(),
+                })
+            })
+            .await?;
+        Ok(Response::new(answer))
+    }
+
+    async fn renew_certificate(
+        &self,
+        request: Request<RenewCertificateRequest>,
+    ) -> Result<Response<RenewCertificateResponse>, Status> {
+        let caller = auth::of(&request);
+        let r = request.into_inner();
+        let name = caller.subject.strip_prefix("user/").and_then(|name| name.parse::<Name>().ok());
+        let (Some(name), true) = (name, caller.certificate.is_some()) else {
+            let words =
+                "a token gives no certificate: call with the certificate that is to be renewed";
+            return Err(Error::denied("CERTIFICATE_NEEDED", words).into());
+        };
+        let method = "UserService/RenewCertificate";
+        let call = match self.begin(&caller, r.write.as_ref(), method, &r)? {
+            Begun::Kept(answer) => return Ok(Response::new(answer)),
+            Begun::New(call) => call,
+        };
+        call.expects_nothing()?;
+        let now = wall_now().0;
+        let days = (caller.expires - now) / 86_400_000 + 1;
+        let certificate_pem = self
+            .0
+            .roots
+            .signing()
+            .sign(&r.csr_pem, Subject::User(name.clone()), days)
+            .map_err(|e| Error::field("csr_pem", crate::error::Chain(&e).to_string()))?;
+        let answer = self
+            .write(&call, Kind::User, name.as_str(), |view| {
+                let kept = view.user_by_uid(&caller.uid).filter(|user| !user.record.revoked);
+                let kept = kept.ok_or_else(|| Error::not_found(Kind::User, name.as_str()))?;
+                let record = UserRecord { renew_unix_ms: now, ..UserRecord::clone(&kept.record) };
+                let at = Precondition::At(ObjectKey::UserName(name.to_string()), kept.revision);
+                Ok(Step {
+                    proposal: Proposal {
+                        preconditions: vec![at],
+                        changes: vec![Change::PutUser(Arc::new(record))],
+                    },
+                    answer: RenewCertificateResponse {
+                        certificate_pem: certificate_pem.clone(),
+                        roots_pem: self.0.roots.pem(),
+                        endpoints: self.0.endpoints.clone(),
+                        registry: self.0.registry_address.clone(),
+                        gateway: self.0.gateway_address.clone(),
+                    },
+                    objects: vec![user_object(&kept.record)],
                 })
             })
             .await?;

@@ -276,6 +276,7 @@ macro_rules! plain_answers {
 
 plain_answers!(
     RemoveHostResponse,
+    RenewCertificateResponse,
     RevokeJoinTokenResponse,
     ResolveOrphansResponse,
     RevokeUserResponse,

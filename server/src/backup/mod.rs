@@ -16,6 +16,7 @@ pub use restore::{Restored, restore};
 
 use crate::cluster::wall_now;
 use crate::identity::ca::{Ca, CaError};
+use crate::identity::roots::Roots;
 use crate::registry;
 use crate::store::embedded::Embedded;
 use crate::store::folder::{FORMAT, Folder};
@@ -143,16 +144,20 @@ impl Recovery {
 
 /// What a backup's header says of a server.
 #[must_use]
-pub fn header(ca: &Ca, revision: Revision, epoch: u64) -> BackupHeader {
+pub fn header(roots: &Roots, revision: Revision, epoch: u64) -> BackupHeader {
+    let (ca, next) = (roots.current(), roots.next());
+    let of_next = |text: fn(&Ca) -> &str| next.as_deref().map(text).unwrap_or_default().to_owned();
     BackupHeader {
         format: FORMAT,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        cluster: ca.cluster().to_string(),
+        cluster: roots.cluster().to_string(),
         revision: revision.0,
         epoch,
         create_unix_ms: wall_now().0,
         ca_certificate: ca.root_pem().to_owned(),
         ca_key: ca.key_pem().to_owned(),
+        next_ca_certificate: of_next(Ca::root_pem),
+        next_ca_key: of_next(Ca::key_pem),
     }
 }
 
@@ -258,7 +263,7 @@ pub fn make(data: &Path, path: &Path, new_key: bool) -> Result<Made, BackupError
             BackupError::Store(error)
         }
     })?;
-    let ca = Ca::open(folder.path())?;
+    let roots = Roots::open(folder.path())?;
     let (mut store, opened) = Embedded::open(&folder.path().join("ledger"))?;
     if opened.fell_back.is_some() {
         return Err(BackupError::FellBack(data.to_owned()));
@@ -268,12 +273,12 @@ pub fn make(data: &Path, path: &Path, new_key: bool) -> Result<Made, BackupError
         Ok(View::load(entries)?)
     };
     let view = load(&store)?;
-    ca.belongs_to(&view.cluster.uid)?;
+    roots.current().belongs_to(&view.cluster.uid)?;
     let recovery = Recovery::of(&view.cluster, new_key)?;
     let revision = store.revision();
     let blobs = registry::blobs::blobs_of(&folder.path().join("registry"))
         .map_err(failed("list the blobs of", folder.path()))?;
-    let header = header(&ca, revision, view.cluster.epoch);
+    let header = header(&roots, revision, view.cluster.epoch);
     let contents = Contents::new(header, store.load(b"")?, blobs, &recovery);
     let size_bytes =
         write(&contents, &recovery.recipient, &mut out).map_err(failed("write", path))?;

@@ -6,6 +6,7 @@
 use super::file::{self, Contents};
 use super::{BackupError, failed, total};
 use crate::identity::ca::Ca;
+use crate::identity::roots::Roots;
 use crate::store::Store as _;
 use crate::store::embedded::Embedded;
 use crate::store::folder::Folder;
@@ -48,6 +49,10 @@ pub fn restore(path: &Path, key: &str, data: &Path, now: Wall) -> Result<Restore
         View::load(entries.iter().map(|e| (e.key.clone(), e.revision, e.value.clone())))?;
     view.revision = Revision(header.revision);
     let ca = Ca::from_pem(header.ca_certificate, header.ca_key)?;
+    let next = match header.next_ca_certificate.is_empty() {
+        true => None,
+        false => Some(Ca::from_pem(header.next_ca_certificate, header.next_ca_key)?),
+    };
     let same = view.cluster.uid == header.cluster && ca.cluster().as_str() == header.cluster;
     if !same {
         return Err(BackupError::Damaged("its ledger and its CA are of two clusters"));
@@ -62,7 +67,7 @@ pub fn restore(path: &Path, key: &str, data: &Path, now: Wall) -> Result<Restore
     store.commit(&batches)?;
     store.checkpoint()?;
     drop(store);
-    ca.save(folder.path())?;
+    Roots::save(folder.path(), ca, next)?;
     folder.finish()?;
     Ok(Restored {
         cluster: header.cluster,

@@ -1,6 +1,7 @@
 //! Claims about backups.
 
 use super::*;
+use crate::identity::ca::CaError;
 use crate::store::Entry;
 use berth_proto::api::JoinToken;
 use berth_proto::ids::Wall;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 fn server(dir: &Path) -> PathBuf {
     let data = dir.join("data");
     let folder = Folder::open(&data).unwrap();
-    let ca = Ca::open(folder.path()).unwrap();
+    let ca = Roots::open(folder.path()).unwrap();
     let cluster = ClusterRecord {
         uid: ca.cluster().to_string(),
         epoch: 7,
@@ -36,6 +37,21 @@ fn held(data: &Path) -> (Vec<Entry>, View) {
     let all = store.load(b"").unwrap();
     let view = View::load(all.iter().map(|e| (e.key.clone(), e.revision, e.value.clone())));
     (all, view.unwrap())
+}
+
+#[test]
+fn a_backup_in_the_middle_of_a_rotation_brings_both_roots_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = server(dir.path());
+    let roots = Roots::open(&data).unwrap();
+    assert!(roots.begin(|_| Ok::<(), CaError>(())).unwrap());
+    let file = dir.path().join("backup.age");
+    let key = make(&data, &file, false).unwrap().recovery.shown.unwrap();
+    let fresh = dir.path().join("fresh");
+    restore(&file, &key, &fresh, Wall(0)).unwrap();
+    let restored = Roots::open(&fresh).unwrap();
+    assert_eq!(restored.pem(), roots.pem());
+    assert!(restored.finish().unwrap(), "the second with its key");
 }
 
 #[test]

@@ -90,8 +90,17 @@ impl Internal {
         if (from..from + (until - from) / 2).contains(&seconds) {
             return Ok(false);
         }
-        self.shown.store(Arc::new(Self::make(ca, &self.names)?));
+        self.make_anew(ca)?;
         Ok(true)
+    }
+
+    /// Makes it anew, whatever its age: of another root.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn make_anew(&self, ca: &Ca) -> Result<(), CertificateError> {
+        self.shown.store(Arc::new(Self::make(ca, &self.names)?));
+        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod certificates;
 mod unread;
 
+use arc_swap::ArcSwap;
 use axum::Router;
 use berth_proto::tls::{self, TlsError};
 use certificates::Certificates;
@@ -100,7 +101,7 @@ impl Speaks {
 ///
 /// # Errors
 /// When PEM does not hold what it should.
-pub fn server_config(
+fn server_config(
     certificates: Certificates,
     client_roots_pem: &str,
     alpn: &[&[u8]],
@@ -118,6 +119,46 @@ pub fn server_config(
     config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))
+}
+
+/// TLS of a door, whose clients' roots may change while it is open.
+pub struct DoorTls {
+    certificates: Certificates,
+    alpn: Vec<Vec<u8>>,
+    speaks: Speaks,
+    config: ArcSwap<ServerConfig>,
+}
+
+impl DoorTls {
+    /// What it shows, and the roots (PEM) of its clients' certificates.
+    ///
+    /// # Errors
+    /// When PEM does not hold what it should.
+    pub fn new(
+        certificates: Certificates,
+        client_roots_pem: &str,
+        alpn: &[&[u8]],
+        speaks: Speaks,
+    ) -> Result<Self, TlsError> {
+        let config = server_config(certificates.clone(), client_roots_pem, alpn, speaks)?;
+        let alpn = alpn.iter().map(|a| a.to_vec()).collect();
+        Ok(Self { certificates, alpn, speaks, config: ArcSwap::new(config) })
+    }
+
+    /// From the next handshake on these are the roots of clients' certificates.
+    ///
+    /// # Errors
+    /// When PEM holds none; then they are as before.
+    pub fn trust(&self, client_roots_pem: &str) -> Result<(), TlsError> {
+        let alpn: Vec<&[u8]> = self.alpn.iter().map(Vec::as_slice).collect();
+        let certificates = self.certificates.clone();
+        self.config.store(server_config(certificates, client_roots_pem, &alpn, self.speaks)?);
+        Ok(())
+    }
+
+    fn acceptor(&self) -> TlsAcceptor {
+        TlsAcceptor::from(self.config.load_full())
+    }
 }
 
 /// Listens.
@@ -140,13 +181,12 @@ pub struct Entered {
 pub fn accept(
     name: &'static str,
     listener: TcpListener,
-    config: Arc<ServerConfig>,
+    tls: Arc<DoorTls>,
     mut stop: watch::Receiver<bool>,
 ) -> mpsc::Receiver<Entered> {
     let (tx, rx) = mpsc::channel(QUEUE);
     let shaking = Arc::new(Semaphore::new(HANDSHAKES));
     tokio::spawn(async move {
-        let acceptor = TlsAcceptor::from(config);
         let crowd = Arc::new(Crowd::default());
         loop {
             // The place first, then the connection: what waits waits in the kernel.
@@ -169,7 +209,7 @@ pub fn accept(
                 tracing::info!(door = name, %addr, "too many handshakes from one address");
                 continue;
             };
-            let (acceptor, tx) = (acceptor.clone(), tx.clone());
+            let (acceptor, tx) = (tls.acceptor(), tx.clone());
             tokio::spawn(async move {
                 let _ = tcp.set_nodelay(true);
                 let shaken = acceptor.accept(tcp).into_fallible();

@@ -22,11 +22,11 @@ fn credentials(ca: &Ca, days: i64) -> Credentials {
 async fn enters(ca: &Ca, shown: Option<Credentials>) -> Result<usize, String> {
     let internal = certificates::Internal::new(ca, vec!["127.0.0.1".to_owned()]).unwrap();
     let certificates = Certificates { internal: Arc::new(internal), operators: None };
-    let config = server_config(certificates, ca.root_pem(), &[ALPN_H2], Speaks::Ours).unwrap();
+    let config = DoorTls::new(certificates, ca.root_pem(), &[ALPN_H2], Speaks::Ours).unwrap();
     let listener = bind("--listen", "127.0.0.1:0".parse().unwrap()).await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let (_stop, stop) = watch::channel(false);
-    let mut entered = accept("control", listener, config, stop);
+    let mut entered = accept("control", listener, Arc::new(config), stop);
     let trusted = Trusted::Roots { pem: ca.root_pem().to_owned(), cluster: ca.cluster().clone() };
     let client = tls::client_config(trusted, shown.as_ref(), &[ALPN_H2], None).unwrap();
     let knocking = async {
@@ -71,11 +71,11 @@ async fn who_is_turned_away_hears_why_also_when_it_goes_on_sending() {
     let (_other_dir, theirs) = ca();
     let internal = certificates::Internal::new(&ours, vec!["127.0.0.1".to_owned()]).unwrap();
     let certificates = Certificates { internal: Arc::new(internal), operators: None };
-    let config = server_config(certificates, ours.root_pem(), &[ALPN_H2], Speaks::Ours).unwrap();
+    let config = DoorTls::new(certificates, ours.root_pem(), &[ALPN_H2], Speaks::Ours).unwrap();
     let listener = bind("--listen", "127.0.0.1:0".parse().unwrap()).await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let (_stop, stop) = watch::channel(false);
-    let _entered = accept("control", listener, config, stop);
+    let _entered = accept("control", listener, Arc::new(config), stop);
     let pem = ours.root_pem().to_owned();
     let trusted = Trusted::Roots { pem, cluster: ours.cluster().clone() };
     let foreign = credentials(&theirs, 1);
@@ -101,11 +101,11 @@ async fn who_is_turned_away_hears_why_also_when_it_goes_on_sending() {
 async fn enters_with_1_2(ca: &Ca, speaks: Speaks) -> bool {
     let internal = certificates::Internal::new(ca, vec!["127.0.0.1".to_owned()]).unwrap();
     let certificates = Certificates { internal: Arc::new(internal), operators: None };
-    let config = server_config(certificates, ca.root_pem(), &[ALPN_H2], speaks).unwrap();
+    let config = DoorTls::new(certificates, ca.root_pem(), &[ALPN_H2], speaks).unwrap();
     let listener = bind("--listen", "127.0.0.1:0".parse().unwrap()).await.unwrap();
     let address = listener.local_addr().unwrap();
     let (_stop, stop) = watch::channel(false);
-    let _entered = accept("control", listener, config, stop);
+    let _entered = accept("control", listener, Arc::new(config), stop);
     let client = rustls::ClientConfig::builder_with_provider(tls::provider())
         .with_protocol_versions(&[&rustls::version::TLS12])
         .unwrap()
@@ -210,11 +210,11 @@ async fn a_refusal_reaches_a_client_that_is_still_sending_and_its_stream_is_not_
     let (_dir, ca) = ca();
     let internal = certificates::Internal::new(&ca, vec!["127.0.0.1".to_owned()]).unwrap();
     let certificates = Certificates { internal: Arc::new(internal), operators: None };
-    let config = server_config(certificates, ca.root_pem(), &[ALPN_H2], Speaks::Ours).unwrap();
+    let config = DoorTls::new(certificates, ca.root_pem(), &[ALPN_H2], Speaks::Ours).unwrap();
     let listener = bind("--listen", "127.0.0.1:0".parse().unwrap()).await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let (_stop, stop) = watch::channel(false);
-    let entered = accept("gateway", listener, config, stop.clone());
+    let entered = accept("gateway", listener, Arc::new(config), stop.clone());
     let refuses = Router::new().fallback(async || (http::StatusCode::UNAUTHORIZED, "no token"));
     tokio::spawn(serve_http("gateway", entered, refuses, stop));
 

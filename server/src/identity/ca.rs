@@ -4,8 +4,10 @@ use berth_proto::ids::ClusterUid;
 use berth_proto::tls::{self, SpiffeId, Subject, TlsError};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData as _, SanType,
+    SerialNumber,
 };
+use sha2::Digest as _;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
@@ -58,6 +60,9 @@ pub enum CaError {
     /// What is in the files is not a CA's.
     #[error("the CA's files do not hold a CA of a cluster")]
     Foreign(#[source] TlsError),
+    /// A certificate beside the key of another one.
+    #[error("the CA's certificate and key are no pair: put both of one backup back")]
+    NoPair,
     /// The request is none.
     #[error("the certificate request is not PEM of a request with a good signature")]
     Request(#[source] rcgen::Error),
@@ -71,7 +76,8 @@ pub struct Ca {
     issuer: Issuer<'static, KeyPair>,
 }
 
-fn write_private(path: &Path, text: &str) -> Result<(), CaError> {
+/// Writes a file for its owner alone, durable and whole.
+pub(super) fn write_private(path: &Path, text: &str) -> Result<(), CaError> {
     let failed = |source| CaError::File { path: path.to_owned(), source };
     let partial = path.with_extension("partial");
     let mut file = std::fs::OpenOptions::new()
@@ -88,8 +94,13 @@ fn write_private(path: &Path, text: &str) -> Result<(), CaError> {
 }
 
 /// A file that cannot be looked at is not one that is missing.
-fn is_there(path: &Path) -> Result<bool, CaError> {
+pub(super) fn is_there(path: &Path) -> Result<bool, CaError> {
     path.try_exists().map_err(|source| CaError::File { path: path.to_owned(), source })
+}
+
+/// What is in a file.
+pub(super) fn read_pem(path: &Path) -> Result<String, CaError> {
+    std::fs::read_to_string(path).map_err(|source| CaError::File { path: path.to_owned(), source })
 }
 
 impl Ca {
@@ -110,11 +121,7 @@ impl Ca {
             write_private(&key, &key_pem)?;
             write_private(&certificate, &root_pem)?;
         }
-        let read = |path: &Path| {
-            std::fs::read_to_string(path)
-                .map_err(|source| CaError::File { path: path.to_owned(), source })
-        };
-        Self::from_pem(read(&certificate)?, read(&key)?)
+        Self::from_pem(read_pem(&certificate)?, read_pem(&key)?)
     }
 
     /// Whether it is the CA of the ledger's cluster; an empty uid is a ledger that has none yet.
@@ -131,12 +138,34 @@ impl Ca {
     /// From PEM, as kept in a backup.
     ///
     /// # Errors
-    /// When it is not a CA's.
+    /// When it is not a CA's, or of two.
     pub fn from_pem(root_pem: String, key_pem: String) -> Result<Self, CaError> {
+        if !Self::is_pair(&root_pem, &key_pem)? {
+            return Err(CaError::NoPair);
+        }
         let first = tls::certificates(&root_pem).map_err(CaError::Foreign)?;
         let cluster = cluster_of(&first[0]).map_err(CaError::Foreign)?;
         let issuer = Issuer::from_ca_cert_pem(&root_pem, KeyPair::from_pem(&key_pem)?)?;
         Ok(Self { cluster, root_pem, key_pem, issuer })
+    }
+
+    /// Whether the key is the certificate's.
+    ///
+    /// # Errors
+    /// When one of them is none.
+    pub fn is_pair(root_pem: &str, key_pem: &str) -> Result<bool, CaError> {
+        let root = tls::certificates(root_pem).map_err(CaError::Foreign)?;
+        let of_root = tls::public_key(&root[0]).map_err(CaError::Foreign)?;
+        Ok(KeyPair::from_pem(key_pem)?.subject_public_key_info() == of_root)
+    }
+
+    /// A root of the same cluster that is not in use yet.
+    ///
+    /// # Errors
+    /// When the system gives no randomness.
+    pub fn another(cluster: &str) -> Result<Self, CaError> {
+        let (root_pem, key_pem) = new_root(cluster)?;
+        Self::from_pem(root_pem, key_pem)
     }
 
     /// Writes it into a folder that has none.
@@ -246,7 +275,10 @@ fn new_root(cluster: &str) -> Result<(String, String), CaError> {
     let key = KeyPair::generate()?;
     let mut params = CertificateParams::new(Vec::new())?;
     params.distinguished_name = rcgen::DistinguishedName::new();
-    params.distinguished_name.push(DnType::CommonName, format!("Berth root {cluster}"));
+    // A name of its own: some clients look no further than the first issuer of the right name.
+    let digest = sha2::Sha256::digest(key.subject_public_key_info());
+    let name = format!("Berth root {cluster} {}", hex::encode(&digest[..4]));
+    params.distinguished_name.push(DnType::CommonName, name);
     params.subject_alt_names = vec![SanType::URI(format!("spiffe://{cluster}/ca").try_into()?)];
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];

@@ -5,4 +5,5 @@
 
 pub mod ca;
 pub mod roles;
+pub mod roots;
 pub mod tokens;

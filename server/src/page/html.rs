@@ -106,7 +106,7 @@ pub fn page(cluster: &Cluster, caller: &Caller, events: &[Event]) -> String {
     let _ = write!(
         out,
         "<h1>Berth</h1><p>cluster {} · {} · revision {} · {}</p>",
-        escape(cluster.ca.cluster().as_str()),
+        escape(cluster.roots.cluster().as_str()),
         escape(&caller.subject),
         view.revision.0,
         moment(now.wall),

@@ -1,6 +1,6 @@
 //! What sessions need of the rest of the server.
 
-use berth_proto::agent::{OpenReverse, ReplicaReport, SetVerdict};
+use berth_proto::agent::{OpenReverse, ReplicaReport, SetVerdict, Trust};
 use berth_proto::api;
 use berth_proto::ids::{HostUid, Now, SetNumber};
 use berth_server_core::session::Registration;
@@ -17,6 +17,8 @@ pub enum Order {
         /// Containers, artifacts and keys shall go.
         wipe: bool,
     },
+    /// Roots or addresses that agents are told have changed.
+    Trust(Box<Trust>),
     /// End now.
     End(Ended),
 }

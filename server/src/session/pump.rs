@@ -122,6 +122,7 @@ async fn run<S>(
             Some(open) = lines.tickets.recv() => pump.step(Input::Open(open)).await,
             Some(order) = lines.orders.recv() => match order {
                 super::desk::Order::Removed { wipe } => pump.step(Input::Removed { wipe }).await,
+                super::desk::Order::Trust(newer) => pump.step(Input::Trust(newer)).await,
                 super::desk::Order::End(why) => pump.over = Some(why),
             },
             message = incoming.next() => match message {
