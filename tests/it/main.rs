@@ -47,6 +47,8 @@ mod removal;
 #[cfg(test)]
 mod restore;
 #[cfg(test)]
+mod root;
+#[cfg(test)]
 mod sessions;
 #[cfg(test)]
 mod settings;
