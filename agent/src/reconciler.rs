@@ -7,19 +7,24 @@
 //! adapter and the checks keep.
 
 use crate::containers::{self, Attempt};
-use crate::engine::{Engine, EngineError, EventKind, ObservedContainer, Traffic};
+use crate::engine::{
+    ContainerState, Engine, EngineError, EventKind, LogQuery, ObservedContainer, Traffic,
+};
 use crate::fetch::bring::{BringError, Fetcher, Told};
 use crate::probes::{self, Unended};
 use crate::state::{Running, Shared};
 use async_trait::async_trait;
+use berth_agent_core::diff::Container;
 use berth_agent_core::ledger::Wanted;
 use berth_agent_core::policy::{self, Forbidden, Real};
 use berth_agent_core::reconcile::{
     Cause, Done, Effect, Input, Look, Outcome, Reconcile, StepId, Token,
 };
+use berth_proto::convert::last_line;
 use berth_proto::ids::ReplicaUid;
 use berth_proto::values::{AssignmentBody, HealthCheck, PlatformImage, ResolvedArtifact};
 use futures_util::{FutureExt as _, StreamExt as _};
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::os::unix::fs::FileTypeExt as _;
@@ -32,6 +37,12 @@ use tokio::task::AbortHandle;
 /// Answers on their way to the machine. It takes each in microseconds; a task that finds no room
 /// waits.
 const ANSWERS: usize = 1024;
+/// Reading what a program wrote last: its end is told without it rather than late.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Lines of its output that are looked at, from the last one back to one that is not empty.
+const LAST_LINES: u32 = 8;
+/// Programs whose last words are read at once: when a whole host ends, its ends come first.
+const LAST_AT_ONCE: usize = 16;
 /// Resolving the links of a few paths; a network file system that hangs must not hold up a step.
 const RESOLVE: Duration = Duration::from_secs(10);
 
@@ -99,6 +110,8 @@ pub struct Reconciler {
     engine: Arc<dyn Engine>,
     bring: Arc<dyn Bring>,
     unended: Unended,
+    /// Ended containers whose last words were read, by the engine's id.
+    heard: Mutex<BTreeSet<String>>,
 }
 
 /// What a task says: containers as the engine shows them, and all else.
@@ -112,7 +125,8 @@ impl Reconciler {
     /// A reconciler.
     #[must_use]
     pub fn new(shared: Arc<Shared>, engine: Arc<dyn Engine>, bring: Arc<dyn Bring>) -> Self {
-        Self { shared, engine, bring, unended: Unended::default() }
+        let (unended, heard) = (Unended::default(), Mutex::default());
+        Self { shared, engine, bring, unended, heard }
     }
 
     /// Runs for ever.
@@ -282,10 +296,56 @@ impl Reconciler {
         policy::judge_made(sources.iter().map(String::as_str), of).map_err(Failed::Forbidden)
     }
 
+    /// What programs that have failed wrote last, each once: for whoever is told that they failed.
+    async fn last_words(&self, containers: &[ObservedContainer]) -> Vec<Input> {
+        let failed = |c: &&ObservedContainer| match c.state {
+            ContainerState::Exited { code, out_of_memory, .. } => code != 0 || out_of_memory,
+            ContainerState::Created | ContainerState::Running { .. } | ContainerState::Removing => {
+                false
+            }
+        };
+        let fresh: Vec<Container> = {
+            let mut heard = self.heard.lock();
+            containers
+                .iter()
+                .filter(failed)
+                .filter_map(containers::read)
+                .filter(|c| heard.insert(c.id.clone()))
+                .take(LAST_AT_ONCE)
+                .collect()
+        };
+        let reading = fresh.into_iter().map(|container| async move {
+            let line = tokio::time::timeout(LAST_WORDS, self.last_line(&container.id)).await;
+            let line = line.ok().flatten()?;
+            let Container { replica, attempt, .. } = container;
+            Some(Input::LastWords { replica, attempt, line })
+        });
+        futures_util::future::join_all(reading).await.into_iter().flatten().collect()
+    }
+
+    /// The last line of a container's output that is not empty, cut to what is told.
+    async fn last_line(&self, id: &str) -> Option<String> {
+        let query = LogQuery { tail: Some(LAST_LINES), ..LogQuery::default() };
+        let mut lines = self.engine.logs(id, query);
+        let mut last = None;
+        while let Some(Ok(chunk)) = lines.next().await {
+            let line = last_line(&String::from_utf8_lossy(&chunk.bytes));
+            if !line.is_empty() {
+                last = Some(line);
+            }
+        }
+        last
+    }
+
     /// How a container is after a step; a look tells when it cannot be asked for alone.
-    async fn after(&self, step: StepId, id: &str) -> Said {
+    async fn after(&self, step: StepId, id: &str, tx: &mpsc::Sender<Said>) -> Said {
         match self.engine.inspect(&self.shared.cluster, id).await {
-            Ok(container) => Said::Seen { step, container },
+            Ok(container) => {
+                for words in self.last_words(std::slice::from_ref(&container)).await {
+                    say(tx, words).await;
+                }
+                Said::Seen { step, container }
+            }
             Err(_) => Said::Input(Input::StepDone { step, done: Done::Unseen }),
         }
     }
@@ -424,18 +484,20 @@ impl Hands {
                 self.step(step, work.boxed());
             }
             Effect::Start { step, replica, id } => {
-                let this = Arc::clone(&self.this);
+                let (this, tx) = (Arc::clone(&self.this), self.tx.clone());
                 let work = async move {
                     this.start(&replica, &id).await?;
-                    Ok(this.after(step, &id).await)
+                    Ok(this.after(step, &id, &tx).await)
                 };
                 self.step(step, work.boxed());
             }
             Effect::Stop { step, id, grace_ms, .. } => {
-                let this = Arc::clone(&self.this);
+                let (this, tx) = (Arc::clone(&self.this), self.tx.clone());
                 let work = async move {
                     match this.engine.stop(&id, Duration::from_millis(grace_ms)).await {
-                        Ok(()) | Err(EngineError::NotFound(_)) => Ok(this.after(step, &id).await),
+                        Ok(()) | Err(EngineError::NotFound(_)) => {
+                            Ok(this.after(step, &id, &tx).await)
+                        }
                         Err(error) => Err(error.into()),
                     }
                 };
@@ -488,7 +550,14 @@ impl Hands {
                 this.engine.observe(&this.shared.cluster).await
             };
             let said = match looked.await {
-                Ok(containers) => Said::Observed { look, containers },
+                Ok(containers) => {
+                    for words in this.last_words(&containers).await {
+                        say(&tx, words).await;
+                    }
+                    let here: BTreeSet<&str> = containers.iter().map(|c| c.id.as_str()).collect();
+                    this.heard.lock().retain(|id| here.contains(id.as_str()));
+                    Said::Observed { look, containers }
+                }
                 Err(error) => Said::Input(Input::EngineAway { look, why: error.to_string() }),
             };
             let _ = tx.send(said).await;

@@ -1,7 +1,7 @@
 use super::*;
 
 use crate::engine::fake::FakeEngine;
-use crate::engine::{CLUSTER_LABEL, Call, ContainerSpec, ContainerState, NetworkMode};
+use crate::engine::{CLUSTER_LABEL, Call, ContainerSpec, ContainerState, NetworkMode, Source};
 use crate::state::News;
 use crate::store::Store;
 use berth_agent_core::ledger;
@@ -188,6 +188,37 @@ async fn what_runs_is_adopted_by_the_next_start_and_others_containers_are_never_
             && engine.containers().iter().any(|c| c.id == *what)
     });
     assert!(!touched);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_program_that_failed_tells_what_it_wrote_last() {
+    let folder = tempfile::tempdir().unwrap();
+    joined(folder.path());
+    let engine = FakeEngine::new();
+    let agent = Agent::start(folder.path(), &engine, HostPolicy::default());
+    agent.want(&["a"], |_| {});
+    let mut lines = Vec::new();
+    // The third time its output cannot be read: its end is told all the same.
+    for (attempt, text) in [(1, "loading\n"), (2, "no module\tnamed iris\n"), (3, "lost")] {
+        agent.is("a", |s| runs(s) && s.attempt == attempt).await;
+        let running = |c: &crate::engine::ObservedContainer| {
+            matches!(c.state, ContainerState::Running { .. })
+        };
+        let id = engine.containers().into_iter().find(running).unwrap().id;
+        engine.write_log(&id, Source::Stdout, text);
+        engine.write_log(&id, Source::Stderr, "\n");
+        if attempt == 3 {
+            engine.fail_next(Call::Logs, EngineError::Unreachable("gone".into()));
+        }
+        engine.crash(&id, 3, false);
+        let ended = |s: &api::ReplicaStatus| {
+            s.last_exit.as_ref().is_some_and(|exit| exit.attempt == attempt)
+        };
+        agent.is("a", ended).await;
+        lines.push(agent.status("a").unwrap().last_exit.unwrap().last_line);
+    }
+    assert_eq!(lines, ["loading", "no module named iris", ""]);
+    assert_eq!(count(&engine, Call::Logs), 3, "once for each end");
 }
 
 #[tokio::test(start_paused = true)]

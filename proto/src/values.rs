@@ -487,4 +487,6 @@ pub struct Exit {
     pub out_of_memory: bool,
     /// When.
     pub time: crate::ids::Wall,
+    /// What its program wrote last, where it failed; at most [`crate::convert::MAX_LAST_LINE`] characters.
+    pub last_line: String,
 }

@@ -71,6 +71,8 @@ struct Desk {
     retry_end: Backoff,
     /// The check of a running attempt, and whether one is under way.
     probing: Option<(u32, Probing, bool)>,
+    /// What an attempt's program wrote last, until its end is taken in.
+    last_words: Option<(u32, String)>,
     life: Life,
     told: Option<ReplicaReport>,
 }
@@ -168,6 +170,11 @@ impl Reconcile {
                 self.step_failed(now.mono, step, cause, &words);
             }
             Input::Progress { replica, progress } => self.progress(&replica, &progress),
+            Input::LastWords { replica, attempt, line } => {
+                if self.entry(&replica).is_some() {
+                    self.desk(&replica).last_words = Some((attempt, line));
+                }
+            }
             Input::FetchWaits { replica, words } => self.fetch_waits(&replica, &words),
             Input::ProbeResult { replica, attempt, outcome } => {
                 self.probed(now.mono, &replica, attempt, outcome);
@@ -437,10 +444,13 @@ impl Reconcile {
         } else {
             (Reason::REPLACED, "it was stopped for the one that takes its place")
         };
-        let exit = api::Exit { attempt, code, out_of_memory, time: Some(timestamp(time)) };
         self.remember(uid, memory);
         let desk = self.desk(uid);
         desk.probing = None;
+        let last_line = desk.last_words.take().filter(|(of, _)| *of == attempt);
+        let last_line = last_line.map(|(_, line)| line).unwrap_or_default();
+        let time = Some(timestamp(time));
+        let exit = api::Exit { attempt, code, out_of_memory, time, last_line };
         desk.life.exited(exit, next);
         desk.life.because(reason, &format!("{words} (exit code {code})"));
     }

@@ -118,9 +118,9 @@ fn placed(r: &Replica) -> Shown {
             "bytesPerSecond": p.rate_bytes_per_second, "part": p.part, "parts": p.parts,
             "timeLeftMs": p.time_left_ms,
         })),
-        "lastExit": s.last_exit.map(|e| json!({
+        "lastExit": s.last_exit.as_ref().map(|e| json!({
             "attempt": e.attempt, "code": e.code, "outOfMemory": e.out_of_memory,
-            "time": moment(e.time.as_ref()),
+            "time": moment(e.time.as_ref()), "lastLine": e.last_line,
         })),
     });
     (row, value)

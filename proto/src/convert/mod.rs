@@ -16,7 +16,10 @@ pub use spec::{
     MIN_CPU_MILLIS, MIN_MEMORY_BYTES, deployment_spec_from_api, deployment_spec_to_api,
     deployment_spec_to_write,
 };
-pub use status::{exit_from_api, exit_to_api, replica_status_from_api, replica_status_to_api};
+pub use status::{
+    MAX_LAST_LINE, exit_from_api, exit_to_api, last_line, replica_status_from_api,
+    replica_status_to_api,
+};
 
 use crate::ids::Wall;
 use std::fmt;

@@ -41,7 +41,18 @@ pub fn exit_from_api(from: &api::Exit) -> Exit {
         code: from.code,
         out_of_memory: from.out_of_memory,
         time: from.time.as_ref().map(wall).unwrap_or_default(),
+        last_line: last_line(&from.last_line),
     }
+}
+
+/// Most characters of a program's last line that are told and kept.
+pub const MAX_LAST_LINE: usize = 200;
+
+/// A program's last line as it is told and kept: one line, within its bound.
+#[must_use]
+pub fn last_line(text: &str) -> String {
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    text.trim().chars().map(plain).take(MAX_LAST_LINE).collect()
 }
 
 /// Writes an exit.
@@ -52,6 +63,7 @@ pub fn exit_to_api(from: &Exit) -> api::Exit {
         code: from.code,
         out_of_memory: from.out_of_memory,
         time: Some(timestamp(from.time)),
+        last_line: from.last_line.clone(),
     }
 }
 
@@ -130,7 +142,13 @@ mod tests {
             reason: "EXITED".into(),
             message: "ö".repeat(600),
             progress: None,
-            last_exit: Some(Exit { attempt: 2, code: 137, out_of_memory: true, time: Wall(-5) }),
+            last_exit: Some(Exit {
+                attempt: 2,
+                code: 137,
+                out_of_memory: true,
+                time: Wall(-5),
+                last_line: "no module named iris".into(),
+            }),
             start_time: Some(Wall(1_700_000_000_123)),
             next_attempt_time: None,
             container_id: "c".into(),

@@ -11,6 +11,7 @@ use crate::live::{Live, Presence};
 use crate::objects::{Host, MAX_EXITS, Replica};
 use crate::orphans;
 use crate::session::Registration;
+use crate::status::wrote;
 use crate::view::{ObjectKey, View};
 use berth_proto::agent::ReplicaReport;
 use berth_proto::api::{self, EventSeverity, ReplicaIntent};
@@ -38,11 +39,11 @@ pub fn statuses(
         let Some(replica) = view.replica(&uid).filter(|r| r.host == *host) else { continue };
         let status = report.status.clone().unwrap_or_default();
         let mut next = Replica::clone(replica);
-        if let Some(exit) = status.last_exit
+        if let Some(mut exit) = status.last_exit
             && next.exits.iter().all(|known| known.attempt < exit.attempt)
         {
-            next.exits.push(exit);
-            let extra = next.exits.len().saturating_sub(MAX_EXITS);
+            exit.last_line = convert::last_line(&exit.last_line);
+            let extra = (next.exits.len() + 1).saturating_sub(MAX_EXITS);
             next.exits.drain(..extra);
             let why = if exit.out_of_memory { " for lack of memory" } else { "" };
             // A program that is told to stop ends with whatever code it likes.
@@ -52,8 +53,9 @@ pub fn statuses(
                     (EventSeverity::Warning, "")
                 }
             };
-            let words =
-                format!("attempt {} ended with code {}{why}{planned}", exit.attempt, exit.code);
+            let (attempt, code, wrote) = (exit.attempt, exit.code, wrote(&exit));
+            let words = format!("attempt {attempt} ended with code {code}{why}{planned}{wrote}");
+            next.exits.push(exit);
             changes.push(replica_event(view, replica, severity, "REPLICA_EXITED", words, now));
         }
         if status.ready && next.first_ready.is_none() {

@@ -34,7 +34,17 @@ fn report(replica: &Replica, status: api::ReplicaStatus) -> ReplicaReport {
 }
 
 fn exited(attempt: u32) -> api::ReplicaStatus {
-    let exit = api::Exit { attempt, code: 3, out_of_memory: attempt == 2, time: None };
+    let exit = api::Exit {
+        attempt,
+        code: 3,
+        out_of_memory: attempt == 2,
+        last_line: if attempt == 3 {
+            format!("no\tmodule{}", "!".repeat(300))
+        } else {
+            String::new()
+        },
+        ..api::Exit::default()
+    };
     api::ReplicaStatus { attempt, last_exit: Some(exit), ..Default::default() }
 }
 
@@ -82,7 +92,11 @@ fn each_exit_is_kept_once_and_the_oldest_give_way() {
         let said = [report(&replica, exited(attempt))];
         let changes = statuses(&w.view, &h0(), &said, &[], w.now.wall);
         let why = if attempt == 2 { " for lack of memory" } else { "" };
-        let words = format!("attempt {attempt} ended with code 3{why}");
+        let mut words = format!("attempt {attempt} ended with code 3{why}");
+        if attempt == 3 {
+            // A host's words: one line of bounded length.
+            words.push_str(&format!("; it wrote last: no module{}", "!".repeat(191)));
+        }
         assert_eq!(events(&changes), [("REPLICA_EXITED".to_owned(), words)]);
         w.change(changes);
         assert!(statuses(&w.view, &h0(), &said, &[], w.now.wall).is_empty());

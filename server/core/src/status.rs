@@ -157,6 +157,15 @@ pub(crate) fn why_not_ready(
     }
 }
 
+/// What a program that failed wrote last, as the end of a sentence.
+#[must_use]
+pub fn wrote(exit: &api::Exit) -> String {
+    if exit.last_line.is_empty() {
+        return String::new();
+    }
+    format!("; it wrote last: {}", exit.last_line)
+}
+
 /// A replica as shown.
 #[must_use]
 pub fn replica(view: &View, live: &Live, replica: &Replica, now: Mono) -> api::Replica {
@@ -164,7 +173,7 @@ pub fn replica(view: &View, live: &Live, replica: &Replica, now: Mono) -> api::R
     let known = live.replica(&replica.uid);
     let mut status = known.map(|k| replica_status_to_api(&k.status)).unwrap_or_default();
     if status.last_exit.is_none() {
-        status.last_exit = replica.exits.last().copied();
+        status.last_exit = replica.exits.last().cloned();
     }
     if replica.failed {
         status.reason = "FAILED".to_owned();

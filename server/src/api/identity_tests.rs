@@ -43,7 +43,7 @@ pub(super) async fn join(api: &Api, name: &str) -> Joined {
     Joined { uid, key_pem, certificate_pem: joined.certificate_pem }
 }
 
-async fn edit(api: &Api, uid: &HostUid, edit: impl FnOnce(&mut HostRecord)) {
+pub(super) async fn edit(api: &Api, uid: &HostUid, edit: impl FnOnce(&mut HostRecord)) {
     let next = api.0.ledger.view().host(uid).unwrap().edited(edit).unwrap();
     let changes = vec![Change::PutHost(Arc::new(next))];
     api.0.ledger.propose(Proposal { preconditions: Vec::new(), changes }).await.unwrap();

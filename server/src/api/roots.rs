@@ -4,11 +4,12 @@ use super::{Api, audit, auth};
 use crate::cluster::wall_now;
 use crate::doors::certificates::CertificateError;
 use crate::error::{Error, Kind};
-use crate::identity::ca::{Ca, CaError};
+use crate::identity::ca::{Ca, CaError, HOST_DAYS};
 use crate::ledger::refused;
 use berth_proto::api::{Root, RootsState};
 use berth_proto::convert::timestamp;
 use berth_proto::ids::Wall;
+use berth_proto::record::HostRecord;
 use berth_proto::tls::{self, TlsError};
 use berth_proto::words::counted;
 use berth_server_core::view::View;
@@ -47,12 +48,17 @@ fn shown(ca: &Ca, shown: bool, signs: bool) -> Result<Root, TlsError> {
     })
 }
 
-/// Hosts that have not said that they hold the bundle of this number.
-fn not_told(view: &View) -> Vec<String> {
+/// Hosts that have not said that they hold the present bundle, or whose newest certificate was made before
+/// the root that signs now.
+fn behind(view: &View, since_ms: Option<i64>) -> Vec<String> {
     let version = view.cluster.trust_version;
+    let expires = since_ms.map_or(i64::MIN, |since| since.saturating_add(HOST_DAYS * 86_400_000));
+    let is_behind = |host: &HostRecord| {
+        host.trust_version < version || host.certificate_expire_unix_ms < expires
+    };
     let mut names: Vec<String> = view
         .hosts()
-        .filter(|host| !host.is_removed() && host.record.trust_version < version)
+        .filter(|host| !host.is_removed() && is_behind(&host.record))
         .map(|host| host.name.to_string())
         .collect();
     names.sort();
@@ -83,9 +89,9 @@ fn few(mut names: Vec<String>) -> (Vec<String>, u32) {
 }
 
 /// Names in a sentence: some, and how many more.
-fn some_of(names: &[String]) -> String {
+fn some_of(names: &[String], count: usize) -> String {
     const SOME: usize = 5;
-    let more = names.len().saturating_sub(SOME);
+    let more = count.saturating_sub(SOME.min(names.len()));
     let some = names.iter().take(SOME).cloned().collect::<Vec<_>>().join(", ");
     if more == 0 { some } else { format!("{some} and {more} more") }
 }
@@ -103,13 +109,14 @@ impl Api {
         let view = self.0.ledger.view();
         let (current, next) = (self.0.roots.current(), self.0.roots.next());
         let mut roots = vec![shown(&current, true, next.is_none()).map_err(unread)?];
-        let mut renewed = Vec::new();
+        let mut since = None;
         if let Some(next) = &next {
             roots.push(shown(next, false, true).map_err(unread)?);
-            renewed = not_renewed(&view, made_ms(next).map_err(unread)?);
+            since = Some(made_ms(next).map_err(unread)?);
         }
-        let (hosts_not_told, hosts_not_told_count) = few(not_told(&view));
-        let (users_not_renewed, users_not_renewed_count) = few(renewed);
+        let users = since.map_or_else(Vec::new, |since| not_renewed(&view, since));
+        let (hosts_not_told, hosts_not_told_count) = few(behind(&view, since));
+        let (users_not_renewed, users_not_renewed_count) = few(users);
         Ok(RootsState {
             roots,
             version: view.cluster.trust_version,
@@ -170,16 +177,16 @@ impl Api {
             }
             _ => return Err(Error::field("pin", "must be a root's pin: 64 characters of hex")),
         }
-        let behind = not_told(&self.0.ledger.view());
-        if !behind.is_empty() && !force {
-            let (verb, they) = if behind.len() == 1 { ("does", "it") } else { ("do", "they") };
+        let count = state.hosts_not_told_count as usize;
+        if count > 0 && !force {
+            let (verb, they) = if count == 1 { ("does", "it") } else { ("do", "they") };
             return Err(Error::precondition(
                 "HOSTS_NOT_TOLD",
                 format!(
                     "{} {verb} not hold the new root yet: {}; without it {they} would not find the \
                      server any more",
-                    counted(behind.len(), "host"),
-                    some_of(&behind)
+                    counted(count, "host"),
+                    some_of(&state.hosts_not_told, count)
                 ),
             ));
         }

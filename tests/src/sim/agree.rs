@@ -48,7 +48,7 @@ impl World<'_> {
             if told.ready && replica.first_ready.is_none() {
                 return Some(format!("{} is ready and was never ready", replica.uid));
             }
-            if let Some(exit) = told.last_exit
+            if let Some(exit) = &told.last_exit
                 && replica.exits.last().is_none_or(|last| last.attempt < exit.attempt)
                 && !self.book.restored
             {

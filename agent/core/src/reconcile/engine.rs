@@ -253,7 +253,7 @@ impl Reconcile {
         let desk = self.desk(uid);
         desk.probing = None;
         let time = Some(timestamp(now.wall));
-        let exit = api::Exit { attempt: gone.attempt, code: -1, out_of_memory: false, time };
+        let exit = api::Exit { attempt: gone.attempt, code: -1, time, ..api::Exit::default() };
         desk.life.exited(exit, None);
         desk.life.because(Reason::CONTAINER_GONE, "somebody removed its container");
     }
@@ -298,7 +298,14 @@ impl Reconcile {
                         if !desk.life.tells_end_of(attempt) =>
                     {
                         let time = Some(timestamp(time));
-                        desk.life.exited(api::Exit { attempt, code, out_of_memory, time }, None);
+                        let exit = api::Exit {
+                            attempt,
+                            code,
+                            out_of_memory,
+                            time,
+                            ..api::Exit::default()
+                        };
+                        desk.life.exited(exit, None);
                     }
                     State::Running | State::Exited { .. } => {}
                 }

@@ -144,6 +144,15 @@ pub enum Input {
         /// How far.
         progress: api::Progress,
     },
+    /// What a program that has ended wrote last; comes before the look or the step that shows its end.
+    LastWords {
+        /// Whose.
+        replica: ReplicaUid,
+        /// Of which attempt.
+        attempt: u32,
+        /// Its last line that is not empty.
+        line: String,
+    },
     /// A transfer does not go on just now and will by itself.
     FetchWaits {
         /// Whose.

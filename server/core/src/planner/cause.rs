@@ -3,7 +3,7 @@
 use super::roll::SlotWork;
 use super::{Health, Planning};
 use crate::objects::Replica;
-use crate::status::why_not_ready;
+use crate::status::{why_not_ready, wrote};
 use std::collections::BTreeMap;
 
 /// Most characters of one cause: a program's own words may be long, and the reason is stored.
@@ -40,7 +40,7 @@ impl Planning<'_> {
         match replica.exits.last() {
             Some(exit) if !says => {
                 let memory = if exit.out_of_memory { " for lack of memory" } else { "" };
-                format!("its program has ended with code {}{memory}", exit.code)
+                format!("its program has ended with code {}{memory}{}", exit.code, wrote(exit))
             }
             Some(_) | None => why_not_ready(replica, known, self.live.presence(&replica.host)).1,
         }
