@@ -191,13 +191,27 @@ pub struct Packed {
     manifest: Vec<u8>,
 }
 
+fn no_onnx(name: &str) -> Error {
+    Error::user(format!("{name} is no ONNX model: it cannot be read as one"))
+        .hint("--format onnx takes it as one all the same, --format other as something else")
+}
+
 /// Packages a file or folder as this version.
 pub async fn pack(mut version: ModelVersion, args: &crate::args::ModelPush) -> Result<Packed> {
     let files = files_of(&args.path)?;
     version.format = args.format.clone().unwrap_or_else(|| format_of(&files).to_owned());
     let onnx = files.iter().find(|(name, _)| name.to_ascii_lowercase().ends_with(".onnx"));
-    let onnx = onnx.map(|(_, path)| path.clone());
-    let about = push::aside(move || Ok(onnx.and_then(|path| crate::onnx::about(&path)))).await?;
+    let onnx = onnx.map(|(name, path)| (name.clone(), path.clone()));
+    let asked = args.format.is_some();
+    let about = push::aside(move || match onnx {
+        Some((name, path)) => match crate::onnx::about(&path) {
+            // It would be told much later, by the runtime on each host.
+            None if !asked => Err(no_onnx(&name)),
+            about => Ok(about),
+        },
+        None => Ok(None),
+    });
+    let about = about.await?;
     let about = about.unwrap_or_default();
     version.lineage.get_or_insert_default().framework =
         framework_of(&version.format, &about.producer);

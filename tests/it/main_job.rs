@@ -112,7 +112,11 @@ fn a_release_that_never_becomes_ready_rolls_back_and_the_good_one_is_not_touched
     cluster.berth_ok(&["model", "push", "iris:1", &file]).unwrap();
     let broken = cluster.dir.path().join("broken.onnx");
     std::fs::write(&broken, b"this is no model").unwrap();
-    cluster.berth_ok(&["model", "push", "iris:2", broken.to_str().unwrap()]).unwrap();
+    let push = ["model", "push", "iris:2", broken.to_str().unwrap()];
+    let refused = cluster.berth(&push).unwrap();
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && text.contains("is no ONNX model"), "{text}");
+    cluster.berth_ok(&[&push[..], &["--format", "onnx"]].concat()).unwrap();
     let manifest = cluster.dir.path().join("iris.yaml");
     let write = |version: u32| {
         let text = format!(
