@@ -500,7 +500,7 @@ impl Transfer {
         vec![Effect::Open { blob: self.blob, from: at, to }]
     }
 
-    fn opened(&mut self, now: Mono, from: u64, cap: &Cap) -> Vec<Effect> {
+    fn opened(&mut self, now: Mono, from: u64, cap: &mut Cap) -> Vec<Effect> {
         let (Stage::Opening, Some(run)) = (&self.stage, self.run.as_mut()) else {
             return Vec::new();
         };
@@ -510,7 +510,9 @@ impl Transfer {
         // A registry without ranges sends all of it.
         run.skip = run.at - from;
         self.stage = Stage::Reading;
-        vec![self.read(now, now, cap)]
+        // What came before is paid for first: blobs may be smaller than a burst, and many.
+        let not_before = cap.take(now, 0);
+        vec![self.read(now, not_before, cap)]
     }
 
     fn read(&self, now: Mono, not_before: Mono, cap: &Cap) -> Effect {

@@ -13,6 +13,7 @@ struct World {
     durable: Vec<Vec<Option<bool>>>,
     kept: Vec<bool>,
     now: Mono,
+    cap: Cap,
     moved: u64,
     interruptions: u64,
     ranges: bool,
@@ -36,6 +37,7 @@ impl World {
             seed,
             one_in,
             now: Mono(1),
+            cap: Cap::default(),
             moved: 0,
             interruptions: 0,
             ranges: true,
@@ -70,7 +72,7 @@ impl World {
     /// One life of the process; `None`: it was killed.
     fn live(&mut self, life: u64) -> Option<Result<(), Failure>> {
         let mut machine = Transfer::new(self.blobs.clone(), life);
-        let mut cap = Cap::default();
+        let mut cap = std::mem::take(&mut self.cap);
         let mut effects: Vec<Effect> = machine.step(self.now, Input::Begin, &mut cap);
         let mut room = false;
         for _ in 0..1_000_000 {
@@ -269,4 +271,13 @@ fn pauses_grow_to_a_minute_and_never_end() {
         machine.step(now, Input::Tick, &mut cap);
     }
     assert!(last >= 30_000);
+}
+
+#[test]
+fn a_cap_is_kept_over_many_small_blobs() {
+    let mut world = World::new(&[100_000; 50], 1, 0);
+    world.cap = Cap::new(NonZeroU64::new(1_000_000));
+    assert_eq!(world.run(), Ok(()));
+    // Five seconds' worth, but for a burst and the last piece.
+    assert!(world.now >= Mono(4_500), "{:?}", world.now);
 }
