@@ -382,6 +382,9 @@ impl Transfer {
             Input::Opened { from } => self.opened(now, from, cap),
             Input::Received { bytes } => self.received(now, bytes, cap),
             Input::Broke(why) if matches!(self.stage, Stage::Opening | Stage::Reading) => {
+                if bug!(BrokenIsForGood) {
+                    return self.fail(Failure::Refused(why));
+                }
                 self.trouble(now, why)
             }
             Input::Refused(why) => self.fail(Failure::Refused(why)),
@@ -393,6 +396,7 @@ impl Transfer {
                 self.fail(Failure::Wrong(digest))
             }
             Input::DiskFailed(why) => self.fail(Failure::Disk(why)),
+            Input::Unwanted if bug!(UnwantedGoesOn) => self.next(now),
             Input::Unwanted => self.fail(Failure::Unwanted),
             Input::Tick => self.tick(now),
             // Answers to what was asked before the transfer took another turn.
@@ -404,9 +408,13 @@ impl Transfer {
 
     fn tick(&mut self, now: Mono) -> Vec<Effect> {
         if let Stage::Waiting(until) = self.stage {
-            return if now >= until { self.next(now) } else { vec![Effect::Wait(until)] };
+            return if now >= until || bug!(PauseCutShort) {
+                self.next(now)
+            } else {
+                vec![Effect::Wait(until)]
+            };
         }
-        if self.stage == Stage::Reading {
+        if self.stage == Stage::Reading && !bug!(SilenceWithoutEnd) {
             let seconds = STALL_MS / 1_000;
             return self.trouble(now, format!("the registry sent nothing for {seconds} s"));
         }
@@ -429,7 +437,7 @@ impl Transfer {
             return vec![Effect::Look(blob)];
         }
         let missing = self.total().saturating_sub(self.done());
-        if missing == 0 {
+        if missing == 0 || bug!(BytesBeforeRoom) {
             return self.next(now);
         }
         self.stage = Stage::Asking;
@@ -447,7 +455,8 @@ impl Transfer {
         let blob = self.blob;
         self.take(blob, held);
         let all = self.states[blob].chunks.len() as u64 == chunks(self.blobs[blob].size_bytes);
-        if all || self.repairs > REPAIRS {
+        let all = all && !bug!(WrongSourceBelieved);
+        if all || self.repairs > REPAIRS || bug!(WholeThrownAway) {
             self.stage = Stage::Discarding;
             return vec![Effect::Discard(blob)];
         }
@@ -460,8 +469,11 @@ impl Transfer {
             Held::Whole => state.whole = true,
             Held::Chunks(mut set) => {
                 set.retain(|c| *c < chunks(self.blobs[blob].size_bytes));
+                if bug!(DurableForgotten) {
+                    set.clear();
+                }
                 state.chunks = set;
-                state.gap = 0;
+                state.gap = if bug!(RottenNotMissed) { state.gap } else { 0 };
                 state.advance();
             }
         }
@@ -483,16 +495,21 @@ impl Transfer {
         let size = blob.size_bytes;
         let gap = state.gap;
         if gap >= chunks(size) {
+            if bug!(KeptUnverified) {
+                self.stage = Stage::Keeping;
+                return vec![Effect::Keep(self.blob)];
+            }
             self.stage = Stage::Verifying;
             return vec![Effect::Verify(self.blob)];
         }
-        let behind = (gap..chunks(size)).find(|c| state.chunks.contains(c));
+        let behind =
+            (gap..chunks(size)).find(|c| state.chunks.contains(c) && !bug!(DurableBehindAsked));
         let to = behind.map_or(size, |c| c * CHUNK_BYTES);
         let start = gap * CHUNK_BYTES;
         // Within the chunk under way the bytes before are here, while we live.
         let at = self
             .run
-            .filter(|r| r.at > start && r.at < chunk_end(gap, size))
+            .filter(|r| r.at > start && r.at < chunk_end(gap, size) && !bug!(ChunkBegunAnew))
             .map_or(start, |r| r.at);
         self.run = Some(Run { at, to, skip: 0 });
         self.stage = Stage::Opening;
@@ -504,14 +521,14 @@ impl Transfer {
         let (Stage::Opening, Some(run)) = (&self.stage, self.run.as_mut()) else {
             return Vec::new();
         };
-        if from > run.at {
+        if from > run.at && !bug!(OtherBytesTaken) {
             return self.trouble(now, "the registry answered with other bytes".to_owned());
         }
         // A registry without ranges sends all of it.
-        run.skip = run.at - from;
+        run.skip = if bug!(UnaskedNotDropped) { 0 } else { run.at.saturating_sub(from) };
         self.stage = Stage::Reading;
         // What came before is paid for first: blobs may be smaller than a burst, and many.
-        let not_before = cap.take(now, 0);
+        let not_before = if bug!(BlobsUncapped) { now } else { cap.take(now, 0) };
         vec![self.read(now, not_before, cap)]
     }
 
@@ -540,7 +557,8 @@ impl Transfer {
         }
         let chunk = run.at / CHUNK_BYTES;
         run.at = (run.at + bytes).min(chunk_end(chunk, size));
-        let whole = run.at == chunk_end(chunk, size);
+        let whole =
+            run.at == chunk_end(chunk, size) && (run.at == run.to || !bug!(ReadOnUndurable));
         let mut effects = Vec::new();
         if now.since_ms(self.told) >= PROGRESS_MS {
             effects.push(self.progress(now));
@@ -586,7 +604,8 @@ impl Transfer {
     fn trouble(&mut self, now: Mono, why: String) -> Vec<Effect> {
         self.failures = self.failures.saturating_add(1);
         let doublings = (self.failures - 1).min(16);
-        let pause = (FIRST_PAUSE_MS << doublings).min(GREATEST_PAUSE_MS);
+        let greatest = if bug!(PauseUnbounded) { u64::MAX } else { GREATEST_PAUSE_MS };
+        let pause = (FIRST_PAUSE_MS << doublings).min(greatest);
         let until = now.plus_ms(pause / 2 + self.random() % (pause / 2 + 1));
         self.stage = Stage::Waiting(until);
         vec![Effect::Close, Effect::Trouble { why, until }, Effect::Wait(until)]

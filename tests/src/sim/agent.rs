@@ -1,11 +1,13 @@
 //! An agent's pumps: its session, its reconciler and its disk, as `berth-agent` drives them.
 
+use super::bring::{Brings, Registry};
 use super::check::{Started, word};
 use super::clock::Clock;
 use super::engine::Engine;
 use super::events::{Event, Life, LinkId, NodeId, Write, early};
 use super::net::Net;
 use super::script::{Machine, Moment};
+use super::spool::Spool;
 use super::world::World;
 use berth_agent_core::board::{Board, News, Who, nothing};
 use berth_agent_core::diff::Memory;
@@ -60,6 +62,7 @@ pub(super) struct Agent {
     sequence: u64,
     session_tick: u64,
     reconcile_tick: u64,
+    pub(super) brings: Brings,
     /// How far each replica was told to be, and whether it was ready.
     pub(super) told: BTreeMap<ReplicaUid, ((u32, i32), bool)>,
 }
@@ -73,6 +76,9 @@ pub(super) struct Node {
     pub(super) facts: berth_proto::api::HostFacts,
     pub(super) disk: Disk,
     pub(super) disk_full_until: u64,
+    /// The bytes that were brought, and what is on its way.
+    pub(super) spool: Spool,
+    pub(super) registry: Registry,
     pub(super) agent: Option<Agent>,
     pub(super) life: Life,
     pub(super) engine: Engine,
@@ -80,6 +86,7 @@ pub(super) struct Node {
     pub(super) clock: Clock,
     pub(super) wall_ahead: i64,
     pub(super) rng: fastrand::Rng,
+    pub(super) bring_rng: fastrand::Rng,
     pub(super) arm: Option<(Moment, u64)>,
     pub(super) is_clone: bool,
     /// Switched off for good.
@@ -122,6 +129,7 @@ impl World<'_> {
             sequence: 0,
             session_tick: u64::MAX,
             reconcile_tick: u64::MAX,
+            brings: Brings::new(held.machine.capped),
             told: BTreeMap::new(),
         });
         let life = held.life;
@@ -493,7 +501,7 @@ impl World<'_> {
         }
         let held = &mut self.nodes[node];
         let Some(agent) = &mut held.agent else { return };
-        let mut news = Vec::new();
+        let (mut news, mut stopped) = (Vec::new(), Vec::new());
         for effect in effects {
             match effect {
                 Effect::Persist { token, memory } => {
@@ -508,7 +516,7 @@ impl World<'_> {
                     news.push(agent.board.absent(&uid));
                 }
                 Effect::EngineIs { available, .. } => news.extend(agent.board.engine_is(available)),
-                Effect::StopFetch(_) => {}
+                Effect::StopFetch(step) => stopped.push(step),
                 call @ (Effect::Observe(_)
                 | Effect::Follow
                 | Effect::EnsureNetwork
@@ -522,6 +530,9 @@ impl World<'_> {
                     self.events.push(at, Event::Call { node, life, effect: Box::new(call) });
                 }
             }
+        }
+        for step in stopped {
+            self.stop_fetch(node, step);
         }
         for news in news {
             let input = match news {

@@ -69,6 +69,8 @@ pub(super) struct Book {
     pub(super) joined: BTreeMap<NodeId, Life>,
     /// The server has gone back in time: what runs was not all placed by it.
     pub(super) restored: bool,
+    /// When it did last.
+    pub(super) restored_at: u64,
     /// Somebody removed images.
     pub(super) pruned: bool,
     /// The boots of each host that have said hello, since the server's start.
@@ -205,10 +207,7 @@ impl World<'_> {
             let old = set.entries.get(*uid).and_then(berth_agent_core::diff::predecessor);
             old.as_ref() == Some(replica)
         };
-        let image = |uid: &ReplicaUid| {
-            let body = set.body(set.entries.get(uid)?)?;
-            Some(body.value.source.image.digest.clone())
-        };
+        let source = |uid: &ReplicaUid| Some(&set.body(set.entries.get(uid)?)?.value.source);
         let unhealthy = matches!(program, Program::Deaf | Program::Slow);
         // One that fails its own check is started anew in its place, as long as nobody takes that.
         let begun = |uid: &ReplicaUid| {
@@ -219,8 +218,9 @@ impl World<'_> {
             && !self.book.by_hand.contains(replica)
             && let Some(successor) = set.entries.keys().find(by_successor)
             && (begun(successor) || !unhealthy)
-            && let Some(image) = image(successor)
-            && !held.engine.images.contains(&image)
+            && let Some(source) = source(successor)
+            && !(held.engine.images.contains(&source.image.digest)
+                && source.artifact.as_ref().is_none_or(|model| held.spool.has_tree(&model.digest)))
         {
             return self.broke(format!("{replica} is stopped before what replaces it is here"));
         }

@@ -204,7 +204,7 @@ impl World<'_> {
                 answers.push((0, Input::Followed));
             }
             Effect::EnsureNetwork => answers.push((0, Input::Network(Ok(())))),
-            Effect::Fetch { step, replica } => self.fetches(node, step, &replica, &mut answers),
+            Effect::Fetch { step, replica } => self.fetches(node, life, step, &replica),
             Effect::Create { step, replica, attempt } => {
                 let input = match self.makes(node, &replica, attempt) {
                     Ok(done) => Input::StepDone { step, done },
@@ -295,7 +295,7 @@ impl World<'_> {
     }
 
     /// What the host's own policy says.
-    fn judged(
+    pub(super) fn judged(
         &self,
         node: NodeId,
         replica: &ReplicaUid,
@@ -307,40 +307,6 @@ impl World<'_> {
         policy::judge(&found.0, &facts.policy, &facts.features, platform, |_| None)
             .map_err(|why| (Cause::Forbidden, why.to_string()))?;
         Ok(found)
-    }
-
-    fn fetches(
-        &mut self,
-        node: NodeId,
-        step: StepId,
-        replica: &ReplicaUid,
-        answers: &mut Vec<(u64, Input)>,
-    ) {
-        let took_ms = self.nodes[node].rng.u64(1..300);
-        let body = match self.judged(node, replica) {
-            Ok((body, _)) => body,
-            Err((cause, words)) => {
-                return answers.push((0, Input::StepFailed { step, cause, words }));
-            }
-        };
-        let image = body.source.image.digest.clone();
-        let pulls = self.programs.get(&image).is_some_and(|p| *p != Program::NoImage);
-        let engine = &mut self.nodes[node].engine;
-        let replica = replica.clone();
-        if engine.images.contains(&image) {
-            return answers.push((0, Input::StepDone { step, done: Done::Fetched }));
-        }
-        if pulls && self.now >= engine.registry_away_until {
-            engine.images.insert(image);
-            let progress = berth_proto::api::Progress::default();
-            answers.push((0, Input::Progress { replica, progress }));
-            answers.push((took_ms, Input::StepDone { step, done: Done::Fetched }));
-        } else {
-            let words = "the registry does not give it".to_owned();
-            answers.push((0, Input::FetchWaits { replica, words: words.clone() }));
-            let cause = Cause::Bytes("PULL_FAILED");
-            answers.push((took_ms, Input::StepFailed { step, cause, words }));
-        }
     }
 
     fn makes(
@@ -362,6 +328,9 @@ impl World<'_> {
             return Ok(Done::Unseen);
         }
         self.check_made(node, replica, attempt);
+        if let Some(model) = &body.source.artifact {
+            self.check_brought(node, replica, &model.digest);
+        }
         let held = &mut self.nodes[node];
         let durable = held.disk.memory.get(replica).map_or(0, |m| m.attempt);
         if durable < attempt && held.agent.is_some() {
@@ -404,7 +373,10 @@ impl World<'_> {
         replica: &ReplicaUid,
         id: u32,
     ) -> Result<Done, (Cause, String)> {
-        self.judged(node, replica)?;
+        let (body, _) = self.judged(node, replica)?;
+        if let Some(model) = &body.source.artifact {
+            self.check_brought(node, replica, &model.digest);
+        }
         let now = self.now;
         let held = &mut self.nodes[node];
         let wall = held.clock.wall(now);

@@ -1,9 +1,10 @@
 //! What happens next: everything that is under way, in order of time.
 
+use super::bring::Call;
 use super::ledger::Waiter;
 use berth_agent_core::diff::Memory;
 use berth_agent_core::ledger::HeldSet;
-use berth_agent_core::reconcile::{Effect, Input, Token};
+use berth_agent_core::reconcile::{Effect, Input, StepId, Token};
 use berth_agent_core::session::Ended;
 use berth_proto::agent::{SessionRequest, SessionResponse};
 use berth_proto::ids::ReplicaUid;
@@ -117,6 +118,19 @@ pub(super) enum Event {
         node: NodeId,
         life: Life,
         input: Box<Input>,
+    },
+    /// What a transfer has asked for is done, or another part of bringing a replica's bytes.
+    Brings {
+        node: NodeId,
+        life: Life,
+        step: StepId,
+        call: Box<Call>,
+    },
+    /// An agent ends what nobody waits for any more.
+    FetchStops {
+        node: NodeId,
+        life: Life,
+        step: StepId,
     },
     /// A program ends by itself.
     ProgramEnds {

@@ -1,6 +1,7 @@
 //! What goes wrong.
 
 use super::agent::{Disk, Node};
+use super::bring::Registry;
 use super::clock::Clock;
 use super::engine::Engine;
 use super::events::{Event, NodeId};
@@ -16,6 +17,9 @@ use berth_server_core::view::View;
 /// An engine that does not answer is told of by then: looks are half a minute apart, one that hangs takes
 /// 15 s, and an agent's clock may run slow.
 pub(super) const AWAY_TOLD_MS: u64 = 90_000;
+
+/// A person needs so long from one restore to the next.
+const RESTORES_APART_MS: u64 = 2_000;
 
 impl World<'_> {
     /// An entry of the script.
@@ -191,6 +195,14 @@ impl World<'_> {
                 let node = self.machine(*host);
                 self.nodes[node].engine.registry_away_until = now + for_ms;
             }
+            Action::RegistryTroubled { host, what, for_ms } => {
+                let node = self.machine(*host);
+                self.nodes[node].registry.troubled(*what, now + for_ms);
+            }
+            Action::ChunkRots { host, which } => {
+                let node = self.machine(*host);
+                self.nodes[node].spool.rot(*which);
+            }
             Action::ImagesPruned { host } => {
                 let node = self.machine(*host);
                 self.nodes[node].engine.images.clear();
@@ -255,6 +267,10 @@ impl World<'_> {
 
     /// The server goes back to its newest backup.
     fn restore(&mut self, down_ms: u64) {
+        // Nobody does it again in a moment: epochs are told apart by the second.
+        if self.book.restored && self.now < self.book.restored_at + RESTORES_APART_MS {
+            return;
+        }
         let Some((mut store, acknowledged)) = self.backup.clone() else { return };
         self.kill_server(down_ms);
         // One that was down already comes back later, with what is on the disk then.
@@ -268,6 +284,7 @@ impl World<'_> {
         self.book.acknowledged = acknowledged.min(revision);
         self.book.durable = None;
         (self.book.restored, self.book.turned) = (true, true);
+        self.book.restored_at = self.now;
         self.book.rollouts.forget();
         // One backup may be restored twice.
         if self.server.rng.u8(0..3) != 0 {
@@ -307,6 +324,8 @@ impl World<'_> {
             facts: held.facts.clone(),
             disk: Disk::clone(&held.disk),
             disk_full_until: 0,
+            spool: held.spool.clone(),
+            registry: Registry::default(),
             agent: None,
             life: 0,
             engine: Engine::default(),
@@ -314,6 +333,7 @@ impl World<'_> {
             clock: held.clock,
             wall_ahead: held.wall_ahead,
             rng: fastrand::Rng::with_seed(seed),
+            bring_rng: fastrand::Rng::with_seed(seed ^ 1),
             arm: None,
             is_clone: true,
             gone: false,
@@ -360,6 +380,8 @@ impl World<'_> {
             held.arm = None;
             held.disk_full_until = 0;
             held.net = Net::default();
+            held.registry = Registry::default();
+            held.spool.is_sound_from_now_on();
             held.facts.container_network_reachable = true;
             held.facts.used_ports.clear();
             let engine = &mut held.engine;

@@ -95,6 +95,7 @@ fn script(text: &str) -> Script {
                 approval: false,
                 gpu: false,
                 foreign: false,
+                capped: false,
             }),
             ["at", at, rest @ ..] => script.actions.push((at.parse().unwrap(), action(rest))),
             _ => panic!("{line} is neither a machine nor an action"),

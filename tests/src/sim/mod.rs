@@ -14,6 +14,7 @@
 mod agent;
 mod agree;
 mod asked;
+mod bring;
 mod check;
 mod clock;
 mod engine;
@@ -35,6 +36,8 @@ mod server;
 mod settle;
 mod shrink;
 mod specs;
+mod spool;
+mod watched;
 mod world;
 
 pub mod bugs;

@@ -45,6 +45,13 @@ pub(super) struct Net {
     pub(super) doubles: u8,
 }
 
+impl Net {
+    /// Whoever asks for an answer gets none.
+    pub(super) fn is_blocked(&self, now: u64) -> bool {
+        now < self.up_blocked_until.max(self.down_blocked_until)
+    }
+}
+
 impl Link {
     /// Keeps the messages of sets; with the end of one, those of the one before it.
     fn remember(&mut self, message: &SessionResponse) -> Vec<SessionResponse> {

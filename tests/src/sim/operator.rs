@@ -4,6 +4,7 @@ use super::events::{Event, NodeId};
 use super::ledger::Waiter;
 use super::script::{self, Action};
 use super::specs;
+use super::spool::Spool;
 use super::world::World;
 use berth_agent_core::ledger::Wanted;
 use berth_proto::api::HostSpec;
@@ -233,6 +234,8 @@ impl World<'_> {
             | Action::Sick { .. }
             | Action::FollowEnds { .. }
             | Action::RegistryAway { .. }
+            | Action::RegistryTroubled { .. }
+            | Action::ChunkRots { .. }
             | Action::ImagesPruned { .. }
             | Action::AgentDiskFull { .. }
             | Action::HostClock { .. } => return None,
@@ -314,6 +317,7 @@ impl World<'_> {
         } else {
             held.engine.containers.clear();
             held.engine.images.clear();
+            held.spool = Spool::default();
         }
     }
 }

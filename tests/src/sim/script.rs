@@ -65,6 +65,24 @@ pub(super) enum Moment {
     AfterWrite,
     /// An agent's: its next container is made or started, and it does not know.
     AfterStep,
+    /// An agent's: just before the next chunk of a transfer is durable, and just after.
+    BeforeChunk,
+    AfterChunk,
+}
+
+/// What is wrong with a host's way to the registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Trouble {
+    /// Connections break, and some come to nothing.
+    Breaks,
+    /// Connections stay and nothing comes.
+    Stalls,
+    /// It says no.
+    Refuses,
+    /// It answers with other bytes than were asked for, and breaks off.
+    Elsewhere,
+    /// It sends wrong bytes.
+    Wrong,
 }
 
 /// Something that happens.
@@ -114,6 +132,8 @@ pub(super) enum Action {
     Sick { host: u8, which: u8, for_ms: u64 },
     FollowEnds { host: u8 },
     RegistryAway { host: u8, for_ms: u64 },
+    RegistryTroubled { host: u8, what: Trouble, for_ms: u64 },
+    ChunkRots { host: u8, which: u8 },
     ImagesPruned { host: u8 },
     AgentDiskFull { host: u8, for_ms: u64 },
     HostClock { host: u8, ahead_ms: i64 },
@@ -133,6 +153,8 @@ pub(super) struct Machine {
     pub(super) gpu: bool,
     /// Of another architecture than the images.
     pub(super) foreign: bool,
+    /// What it brings is capped.
+    pub(super) capped: bool,
 }
 
 /// All of a run but for its draws.
@@ -212,11 +234,23 @@ fn draw_clock(rng: &mut Rng) -> i64 {
 }
 
 fn draw_moment(rng: &mut Rng, agent: bool) -> Moment {
-    match rng.u8(0..if agent { 6 } else { 4 }) {
+    match rng.u8(0..if agent { 8 } else { 4 }) {
         0 => Moment::Now,
         1 => Moment::BeforeWrite,
         2 | 3 => Moment::AfterWrite,
-        _ => Moment::AfterStep,
+        4 | 5 => Moment::AfterStep,
+        6 => Moment::BeforeChunk,
+        _ => Moment::AfterChunk,
+    }
+}
+
+fn draw_trouble(rng: &mut Rng) -> Trouble {
+    match rng.u8(0..8) {
+        0 | 1 => Trouble::Breaks,
+        2 => Trouble::Stalls,
+        3 => Trouble::Refuses,
+        4..=6 => Trouble::Elsewhere,
+        _ => Trouble::Wrong,
     }
 }
 
@@ -225,7 +259,7 @@ fn draw_action(rng: &mut Rng, hosts: u8, deployments: u8) -> Action {
     let deployment = rng.u8(0..deployments);
     let which = rng.u8(0..8);
     let ms = draw_ms(rng);
-    match rng.u8(0..110) {
+    match rng.u8(0..122) {
         0..=15 => Action::Apply { deployment, spec: draw_spec(rng, u32::from(hosts)) },
         16..=20 => Action::Scale { deployment, replicas: rng.u32(0..=u32::from(hosts).min(8) + 1) },
         21..=23 => Action::Restart { deployment },
@@ -234,11 +268,11 @@ fn draw_action(rng: &mut Rng, hosts: u8, deployments: u8) -> Action {
         28..=30 => Action::Cordon { host, on: rng.bool() },
         31..=33 => Action::Drain { host, on: rng.u8(0..3) != 0 },
         34 => Action::Relabel { host, zone: rng.u8(0..2) },
-        35 => Action::Remove { host, wipe: rng.bool() },
+        35 | 118 => Action::Remove { host, wipe: rng.bool() },
         36..=37 => Action::Rejoin { host, disk_kept: rng.u8(0..4) == 0 },
         38 => Action::ReleaseQuarantine { host },
         39..=40 => Action::Backup,
-        41 => Action::Restore { down_ms: ms.min(20_000) },
+        41 | 119 => Action::Restore { down_ms: ms.min(20_000) },
         42 => Action::ResolveOrphans { host, adopt: rng.u8(0..3) != 0 },
         43..=48 => Action::KillServer { when: draw_moment(rng, false), down_ms: ms },
         49 => Action::ServerDiskFull { for_ms: ms },
@@ -277,10 +311,21 @@ fn draw_action(rng: &mut Rng, hosts: u8, deployments: u8) -> Action {
         99 => Action::EngineHangs { host, for_ms: ms },
         100..=101 => Action::EngineRestarts { host, for_ms: ms },
         102 => Action::ContainerRenamed { host, which },
-        103..=105 => Action::PortTaken { host, for_ms: ms },
+        // Half of them for so long that whoever wants it tries seldom in the end.
+        103..=105 => {
+            let least_ms = if which.is_multiple_of(2) { 30_000 } else { 0 };
+            Action::PortTaken { host, for_ms: ms.max(least_ms) }
+        }
         106 => Action::NetworkUnreached { host, for_ms: ms },
         107 => Action::Upgrade { host, down_ms: ms.min(20_000) },
         108 => Action::HostRate { host, per_mille: draw_rate(rng) },
+        // Some of them for so long that a transfer's pause comes to its bound.
+        110..=115 | 120..=121 => {
+            let least_ms = if which.is_multiple_of(4) { 100_000 } else { 0 };
+            let what = draw_trouble(rng);
+            Action::RegistryTroubled { host, what, for_ms: ms.max(least_ms) }
+        }
+        116..=117 => Action::ChunkRots { host, which },
         _ => Action::HostClock { host, ahead_ms: draw_clock(rng) },
     }
 }
@@ -311,6 +356,7 @@ impl Script {
             approval: rng.u8(0..20) == 0,
             gpu: rng.u8(0..3) == 0,
             foreign: rng.u8(0..24) == 0,
+            capped: rng.u8(0..8) == 0,
         };
         let machines = (0..hosts).map(|_| machine(&mut rng)).collect();
         let span_ms = [5_000, 20_000, 60_000, 180_000][rng.usize(0..4)];
@@ -401,6 +447,8 @@ fn dies(when: Moment) -> &'static str {
         Moment::BeforeWrite => "is killed just before its next write is durable",
         Moment::AfterWrite => "is killed just after its next write is durable",
         Moment::AfterStep => "is killed just after its next container is made, started or stopped",
+        Moment::BeforeChunk => "is killed just before its next chunk is durable",
+        Moment::AfterChunk => "is killed just after its next chunk is durable",
     }
 }
 
@@ -536,6 +584,19 @@ impl fmt::Display for Action {
             Self::FollowEnds { host } => write!(f, "the event stream of h{host}'s engine ends"),
             Self::RegistryAway { host, for_ms } => {
                 write!(f, "h{host} reaches no registry for {}", ms(*for_ms))
+            }
+            Self::RegistryTroubled { host, what, for_ms } => {
+                let how = match what {
+                    Trouble::Breaks => "breaks its connections",
+                    Trouble::Stalls => "sends nothing now and then",
+                    Trouble::Refuses => "says no",
+                    Trouble::Elsewhere => "answers with other bytes",
+                    Trouble::Wrong => "sends wrong bytes",
+                };
+                write!(f, "the registry {how} to h{host} for {}", ms(*for_ms))
+            }
+            Self::ChunkRots { host, which } => {
+                write!(f, "a chunk on the disk of h{host} changes (the {which}th, or the next one)")
             }
             Self::ImagesPruned { host } => write!(f, "somebody prunes the images of h{host}"),
             Self::AgentDiskFull { host, for_ms } => {

@@ -88,6 +88,10 @@ impl World<'_> {
                 let words = format!("{uid} does not answer, and its check does not start it anew");
                 return self.broke(words);
             }
+            self.check_brings(until - WITHIN_MS);
+            if self.broken.is_some() {
+                return;
+            }
             wrong = self.wrong();
             if wrong.is_none() {
                 self.full_audit();

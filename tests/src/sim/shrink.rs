@@ -75,6 +75,7 @@ pub(super) fn story(script: &Script) -> Option<Story> {
         |s: &mut Script| s.machines.iter_mut().for_each(|m| m.per_mille = 1000),
         |s: &mut Script| s.machines.iter_mut().for_each(|m| m.old = false),
         |s: &mut Script| s.machines.iter_mut().for_each(|m| m.approval = false),
+        |s: &mut Script| s.machines.iter_mut().for_each(|m| m.capped = false),
     ] {
         let mut candidate = best.clone();
         plain(&mut candidate);
@@ -109,6 +110,9 @@ impl fmt::Display for Story {
             }
             if machine.foreign {
                 f.write_str(", of another architecture")?;
+            }
+            if machine.capped {
+                f.write_str(", with a cap on what it brings")?;
             }
             writeln!(f)?;
         }

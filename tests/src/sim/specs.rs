@@ -1,12 +1,14 @@
 //! A script's deployments and machines in the words of the API.
 
 use super::script::{Again, Machine, Program, Spec};
+use berth_agent_core::transfer::{Blob, CHUNK_BYTES};
 use berth_proto::api;
 use berth_proto::convert::duration;
 use berth_proto::ids::Digest;
 use berth_proto::values::{PlatformImage, ResolvedArtifact, ResolvedImage, ResolvedSource};
 use berth_server_core::decide::Wanted;
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 const PROGRAMS: [(Program, &str); 5] = [
     (Program::Good, "good"),
@@ -32,6 +34,51 @@ fn image(program: Program, version: u8) -> Digest {
 
 /// The port that is published where one is.
 pub(super) const HOST_PORT: u32 = 8_000;
+
+fn blob(name: &str, size_bytes: u64) -> Blob {
+    Blob { digest: Digest::of(name.as_bytes()), size_bytes }
+}
+
+/// What images and models are made of.
+static BLOBS: LazyLock<BTreeMap<Digest, Vec<Blob>>> = LazyLock::new(|| {
+    let layers = [3 << 20, 2 * CHUNK_BYTES, 2 * CHUNK_BYTES + 1, 3 * CHUNK_BYTES + (1 << 20)];
+    let images = PROGRAMS.iter().flat_map(|(program, name)| {
+        layers.iter().zip(0..VERSIONS).map(move |(size, version)| {
+            let layer = blob(&format!("{name}/{version}/layer"), *size);
+            (
+                image(*program, version),
+                vec![blob(&format!("{name}/{version}/config"), 2_000), layer],
+            )
+        })
+    });
+    // All models have one file in common; one has an empty file, one has many.
+    let models = (0..VERSIONS).map(|version| {
+        let mut files = vec![blob("model/words", CHUNK_BYTES + 100)];
+        match version {
+            2 => files.push(blob("model/empty", 0)),
+            3 => files.extend((0..6).map(|n| blob(&format!("model/{n}"), 1_900_000))),
+            _ => {}
+        }
+        let weights = blob(&format!("model/weights/{version}"), u64::from(version + 1) * 5_000_000);
+        files.push(weights);
+        (model(version), files)
+    });
+    images.chain(models).collect()
+});
+
+/// The blobs of an image.
+pub(super) fn image_blobs(image: &Digest) -> &'static [Blob] {
+    BLOBS.get(image).map_or(&[], Vec::as_slice)
+}
+
+/// The blobs of a model.
+pub(super) fn model_blobs(model: &Digest) -> &'static [Blob] {
+    BLOBS.get(model).map_or(&[], Vec::as_slice)
+}
+
+fn model(version: u8) -> Digest {
+    Digest::of(&[version])
+}
 
 /// Every image there is, and how its program behaves.
 pub(super) fn programs() -> BTreeMap<Digest, Program> {
@@ -101,7 +148,7 @@ pub(super) fn wanted(deployment: u8, spec: &Spec) -> Wanted {
     };
     let artifact = spec.artifact.then(|| ResolvedArtifact {
         repository: "models/m".into(),
-        digest: Digest::of(&[spec.version]),
+        digest: model(spec.version),
         size_bytes: 1,
         model: "m".into(),
         version: spec.version.to_string(),

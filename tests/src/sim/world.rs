@@ -1,6 +1,7 @@
 //! The world: everything there is, and its loop.
 
 use super::agent::{Disk, Node};
+use super::bring::Registry;
 use super::check::Book;
 use super::clock::Clock;
 use super::engine::Engine;
@@ -10,6 +11,7 @@ use super::operator::{Operation, joined};
 use super::script::{Program, Script};
 use super::server::Server;
 use super::specs;
+use super::spool::Spool;
 use berth_proto::ids::{Digest, Revision};
 use berth_server_core::batching::Batch;
 use berth_server_core::change::Change;
@@ -58,6 +60,8 @@ impl<'s> World<'s> {
             facts: specs::facts(machine),
             disk: Disk { instance: "i0".into(), ..Disk::default() },
             disk_full_until: 0,
+            spool: Spool::default(),
+            registry: Registry::default(),
             agent: None,
             life: 0,
             engine: Engine::default(),
@@ -65,6 +69,7 @@ impl<'s> World<'s> {
             clock: Clock::new(0, machine.per_mille, 0),
             wall_ahead: 0,
             rng: seeded(100 + u64::from(host)),
+            bring_rng: seeded(1_000 + u64::from(host)),
             arm: None,
             is_clone: false,
             gone: false,
@@ -185,6 +190,8 @@ impl<'s> World<'s> {
             Event::SetPersisted { node, life, result } => self.set_persisted(node, life, result),
             Event::Call { node, life, effect } => self.call(node, life, *effect),
             Event::Tell { node, life, input } => self.tell(node, life, *input),
+            Event::Brings { node, life, step, call } => self.brings(node, life, step, *call),
+            Event::FetchStops { node, life, step } => self.fetch_stops(node, life, step),
             Event::ProgramEnds { node, container, start } => {
                 self.program_ends(node, container, start);
             }
