@@ -3,7 +3,7 @@
 
 use crate::load::{Book, Shared, book_says, join, nothing_is_lost, writers};
 use anyhow::ensure;
-use berth_tests::disk::Disk;
+use berth_test_disk::Disk;
 use berth_tests::{Cluster, PATIENCE, eventually};
 
 const WRITERS: usize = 4;

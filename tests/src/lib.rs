@@ -5,7 +5,6 @@
 //! a level ("three replicas are ready"), never for a time, and always with a deadline.
 
 pub mod bench;
-pub mod disk;
 pub mod events;
 pub mod hosts;
 pub mod samples;

@@ -1,4 +1,12 @@
-//! A small disk of its own, for tests that fill it.
+//! A disk of its own for tests that fill it or cut its power.
+//!
+//! It is an ext4 file system in a loop-mounted file. When the power goes, the file system is shut down
+//! without flushing its log: what was not synced is gone. It needs root and loop devices; where they
+//! are missing a test is skipped and says so, but not in CI.
+
+mod power;
+
+pub use power::{Load, Part, acknowledge, cuts, is_carried_into_a_namespace, mixed, noise, part};
 
 use anyhow::{Context as _, Result, ensure};
 use std::fs::File;
@@ -8,16 +16,27 @@ use std::process::Command;
 
 /// A loop-mounted ext4 file system; gone when it is dropped.
 pub struct Disk {
+    image: PathBuf,
     mount: PathBuf,
     /// Holds the mount and its bytes.
     _dir: tempfile::TempDir,
 }
 
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {said}");
+    Ok(())
+}
+
 impl Disk {
-    /// One of so many MiB that is reached by a link at `at`. `None`, and said so, where none can be
-    /// made.
-    pub fn mount(test: &str, at: &Path, mib: u64) -> Option<Self> {
-        match Self::try_mount(at, mib) {
+    /// One of so many MiB. `None`, and said so, where none can be made.
+    ///
+    /// # Panics
+    /// In CI, where one can be made.
+    #[must_use]
+    pub fn new(test: &str, mib: u64) -> Option<Self> {
+        match Self::try_new(mib) {
             Ok(disk) => Some(disk),
             Err(error) => {
                 assert!(std::env::var_os("CI").is_none(), "{test}: {error:#}");
@@ -27,22 +46,37 @@ impl Disk {
         }
     }
 
-    fn try_mount(at: &Path, mib: u64) -> Result<Self> {
+    /// The same, reached by a link at `at`.
+    ///
+    /// # Panics
+    /// When there can be no link.
+    #[must_use]
+    pub fn mount(test: &str, at: &Path, mib: u64) -> Option<Self> {
+        let disk = Self::new(test, mib)?;
+        let linked = std::os::unix::fs::symlink(&disk.mount, at);
+        assert!(linked.is_ok(), "{test}: {linked:?}");
+        Some(disk)
+    }
+
+    fn try_new(mib: u64) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("berth-disk-").tempdir()?;
         let (image, mount) = (dir.path().join("image"), dir.path().join("mount"));
         std::fs::create_dir(&mount)?;
         File::create(&image)?.set_len(mib << 20)?;
-        let run = |command: &mut Command| -> Result<()> {
-            let output = command.output()?;
-            let said = String::from_utf8_lossy(&output.stderr);
-            ensure!(output.status.success(), "{command:?}: {said}");
-            Ok(())
-        };
         run(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(&image))?;
-        run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&mount))?;
-        let disk = Self { mount, _dir: dir };
-        std::os::unix::fs::symlink(&disk.mount, at)?;
+        let disk = Self { image, mount, _dir: dir };
+        disk.try_mount()?;
         Ok(disk)
+    }
+
+    fn try_mount(&self) -> Result<()> {
+        run(Command::new("mount").args(["-o", "loop"]).arg(&self.image).arg(&self.mount))
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.mount
     }
 
     fn filler(&self) -> PathBuf {
@@ -84,6 +118,19 @@ impl Disk {
     /// When it cannot be given back.
     pub fn free(&self) -> Result<()> {
         std::fs::remove_file(self.filler()).context("cannot free the disk")
+    }
+
+    /// The power goes: nothing that was not synced stays, and nothing can be written any more.
+    fn cut(&self) -> Result<()> {
+        let words = "use Fcntl; sysopen(my $f, $ARGV[0], O_RDONLY) or die $!; \
+                     my $how = pack('L', 2); ioctl($f, 0x8004587d, $how) or die $!;";
+        run(Command::new("perl").args(["-e", words]).arg(&self.mount))
+    }
+
+    /// The power is back. Nobody may have a file of it open.
+    fn mount_again(&self) -> Result<()> {
+        run(Command::new("umount").arg(&self.mount))?;
+        self.try_mount()
     }
 }
 
