@@ -114,6 +114,18 @@ pub enum RegistryError {
         /// The rule.
         min_free_percent: u8,
     },
+    /// The disk has no byte left, or none for this user.
+    #[error(
+        "the registry's disk is full, found while {doing}: delete versions or tags, run `berth registry \
+         gc`, or give it a larger disk"
+    )]
+    NoRoom {
+        /// What was tried.
+        doing: &'static str,
+        /// As the disk says it.
+        #[source]
+        source: io::Error,
+    },
     /// Something the server needs to judge the caller is not there.
     #[error("{0}")]
     Unavailable(&'static str),
@@ -137,7 +149,13 @@ fn count(digests: &[Digest]) -> String {
 
 /// For `map_err`: what was being done when the disk failed.
 pub(super) fn io(doing: &'static str) -> impl FnOnce(io::Error) -> RegistryError {
-    move |source| RegistryError::Io { doing, source }
+    move |source| {
+        if crate::store::folder::is_full(&source) {
+            RegistryError::NoRoom { doing, source }
+        } else {
+            RegistryError::Io { doing, source }
+        }
+    }
 }
 
 impl RegistryError {
@@ -171,11 +189,10 @@ impl RegistryError {
             Self::Denied(_) => (StatusCode::FORBIDDEN, "DENIED"),
             Self::Unsupported(_) => (StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED"),
             Self::TooMany(_) => (StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS"),
-            Self::DiskFull { .. } => (StatusCode::INSUFFICIENT_STORAGE, "DENIED"),
-            Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE"),
-            Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+            Self::DiskFull { .. } | Self::NoRoom { .. } => {
                 (StatusCode::INSUFFICIENT_STORAGE, "DENIED")
             }
+            Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE"),
             Self::Io { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "INTERNAL"),
         }
     }

@@ -310,3 +310,73 @@ fn nothing_pushed_is_lost_by_power_cuts_and_nothing_half_pushed_is_taken_for_who
     }
     println!("{cuts} power cuts, {next} steps, {resumed} uploads gone on with, nothing lost");
 }
+
+/// What a full disk says.
+fn is_full(error: &RegistryError) -> bool {
+    let full = http::StatusCode::INSUFFICIENT_STORAGE;
+    error.to_string().contains("full") && error.status().0 == full
+}
+
+#[test]
+fn a_disk_that_is_full_at_any_write_refuses_pushes_and_loses_nothing_and_takes_them_when_there_is_room()
+ {
+    const TEST: &str = "registry::a_disk_that_is_full_at_any_write_refuses_pushes_and_loses_nothing_and_takes_them_when_there_is_room";
+    if is_carried_into_a_namespace(TEST) {
+        return;
+    }
+    let Some(disk) = Disk::new(TEST, 64) else { return };
+    let folder = disk.path().join("registry");
+    runtime().block_on(full_again_and_again(&disk, &folder));
+}
+
+async fn full_again_and_again(disk: &Disk, folder: &Path) {
+    let mut registry = Registry::open(folder, settings()).unwrap();
+    let (mut held, mut next) = (Held::default(), 0);
+    let mut met = BTreeSet::new();
+    for round in 0..15 {
+        // So much is left, and whatever writes next finds the end: config, layer or manifest first.
+        while next % STEPS != round % 3 {
+            go(&registry, step(next), |_| {}).await.unwrap();
+            held.take(step(next));
+            next += 1;
+        }
+        disk.fill_but(mixed(round) % (4_000 << (round % 6))).unwrap();
+        let mut upload = None;
+        let refused = loop {
+            match go(&registry, step(next), |id| upload = Some(id)).await {
+                Ok(()) => {
+                    held.take(step(next));
+                    next += 1;
+                    upload = None;
+                }
+                Err(error) => break error,
+            }
+        };
+        let when = format!("round {round}, in step {next}: {:?}", step(next));
+        assert!(is_full(&refused), "{when}: {refused}");
+        met.insert(next % STEPS);
+        let mut after = held.clone();
+        after.take(step(next));
+        check(&registry, &held, &after, &when).await;
+        if round % 2 == 0 {
+            // A start on the full disk finds all of it.
+            drop(registry);
+            registry = Registry::open(folder, settings()).expect(&when);
+            check(&registry, &held, &after, &when).await;
+        }
+        disk.free().unwrap();
+        if let (Some(id), Step::Layer(image)) = (upload, step(next)) {
+            go_on(&registry, (image, id), &layer(image)).await.expect(&when);
+            held.take(step(next));
+            next += 1;
+        }
+        for _ in 0..STEPS {
+            go(&registry, step(next), |_| {}).await.expect(&when);
+            held.take(step(next));
+            next += 1;
+        }
+        check(&registry, &held, &held, &when).await;
+    }
+    println!("full in {met:?} of {STEPS} kinds of steps, {next} steps, nothing lost");
+    assert!(met.len() > 2, "{met:?}");
+}
