@@ -220,8 +220,10 @@ impl Registry {
         let (repo, blob) = (repo.clone(), digest.clone());
         self.blocking("storing a blob", move |inner| {
             let _gate = gate;
-            inner.store_blob(&inner.disk.upload(id).join("data"), &blob)?;
+            // The link, which needs room, before the bytes leave the upload: a full disk leaves it as
+            // it was. A link whose blob is not there leads to nothing.
             inner.link_blob(&repo, &blob)?;
+            inner.store_blob(&inner.disk.upload(id).join("data"), &blob)?;
             *guard = State::Ended;
             inner.uploads.lock().remove(&id);
             inner.disk.remove_upload(id)

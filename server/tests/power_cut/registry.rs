@@ -380,3 +380,29 @@ async fn full_again_and_again(disk: &Disk, folder: &Path) {
     println!("full in {met:?} of {STEPS} kinds of steps, {next} steps, nothing lost");
     assert!(met.len() > 2, "{met:?}");
 }
+
+#[test]
+fn an_upload_whose_end_a_full_disk_refused_is_ended_when_there_is_room() {
+    const TEST: &str =
+        "registry::an_upload_whose_end_a_full_disk_refused_is_ended_when_there_is_room";
+    if is_carried_into_a_namespace(TEST) {
+        return;
+    }
+    let Some(disk) = Disk::new(TEST, 64) else { return };
+    let registry = Registry::open(disk.path().join("registry"), settings()).unwrap();
+    runtime().block_on(async {
+        let (repo, bytes) = (RepoName::parse("new/one").unwrap(), layer(1));
+        let digest = Digest::of(&bytes);
+        let id = registry.begin_upload(&repo).await.unwrap();
+        let at = Placement::default();
+        registry.append_upload(&repo, id, at, body(bytes.clone())).await.unwrap();
+        let end = || registry.finish_upload(&repo, id, at, body(Bytes::new()), Some(&digest));
+        // All of it is here; what has no room is the repository's folder.
+        disk.fill().unwrap();
+        let refused = end().await.unwrap_err();
+        assert!(is_full(&refused), "{refused}");
+        disk.free().unwrap();
+        end().await.unwrap();
+        assert!(read(&registry, &repo, &digest).await == bytes);
+    });
+}
