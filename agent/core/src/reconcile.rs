@@ -643,5 +643,10 @@ impl Reconcile {
 }
 
 #[cfg(test)]
-#[path = "reconcile/tests.rs"]
+mod fault_tests;
+#[cfg(test)]
+mod replace_tests;
+#[cfg(test)]
+mod test_world;
+#[cfg(test)]
 mod tests;
