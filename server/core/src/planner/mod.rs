@@ -450,6 +450,10 @@ impl<'a> Planning<'a> {
 mod tests;
 
 #[cfg(test)]
+mod host_tests;
+#[cfg(test)]
 mod placed_tests;
+#[cfg(test)]
+mod room_tests;
 #[cfg(test)]
 mod spread_tests;
