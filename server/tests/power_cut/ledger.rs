@@ -130,7 +130,8 @@ fn no_acknowledged_write_is_lost_by_power_cuts_and_every_start_succeeds() {
     println!(
         "{cuts} power cuts, {known} batches, {rebuilt} times sled was made anew, nothing lost"
     );
-    assert!(cuts < 7 || rebuilt > 0, "damage was never noticed");
+    // One damage alone may be where nobody reads.
+    assert!(cuts < 11 || rebuilt > 0, "damage was never noticed");
 }
 
 /// Whether a store holds exactly this.
