@@ -9,6 +9,8 @@ pub mod busy;
 pub mod clock;
 pub mod config;
 pub mod containers;
+#[cfg(test)]
+mod disk_tests;
 pub mod engine;
 pub mod facts;
 pub mod fetch;

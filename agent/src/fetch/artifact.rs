@@ -28,7 +28,7 @@ const MAKING: &str = "making";
 pub(super) const GOING: &str = "going";
 
 /// One layer.
-struct Layer {
+pub(super) struct Layer {
     digest: Digest,
     size: u64,
     kind: Packed,
@@ -57,7 +57,7 @@ pub(super) fn inside(path: &str) -> Option<PathBuf> {
 }
 
 /// Layers of a ModelPack, ModelKit or Docker model artifact.
-fn layers(manifest: &[u8]) -> Result<Vec<Layer>, FetchError> {
+pub(super) fn layers(manifest: &[u8]) -> Result<Vec<Layer>, FetchError> {
     let unusable = |what: &str| FetchError::Unusable(format!("the model's manifest {what}"));
     let json: Value = serde_json::from_slice(manifest).map_err(|_| unusable("is not JSON"))?;
     let config = json["config"]["mediaType"].as_str().unwrap_or_default();
@@ -164,7 +164,7 @@ impl Artifacts {
 /// Lays a model's files out as a folder; nothing is left of what does not get whole. Each try has a
 /// folder of its own: one that was given up may still be unpacking when the next one begins, and
 /// whichever is whole first counts.
-fn lay_out(
+pub(super) fn lay_out(
     layers: &[Layer],
     blobs: &Spool,
     tree: &Path,

@@ -1,12 +1,12 @@
 //! Evictions on a real folder, with an engine in memory.
 
+use super::super::testing::body;
 use super::*;
 use crate::engine::ContainerSpec;
 use crate::engine::fake::FakeEngine;
 use crate::store::Store;
 use berth_agent_core::ledger::{self, HeldSet, Wanted};
-use berth_proto::agent::{AssignmentBody as AssignmentBodyMessage, SetEntry};
-use berth_proto::api;
+use berth_proto::agent::SetEntry;
 use berth_proto::record::AgentIdentityFile;
 use berth_proto::values::HostPolicy;
 use prost::Message as _;
@@ -128,32 +128,7 @@ async fn blobs_on_their_way_are_held_and_the_record_survives() {
 async fn what_has_come_of_an_image_stays_as_long_as_the_set_names_it_whatever_fails_or_restarts() {
     let host = host();
     let manifest = Digest::of(b"manifest");
-    let bytes = AssignmentBodyMessage {
-        deployment_uid: "d".into(),
-        deployment: "d".into(),
-        namespace: "default".into(),
-        release: 1,
-        source: Some(api::ResolvedSource {
-            image: Some(api::ResolvedImage {
-                digest: manifest.to_string(),
-                platforms: vec![api::PlatformImage {
-                    arch: "amd64".into(),
-                    os: "linux".into(),
-                    manifest_digest: manifest.to_string(),
-                    config_digest: Digest::of(b"config").to_string(),
-                    ..Default::default()
-                }],
-                ..Default::default()
-            }),
-            ..Default::default()
-        }),
-        spec: Some(api::DeploymentSpec {
-            source: Some(api::deployment_spec::Source::Image("i".into())),
-            ..Default::default()
-        }),
-        ..Default::default()
-    }
-    .encode_to_vec();
+    let bytes = body(&manifest).encode_to_vec();
     let entry = SetEntry {
         replica_uid: "r".into(),
         body_digest: Digest::of(&bytes).to_string(),

@@ -8,10 +8,12 @@ pub mod archive;
 pub mod artifact;
 pub mod bring;
 pub mod client;
+#[cfg(test)]
+pub(crate) mod disk_tests;
 pub mod door;
 pub mod images;
 pub mod keep;
 pub mod spool;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 pub mod transfer;

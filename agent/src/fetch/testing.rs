@@ -3,6 +3,8 @@
 use super::client::Client;
 use super::transfer::Room;
 use async_trait::async_trait;
+use berth_proto::agent::AssignmentBody;
+use berth_proto::api;
 use berth_proto::ids::Digest;
 use berth_proto::tls::{self, Trusted};
 use parking_lot::Mutex;
@@ -197,4 +199,33 @@ pub(super) fn noise(len: usize, seed: u64) -> Vec<u8> {
         (draw >> 56) as u8
     };
     (0..len).map(|_| next()).collect()
+}
+
+/// What a replica is made from, with an image of one manifest.
+pub(crate) fn body(manifest: &Digest) -> AssignmentBody {
+    AssignmentBody {
+        deployment_uid: "d".into(),
+        deployment: "d".into(),
+        namespace: "default".into(),
+        release: 1,
+        source: Some(api::ResolvedSource {
+            image: Some(api::ResolvedImage {
+                digest: manifest.to_string(),
+                platforms: vec![api::PlatformImage {
+                    arch: "amd64".into(),
+                    os: "linux".into(),
+                    manifest_digest: manifest.to_string(),
+                    config_digest: Digest::of(b"config").to_string(),
+                    ..Default::default()
+                }],
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        spec: Some(api::DeploymentSpec {
+            source: Some(api::deployment_spec::Source::Image("i".into())),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
 }
