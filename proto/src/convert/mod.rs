@@ -114,7 +114,10 @@ pub fn timestamp(wall: Wall) -> prost_types::Timestamp {
 /// Timestamp to wall clock, to the millisecond.
 #[must_use]
 pub fn wall(time: &prost_types::Timestamp) -> Wall {
-    Wall(time.seconds.saturating_mul(1000).saturating_add(i64::from(time.nanos) / 1_000_000))
+    // At the ends of what a clock can tell, the second alone is past them and the moment is not.
+    let ms = i128::from(time.seconds) * 1000 + i128::from(time.nanos) / 1_000_000;
+    let end = if ms < 0 { i64::MIN } else { i64::MAX };
+    Wall(i64::try_from(ms).unwrap_or(end))
 }
 
 /// Milliseconds to duration.
@@ -133,3 +136,6 @@ pub fn duration_ms(duration: &prost_types::Duration) -> Option<u64> {
     let nanos = u64::try_from(duration.nanos).ok()?;
     seconds.checked_mul(1000)?.checked_add(nanos / 1_000_000)
 }
+
+#[cfg(test)]
+mod tests;
