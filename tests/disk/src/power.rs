@@ -8,7 +8,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use std::io::{BufRead as _, BufReader, Lines, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
+/// A process stops within this, however busy the disk is.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// What the child does.
 const PART: &str = "BERTH_POWER_CUT_PART";
 /// From which number on.
@@ -134,6 +137,19 @@ pub fn acknowledge(what: impl std::fmt::Display) -> std::io::Result<()> {
     writeln!(std::io::stdout().lock(), "{ACKNOWLEDGED}{what}")
 }
 
+/// Whether no thread of a process that was sent SIGSTOP comes to its own code any more: the first one
+/// that takes the signal stops, and has all others stop where they leave the kernel.
+fn is_stopped(pid: &str) -> Result<bool> {
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        // One that has ended meanwhile has no state.
+        let stat = std::fs::read_to_string(thread?.path().join("stat")).unwrap_or_default();
+        if stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T')) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// A process under load.
 pub struct Load {
     child: Child,
@@ -181,9 +197,14 @@ impl Load {
     pub fn cut_power(mut self, disk: &Disk) -> Result<Vec<String>> {
         // As the power does, this stops the process with the disk: one that went on could be told
         // that a sync has succeeded whose journal was given up meanwhile.
-        let stopped =
-            Command::new("kill").args(["-STOP", &self.child.id().to_string()]).status()?;
+        let pid = self.child.id().to_string();
+        let stopped = Command::new("kill").args(["-STOP", &pid]).status()?;
         ensure!(stopped.success(), "the load cannot be stopped");
+        let until = Instant::now() + PATIENCE;
+        while !is_stopped(&pid)? {
+            ensure!(Instant::now() < until, "the load does not stop");
+            std::thread::yield_now();
+        }
         disk.cut()?;
         self.end()?;
         let rest = std::iter::from_fn(|| self.acknowledged()).collect();
