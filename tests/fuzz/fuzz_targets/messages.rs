@@ -32,11 +32,11 @@ fuzz_target!(|bytes: &[u8]| {
     let hello = Hello { host_uid: "h".into(), ..Hello::default() };
     let (mut agent, _) =
         agent_end::Session::begin(hello, berth_agent_core::ledger::Wanted::default(), 0, now.mono);
-    while let Some((head, tail)) = rest.split_at_checked(2) {
-        let length = usize::from(head[0]).min(tail.len());
+    while let Some((head, tail)) = rest.split_at_checked(3) {
+        let length = usize::from(u16::from_le_bytes([head[0], head[1]])).min(tail.len());
         let (message, tail) = tail.split_at(length);
         rest = tail;
-        let passed = u64::from(head[1]) * 20;
+        let passed = u64::from(head[2]) * 20;
         now = Now {
             mono: Mono(now.mono.0 + passed),
             wall: Wall(now.wall.0 + i64::try_from(passed).unwrap()),

@@ -7,7 +7,8 @@ use berth_server_core::change::Change;
 use berth_server_core::view::View;
 use libfuzzer_sys::fuzz_target;
 
-const KINDS: [&str; 14] = [
+/// In the order that the seeds count on.
+const KINDS: [&str; 15] = [
     "cluster",
     "deployment",
     "release",
@@ -22,13 +23,14 @@ const KINDS: [&str; 14] = [
     "event",
     "audit",
     "aliasmove",
+    "hostset",
 ];
 
 fuzz_target!(|bytes: &[u8]| {
     let mut entries = Vec::new();
     let mut rest = bytes;
-    while let Some((head, tail)) = rest.split_at_checked(3) {
-        let length = usize::from(head[2]).min(tail.len());
+    while let Some((head, tail)) = rest.split_at_checked(4) {
+        let length = usize::from(u16::from_le_bytes([head[2], head[3]])).min(tail.len());
         let (value, tail) = tail.split_at(length);
         rest = tail;
         let key = format!("{}/{}", KINDS[usize::from(head[0]) % KINDS.len()], head[1] % 8);

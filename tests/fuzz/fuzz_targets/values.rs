@@ -2,6 +2,7 @@
 #![no_main]
 
 use berth_proto::convert::*;
+use berth_proto::values::{AssignmentBody, DeploymentSpec};
 use berth_proto::{agent, api};
 use libfuzzer_sys::fuzz_target;
 use prost::Message;
@@ -29,8 +30,19 @@ fuzz_target!(|bytes: &[u8]| {
         2 => {
             if let Ok(body) = assignment_body_from_bytes(bytes) {
                 let told: agent::AssignmentBody = assignment_body_to_agent(&body);
-                let again = assignment_body_from_bytes(&told.encode_to_vec());
-                assert_eq!(again.ok(), Some(body));
+                let read = assignment_body_from_bytes(&told.encode_to_vec());
+                let read = read.expect("what is told is read");
+                // All but what only the server needs.
+                assert_eq!(read.spec.rollout.ready_for_ms, body.spec.rollout.ready_for_ms);
+                let spec = DeploymentSpec {
+                    scale: read.spec.scale,
+                    placement: read.spec.placement.clone(),
+                    rollout: read.spec.rollout,
+                    ..body.spec.clone()
+                };
+                assert_eq!(read, AssignmentBody { spec, ..body });
+                let again = assignment_body_to_agent(&read).encode_to_vec();
+                assert_eq!(assignment_body_from_bytes(&again).ok(), Some(read));
             }
         }
         3 => {
