@@ -99,12 +99,15 @@ fn phase() -> impl Strategy<Value = Phase> {
 }
 
 fn exit() -> impl Strategy<Value = Exit> {
-    (any::<(u32, i32, bool)>(), moment()).prop_map(|((attempt, code, out_of_memory), time)| Exit {
-        attempt,
-        code,
-        out_of_memory,
-        time,
-    })
+    (any::<(u32, i32, bool)>(), moment(), "([!-~]{1,9}( [!-~]{1,9})?)?").prop_map(
+        |((attempt, code, out_of_memory), time, last_line)| Exit {
+            attempt,
+            code,
+            out_of_memory,
+            time,
+            last_line,
+        },
+    )
 }
 
 fn progress() -> impl Strategy<Value = Progress> {

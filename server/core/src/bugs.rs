@@ -70,6 +70,7 @@ pub enum Bug {
     PauseGoesBack,
     WipedUnasked,
     TrustNeverTold,
+    NewerTrustNeverTold,
     NeverFewer,
     UndoneToAny,
     NewModelKept,
@@ -156,6 +157,10 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::PauseGoesBack, "a failed rollout goes back though it is to pause"),
     (Bug::WipedUnasked, "a host that is removed is wiped whatever was asked"),
     (Bug::TrustNeverTold, "newer roots and addresses never reach an agent"),
+    (
+        Bug::NewerTrustNeverTold,
+        "roots that change while a session stands are told to the next one only",
+    ),
     (Bug::NeverFewer, "an apply with a smaller number is taken and not done"),
     (Bug::UndoneToAny, "an undo goes back to a release that failed"),
     (Bug::NewModelKept, "a new version of a model with the same runtime makes no release"),

@@ -571,6 +571,7 @@ impl Session {
         }
         self.terms.trust = newer;
         match self.state {
+            State::Live if bug!(NewerTrustNeverTold) => {}
             State::Live => {
                 send(out, session_response::Item::Trust(self.terms.trust.clone()));
             }

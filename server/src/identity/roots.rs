@@ -285,8 +285,8 @@ mod tests {
             for file in files {
                 std::fs::copy(whole.path().join(file), cut.path().join(file)).unwrap();
             }
-            for step in 0..steps {
-                let path = cut.path().join(files[step]);
+            for (step, file) in files.iter().enumerate().take(steps) {
+                let path = cut.path().join(file);
                 match step {
                     0 => std::fs::write(path, next.key_pem()).unwrap(),
                     1 => std::fs::write(path, next.root_pem()).unwrap(),

@@ -159,6 +159,7 @@ fn exit() -> api::Exit {
         attempt: 2,
         code: 137,
         out_of_memory: true,
+        last_line: text("killed"),
         time: Some(timestamp(Wall(1_700_000_000_123))),
     }
 }

@@ -69,8 +69,6 @@ pub(super) struct Book {
     pub(super) joined: BTreeMap<NodeId, Life>,
     /// The server has gone back in time: what runs was not all placed by it.
     pub(super) restored: bool,
-    /// When it did last.
-    pub(super) restored_at: u64,
     /// Somebody removed images.
     pub(super) pruned: bool,
     /// The boots of each host that have said hello, since the server's start.
@@ -81,6 +79,8 @@ pub(super) struct Book {
     pub(super) begun: BTreeMap<(NodeId, ReplicaUid), Option<u64>>,
     /// Failures in a row of a machine's programs, as far as they may be known to its agent.
     pub(super) failures: BTreeMap<(NodeId, ReplicaUid), u32>,
+    /// The attempt whose end was the last that was counted there.
+    pub(super) counted: BTreeMap<(NodeId, ReplicaUid), u32>,
     /// Somebody removed a container of these.
     pub(super) removed: BTreeSet<ReplicaUid>,
     /// Hosts that somebody asked to remove, with and without a wipe.
@@ -90,7 +90,7 @@ pub(super) struct Book {
     /// Found after a restore by a host that knew its slot no more.
     slotless: BTreeSet<ReplicaUid>,
     /// The greatest epoch so far.
-    epoch: u64,
+    pub(super) epoch: u64,
     /// The ledger was turned back since the server's last start.
     pub(super) turned: bool,
 }

@@ -465,14 +465,14 @@ impl World<'_> {
             container.shown.state = State::Exited { code, out_of_memory: code == 137, time };
             container.shown.started = None;
             container.ended = Some(self.now);
-            let (uid, ran_ms) =
-                (container.shown.replica.clone(), self.now - container.running_since);
+            let (uid, attempt) = (container.shown.replica.clone(), container.shown.attempt);
+            let ran_ms = self.now - container.running_since;
             if self.changes_places(node, &uid) {
                 if let Some(made) = self.nodes[node].engine.containers.get_mut(&id) {
                     made.ended_in_exchange = true;
                 }
             } else {
-                self.count_failure(node, &uid, ran_ms);
+                self.count_failure(node, &uid, attempt, ran_ms);
             }
             self.happened(node, true);
         }

@@ -18,9 +18,6 @@ use berth_server_core::view::View;
 /// 15 s, and an agent's clock may run slow.
 pub(super) const AWAY_TOLD_MS: u64 = 90_000;
 
-/// A person needs so long from one restore to the next.
-const RESTORES_APART_MS: u64 = 2_000;
-
 impl World<'_> {
     /// An entry of the script.
     pub(super) fn happens(&mut self, action: &Action) {
@@ -42,6 +39,8 @@ impl World<'_> {
             Action::Backup => {
                 let acknowledged = self.book.acknowledged;
                 self.backup = Some((self.server.store.clone(), acknowledged));
+                // Whoever changes the root backs up.
+                self.turn_root();
             }
             Action::Restore { down_ms } => self.restore(*down_ms),
             Action::KillServer { when: Moment::Now, down_ms } => self.kill_server(*down_ms),
@@ -267,8 +266,10 @@ impl World<'_> {
 
     /// The server goes back to its newest backup.
     fn restore(&mut self, down_ms: u64) {
-        // Nobody does it again in a moment: epochs are told apart by the second.
-        if self.book.restored && self.now < self.book.restored_at + RESTORES_APART_MS {
+        // Nobody does it again in a moment, nor by a clock that is behind the last time's: restores of one
+        // backup are told apart by the clock's seconds alone.
+        let clock = Clock::new(0, 1000, self.server.wall_ahead).wall(self.now);
+        if self.book.restored && clock.0 / 1000 <= self.book.epoch.cast_signed() {
             return;
         }
         let Some((mut store, acknowledged)) = self.backup.clone() else { return };
@@ -284,7 +285,6 @@ impl World<'_> {
         self.book.acknowledged = acknowledged.min(revision);
         self.book.durable = None;
         (self.book.restored, self.book.turned) = (true, true);
-        self.book.restored_at = self.now;
         self.book.rollouts.forget();
         // One backup may be restored twice.
         if self.server.rng.u8(0..3) != 0 {

@@ -95,6 +95,13 @@ impl World<'_> {
                 let words = format!("{uid} is not started again before {:?}", next.not_before);
                 return self.broke(words);
             }
+            if next.exit_taken > last.exit_taken
+                && next.failures == last.failures
+                && next.stopping == next.exit_taken
+            {
+                self.put_aside(node, uid, next.exit_taken);
+            }
+            let last = self.nodes[node].disk.memory.get(uid).unwrap_or(&none);
             let by_hand = self.book.by_hand.contains(uid) || self.book.removed.contains(uid);
             if next.rolled_back
                 && !last.rolled_back
@@ -334,9 +341,33 @@ impl World<'_> {
     }
 
     /// A program has ended by itself.
-    pub(super) fn count_failure(&mut self, node: NodeId, uid: &ReplicaUid, ran_ms: u64) {
-        let failures = self.book.failures.entry((node, uid.clone())).or_default();
+    pub(super) fn count_failure(
+        &mut self,
+        node: NodeId,
+        uid: &ReplicaUid,
+        attempt: u32,
+        ran_ms: u64,
+    ) {
+        let key = (node, uid.clone());
+        let failures = self.book.failures.entry(key.clone()).or_default();
         *failures = if ran_ms >= STEADY_MS { 1 } else { *failures + 1 };
+        self.book.counted.insert(key, attempt);
+    }
+
+    /// An agent takes an end for that of its own stop, which it asked for before it heard that the program
+    /// had ended by itself: no failure, and nothing is waited for.
+    fn put_aside(&mut self, node: NodeId, uid: &ReplicaUid, attempt: u32) {
+        let key = (node, uid.clone());
+        if self.book.counted.get(&key) != Some(&attempt) {
+            return;
+        }
+        self.book.counted.remove(&key);
+        if let Some(failures) = self.book.failures.get_mut(&key) {
+            *failures = failures.saturating_sub(1);
+        }
+        for made in self.nodes[node].engine.containers.values_mut() {
+            made.ended_in_exchange |= made.shown.replica == *uid && made.shown.attempt == attempt;
+        }
     }
 
     /// An agent is gone, and with it the failures that it had not written down.

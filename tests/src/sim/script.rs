@@ -234,12 +234,12 @@ fn draw_clock(rng: &mut Rng) -> i64 {
 }
 
 fn draw_moment(rng: &mut Rng, agent: bool) -> Moment {
-    match rng.u8(0..if agent { 8 } else { 4 }) {
+    match rng.u8(0..if agent { 9 } else { 4 }) {
         0 => Moment::Now,
         1 => Moment::BeforeWrite,
         2 | 3 => Moment::AfterWrite,
-        4 | 5 => Moment::AfterStep,
-        6 => Moment::BeforeChunk,
+        4..=6 => Moment::AfterStep,
+        7 => Moment::BeforeChunk,
         _ => Moment::AfterChunk,
     }
 }

@@ -6,7 +6,7 @@ use super::events::{Event, Life, LinkId, early};
 use super::planning::Planner;
 use super::world::World;
 use berth_agent_core::session::Ended;
-use berth_proto::agent::{session_request, session_response};
+use berth_proto::agent::{Trust, session_request, session_response};
 use berth_proto::ids::HostUid;
 use berth_proto::record::ClusterRecord;
 use berth_server_core::batching::{Batching, Limits};
@@ -80,6 +80,8 @@ pub(super) struct Server {
     pub(super) rng: fastrand::Rng,
     /// Its roots and addresses change.
     pub(super) moves: bool,
+    /// How often they have changed under what ran.
+    pub(super) turned: u64,
 }
 
 /// A running server.
@@ -96,9 +98,10 @@ pub(super) struct Process {
 }
 
 impl Server {
-    /// The number of its roots and addresses: newer ones at every start, in some of the runs.
+    /// The number of its roots and addresses: newer ones at every start and with every backup, in some of
+    /// the runs.
     pub(super) fn trust(&self) -> u64 {
-        if self.moves { 1 + u64::from(self.life) } else { 1 }
+        if self.moves { 1 + u64::from(self.life) + self.turned } else { 1 }
     }
 
     pub(super) fn is_up(&self) -> bool {
@@ -160,6 +163,25 @@ impl World<'_> {
         restore::begun(&ClusterRecord::default(), &uid, false, wall)
     }
 
+    fn bundle(&self) -> Trust {
+        Trust { version: self.server.trust(), ..Trust::default() }
+    }
+
+    /// The root is changed under what runs, and whoever has a session is told.
+    pub(super) fn turn_root(&mut self) {
+        let Some(process) = &self.server.process else { return };
+        if !self.server.moves {
+            return;
+        }
+        let links: Vec<LinkId> = process.sessions.keys().copied().collect();
+        self.server.turned += 1;
+        self.note(|w| format!("the server tells other roots, number {}", w.server.trust()));
+        let newer = self.bundle();
+        for link in links {
+            self.server_input(link, Input::Trust(Box::new(newer.clone())));
+        }
+    }
+
     fn terms(&self, process: &Process) -> Terms {
         let ping = self.script.ping_ms;
         Terms {
@@ -171,7 +193,7 @@ impl World<'_> {
             reconnect_window_ms: 1_000,
             version: "0".into(),
             features: Vec::new(),
-            trust: berth_proto::agent::Trust { version: self.server.trust(), ..Default::default() },
+            trust: self.bundle(),
         }
     }
 

@@ -92,6 +92,7 @@ impl<'s> World<'s> {
                 process: None,
                 rng: seeded(1),
                 moves: script.seed % 4 == 1,
+                turned: 0,
             },
             nodes: nodes.collect(),
             links: Vec::new(),
