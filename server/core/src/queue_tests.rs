@@ -323,3 +323,39 @@ fn one_host_of_many_costs_one_small_plan() {
     assert_eq!(woken, Some((Key::OnHost(uid, "h5".parse().unwrap()), Why::Woken)));
     assert!(fleet.queue.is_idle());
 }
+
+#[test]
+fn room_wakes_a_slot_that_waits_for_its_turn_to_change_places() {
+    let apply = |name, replicas, memory, every| Act::Apply {
+        name,
+        image: 0,
+        replicas,
+        memory,
+        zone: u8::from(every && name == 2),
+        every,
+        port: false,
+    };
+    let mut fleet = Fleet::new();
+    // The second release on h0 and h2 finds no room beside the first, and one may change places at a time:
+    // that of h0, which goes away with it. Then the other deployment gives its room on h2 up.
+    let acts = [
+        apply(2, 0, 3, true),
+        Act::Plan,
+        Act::Agents,
+        apply(1, 0, 1, true),
+        Act::Plan,
+        apply(1, 0, 0, false),
+        apply(2, 0, 2, true),
+        Act::Plan,
+        Act::Away(0),
+        Act::Plan,
+        Act::Agents,
+    ];
+    for act in &acts {
+        fleet.carry_out(act);
+        fleet.check();
+    }
+    fleet.carry_out(&Act::Plan);
+    let on_h2 = |r: &&Arc<Replica>| r.host.as_str() == "h2" && r.release.0 == 2;
+    assert_eq!(fleet.w.view.replicas().filter(on_h2).count(), 1);
+}

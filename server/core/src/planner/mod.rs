@@ -253,6 +253,10 @@ impl<'a> Planning<'a> {
             self.plan.report.unheard = true;
         }
         *self.plan.report.pending.entry(why.to_string()).or_default() += slots;
+        self.waits_for(why);
+    }
+
+    fn waits_for(&mut self, why: &Unplaceable) {
         self.plan.report.waits_for.extend(why.0.keys().map(|r| r.waits_for()));
         if why.0.is_empty() {
             // No host at all: the first one has everything to offer.

@@ -349,7 +349,8 @@ impl<'a> Planning<'a> {
                             }
                             self.place(item.slot, old.host.clone(), release, Some(old), None);
                         }
-                        Some(_) => {}
+                        // Too many change places just now. Room may come before its turn does.
+                        Some(_) => self.waits_for(&why),
                         None => match (&item.host, unplaced.last_mut()) {
                             (Some(host), _) => self.pending_on(host, &why),
                             (None, Some((same, slots))) if *same == why => *slots += 1,
