@@ -20,7 +20,7 @@ use berth_agent_core::policy::{self, Forbidden, Real};
 use berth_agent_core::reconcile::{
     Cause, Done, Effect, Input, Look, Outcome, Reconcile, StepId, Token,
 };
-use berth_proto::convert::last_line;
+use berth_proto::convert::{MAX_LAST_LINE, last_line};
 use berth_proto::ids::ReplicaUid;
 use berth_proto::values::{AssignmentBody, HealthCheck, PlatformImage, ResolvedArtifact};
 use futures_util::{FutureExt as _, StreamExt as _};
@@ -39,8 +39,10 @@ use tokio::task::AbortHandle;
 const ANSWERS: usize = 1024;
 /// Reading what a program wrote last: its end is told without it rather than late.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-/// Lines of its output that are looked at, from the last one back to one that is not empty.
+/// Lines of its output that are looked at.
 const LAST_LINES: u32 = 8;
+/// Lines before the last one that are told with it.
+const LINES_BEFORE: usize = 2;
 /// Programs whose last words are read at once: when a whole host ends, its ends come first.
 const LAST_AT_ONCE: usize = 16;
 /// Resolving the links of a few paths; a network file system that hangs must not hold up a step.
@@ -323,18 +325,27 @@ impl Reconciler {
         futures_util::future::join_all(reading).await.into_iter().flatten().collect()
     }
 
-    /// The last line of a container's output that is not empty, cut to what is told.
+    /// The last lines of a container's output that are not empty, as many as are told.
     async fn last_line(&self, id: &str) -> Option<String> {
         let query = LogQuery { tail: Some(LAST_LINES), ..LogQuery::default() };
         let mut lines = self.engine.logs(id, query);
-        let mut last = None;
+        let mut all = Vec::new();
         while let Some(Ok(chunk)) = lines.next().await {
             let line = last_line(&String::from_utf8_lossy(&chunk.bytes));
             if !line.is_empty() {
-                last = Some(line);
+                all.push(line);
             }
         }
-        last
+        let mut told = all.pop()?;
+        // What comes before often says more: the last one tells how to ask for help, or to see a trace.
+        for line in all.iter().rev().take(LINES_BEFORE) {
+            let longer = format!("{line} | {told}");
+            if longer.chars().count() > MAX_LAST_LINE {
+                break;
+            }
+            told = longer;
+        }
+        Some(told)
     }
 
     /// How a container is after a step; a look tells when it cannot be asked for alone.

@@ -199,13 +199,17 @@ async fn the_end_of_a_program_that_failed_tells_what_it_wrote_last() {
     agent.want(&["a"], |_| {});
     let mut lines = Vec::new();
     // The third time its output cannot be read: its end is told all the same.
-    for (attempt, text) in [(1, "loading\n"), (2, "no module\tnamed iris\n"), (3, "lost")] {
+    for (attempt, text) in
+        [(1, "loading\n"), (2, "no module\tnamed iris\nnote: see the trace\n"), (3, "lost")]
+    {
         agent.is("a", |s| runs(s) && s.attempt == attempt).await;
         let running = |c: &crate::engine::ObservedContainer| {
             matches!(c.state, ContainerState::Running { .. })
         };
         let id = engine.containers().into_iter().find(running).unwrap().id;
-        engine.write_log(&id, Source::Stdout, text);
+        for line in text.split_inclusive('\n') {
+            engine.write_log(&id, Source::Stdout, line);
+        }
         engine.write_log(&id, Source::Stderr, "\n");
         if attempt == 3 {
             engine.fail_next(Call::Logs, EngineError::Unreachable("gone".into()));
@@ -217,7 +221,7 @@ async fn the_end_of_a_program_that_failed_tells_what_it_wrote_last() {
         agent.is("a", ended).await;
         lines.push(agent.status("a").unwrap().last_exit.unwrap().last_line);
     }
-    assert_eq!(lines, ["loading", "no module named iris", ""]);
+    assert_eq!(lines, ["loading", "no module named iris | note: see the trace", ""]);
     assert_eq!(count(&engine, Call::Logs), 3, "once for each end");
 }
 

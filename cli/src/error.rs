@@ -107,8 +107,9 @@ user_error!(
 );
 
 /// What helps when one of the ends does not believe the other.
-const DISTRUST: &str = "the server and the context do not belong together, or the certificate has ended: \
-    `berth context list` shows others; a server's admin can make a new one with `berth user create`";
+const DISTRUST: &str = "the server and the context do not belong together, the certificate has ended, or the \
+    cluster's root was changed and this context not renewed in time: `berth context list` shows others; a \
+    server's admin can make a new one with `berth user create` (after `berth user revoke`)";
 
 impl From<berth_proto::tls::TlsError> for Error {
     fn from(error: berth_proto::tls::TlsError) -> Self {

@@ -35,6 +35,9 @@ pub fn of(reason: &str, code: Code) -> Option<&'static str> {
         }
         "MANIFEST_MISSING" => "push the content first: `berth model push` does both",
         "REVISION_MISMATCH" => "read it again, then retry",
+        "USER_EXISTS" => {
+            "`berth user token` makes another token; for another context `berth user revoke` comes first"
+        }
         "VERSION_EXISTS" => "versions never change: push it under another version",
         "VERSION_IN_USE" => "move its aliases and deployments to another version first",
         "HOST_HAS_REPLICAS" => "`berth host drain NAME` moves them away; --force does not wait",

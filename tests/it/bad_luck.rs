@@ -76,7 +76,8 @@ fn a_rollout_that_cannot_succeed_ends_with_5_and_says_why_and_what_to_do() {
             "exits",
             healthy("  env: {DO: \"exit:3\"}\n"),
             &[
-                "its program has ended with code 3; it wrote last: stand-in leaves with 3",
+                "its program has ended with code 3; it wrote last: ",
+                "stand-in leaves with 3",
                 "hint: ",
                 "berth logs exits",
             ],

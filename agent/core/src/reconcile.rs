@@ -71,10 +71,18 @@ struct Desk {
     retry_end: Backoff,
     /// The check of a running attempt, and whether one is under way.
     probing: Option<(u32, Probing, bool)>,
-    /// What an attempt's program wrote last, until its end is taken in.
+    /// What an attempt's program wrote last.
     last_words: Option<(u32, String)>,
     life: Life,
     told: Option<ReplicaReport>,
+}
+
+impl Desk {
+    /// What an attempt's program wrote last; empty: that is not known.
+    fn wrote(&self, attempt: u32) -> String {
+        let known = self.last_words.as_ref().filter(|(of, _)| *of == attempt);
+        known.map(|(_, line)| line.clone()).unwrap_or_default()
+    }
 }
 
 /// Writes of what is remembered: one at a time, each holding all of it.
@@ -447,8 +455,7 @@ impl Reconcile {
         self.remember(uid, memory);
         let desk = self.desk(uid);
         desk.probing = None;
-        let last_line = desk.last_words.take().filter(|(of, _)| *of == attempt);
-        let last_line = last_line.map(|(_, line)| line).unwrap_or_default();
+        let last_line = desk.wrote(attempt);
         let time = Some(timestamp(time));
         let exit = api::Exit { attempt, code, out_of_memory, time, last_line };
         desk.life.exited(exit, next);

@@ -333,9 +333,14 @@ impl HostService for Api {
         let record = Arc::new(record);
         let endpoints = self.0.endpoints.clone();
         let server = endpoints.first().cloned().unwrap_or_default();
+        // A token for one host is good under that name only.
+        let name = match r.rejoin.as_str() {
+            "" => String::new(),
+            host => format!(" --name {host}"),
+        };
         let answer = CreateJoinTokenResponse {
             token: Some(token),
-            command: format!("berth-agent join --server {server} --token {}", new.text),
+            command: format!("berth-agent join --server {server} --token {}{name}", new.text),
             secret: new.text,
             endpoints,
         };

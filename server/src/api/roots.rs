@@ -4,7 +4,7 @@ use super::{Api, audit, auth};
 use crate::cluster::wall_now;
 use crate::doors::certificates::CertificateError;
 use crate::error::{Error, Kind};
-use crate::identity::ca::{Ca, CaError, HOST_DAYS};
+use crate::identity::ca::{BACKDATE_SECONDS, Ca, CaError, HOST_DAYS};
 use crate::ledger::refused;
 use berth_proto::api::{Root, RootsState};
 use berth_proto::convert::timestamp;
@@ -39,6 +39,7 @@ fn not_turned(error: NotTurned) -> Error {
 fn shown(ca: &Ca, shown: bool, signs: bool) -> Result<Root, TlsError> {
     let (from, until) = tls::validity(ca.root_pem())?;
     let at = |seconds: i64| Some(timestamp(Wall(seconds.saturating_mul(1000))));
+    let from = from + BACKDATE_SECONDS;
     Ok(Root {
         pin: tls::pin(ca.root_pem())?,
         create_time: at(from),
@@ -99,7 +100,7 @@ fn some_of(names: &[String], count: usize) -> String {
 /// When a root was made, in milliseconds since 1970.
 fn made_ms(ca: &Ca) -> Result<i64, TlsError> {
     let (from, _) = tls::validity(ca.root_pem())?;
-    Ok((from + crate::identity::ca::BACKDATE_SECONDS).saturating_mul(1000))
+    Ok((from + BACKDATE_SECONDS).saturating_mul(1000))
 }
 
 impl Api {

@@ -298,13 +298,8 @@ impl Reconcile {
                         if !desk.life.tells_end_of(attempt) =>
                     {
                         let time = Some(timestamp(time));
-                        let exit = api::Exit {
-                            attempt,
-                            code,
-                            out_of_memory,
-                            time,
-                            ..api::Exit::default()
-                        };
+                        let last_line = desk.wrote(attempt);
+                        let exit = api::Exit { attempt, code, out_of_memory, time, last_line };
                         desk.life.exited(exit, None);
                     }
                     State::Running | State::Exited { .. } => {}

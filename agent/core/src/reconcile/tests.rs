@@ -215,6 +215,28 @@ fn what_shall_not_run_again_does_not_even_after_a_restart_of_the_agent() {
 }
 
 #[test]
+fn an_end_is_told_with_what_its_program_wrote_last_from_the_first_report_on() {
+    let mut w = World::new();
+    w.want(&[want("a")]);
+    w.run_for(1_000);
+    w.log.clear();
+    let line = "no module named iris".to_owned();
+    w.tell(Input::LastWords { replica: uid("a"), attempt: 1, line: line.clone() });
+    w.end("a", 1);
+    w.run_for(500);
+    let told: Vec<String> = w
+        .log
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Report(report) => report.status.as_ref()?.last_exit.clone(),
+            _ => None,
+        })
+        .map(|exit| exit.last_line)
+        .collect();
+    assert!(!told.is_empty() && told.iter().all(|told| *told == line), "{told:?}");
+}
+
+#[test]
 fn a_check_that_fails_while_the_program_starts_up_restarts_nothing() {
     let mut w = World::new();
     w.healthy = false;
