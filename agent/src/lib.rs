@@ -6,6 +6,7 @@
 
 pub mod args;
 pub mod busy;
+pub mod claim;
 pub mod clock;
 pub mod config;
 pub mod containers;

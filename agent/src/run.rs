@@ -1,5 +1,6 @@
 //! The agent as a whole.
 
+use crate::claim;
 use crate::config::Config;
 use crate::containers;
 use crate::engine::docker::DockerEngine;
@@ -27,6 +28,7 @@ const FACTS: Duration = Duration::from_secs(60);
 pub async fn run(folder: &Path, socket: &Path, config: Config) -> anyhow::Result<()> {
     let store = Store::open(folder)?;
     let shared = Arc::new(Shared::open(store, config.policy())?);
+    let _claim = claim::claim(Path::new(claim::FOLDER), &shared.cluster, socket)?;
     let engine: Arc<dyn Engine> = Arc::new(DockerEngine::new(socket));
     let identity = shared.identity.lock().clone();
     tracing::info!(
