@@ -28,14 +28,19 @@ pub struct Claimed(PathBuf);
 /// # Errors
 /// [`Claimed`].
 pub fn claim(folder: &Path, cluster: &ClusterUid, socket: &Path) -> Result<Option<File>, Claimed> {
-    // By whatever link it is named.
-    let engine = std::fs::canonicalize(socket).unwrap_or_else(|_| socket.to_owned());
+    // By whatever link it is named, also before the engine is there.
+    let engine = std::fs::canonicalize(socket).unwrap_or_else(|_| {
+        let folder = socket.parent().and_then(|folder| std::fs::canonicalize(folder).ok());
+        let name = socket.file_name().map(PathBuf::from);
+        folder.zip(name).map_or_else(|| socket.to_owned(), |(folder, name)| folder.join(name))
+    });
     let of = sha2::Sha256::digest(format!("{cluster}\0{}", engine.display()));
     let path = folder.join(format!("berth-agent-{}.lock", hex::encode(&of[..8])));
     let file = match File::options().write(true).create(true).truncate(false).open(&path) {
         Ok(file) => file,
         Err(error) => {
-            tracing::debug!(path = %path.display(), %error, "the engine cannot be claimed");
+            let path = path.display();
+            tracing::info!(%path, %error, "a second agent on this engine would not be noticed");
             return Ok(None);
         }
     };
@@ -43,7 +48,8 @@ pub fn claim(folder: &Path, cluster: &ClusterUid, socket: &Path) -> Result<Optio
         Ok(()) => Ok(Some(file)),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(Claimed(engine)),
         Err(error) => {
-            tracing::debug!(path = %path.display(), %error, "the engine cannot be claimed");
+            let path = path.display();
+            tracing::info!(%path, %error, "a second agent on this engine would not be noticed");
             Ok(None)
         }
     }

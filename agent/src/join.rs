@@ -14,6 +14,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
 
+/// Renewals that are all due at once are spread over so long.
+const SPREAD: Duration = Duration::from_secs(5);
+/// One that failed in a session is tried again after this, and up to twice that.
+const AGAIN: Duration = Duration::from_secs(60);
 /// Connecting to a server.
 const CONNECT: Duration = Duration::from_secs(15);
 
@@ -158,18 +162,30 @@ pub async fn renewed(
     look: Duration,
     told: &Notify,
 ) {
+    let mut wait = look;
     loop {
-        // Either way it is time to look.
-        let _ = tokio::time::timeout(look, told.notified()).await;
+        if tokio::time::timeout(wait, told.notified()).await.is_ok() {
+            // A whole fleet is told at once, and shall not come at once.
+            tokio::time::sleep(drawn(SPREAD)).await;
+        }
+        wait = look;
         match renew_if_due(shared, client, endpoint).await {
             Ok(true) => return,
             Ok(false) => {}
-            Err(error) => tracing::warn!(
-                error = crate::chain(&*error),
-                "the certificate could not be renewed yet"
-            ),
+            Err(error) => {
+                tracing::warn!(
+                    error = crate::chain(&*error),
+                    "the certificate could not be renewed yet"
+                );
+                wait = look.min(AGAIN + drawn(AGAIN));
+            }
         }
     }
+}
+
+/// Anything up to so long.
+fn drawn(most: Duration) -> Duration {
+    most * u32::from(uuid::Uuid::new_v4().as_bytes()[0]) / 256
 }
 
 /// Renews the certificate at half its life, also when its end is past, and when there is a newer root than

@@ -318,6 +318,10 @@ impl Reconciler {
         };
         let reading = fresh.into_iter().map(|container| async move {
             let line = tokio::time::timeout(LAST_WORDS, self.last_line(&container.id)).await;
+            if line.is_err() {
+                // The next look may have them.
+                self.heard.lock().remove(&container.id);
+            }
             let line = line.ok().flatten()?;
             let Container { replica, attempt, .. } = container;
             Some(Input::LastWords { replica, attempt, line })

@@ -59,6 +59,8 @@ pub struct Cluster {
     pub cramped: std::sync::atomic::AtomicBool,
     /// Held while the roots change.
     pub rotating: tokio::sync::Mutex<()>,
+    /// Held while the cluster's own record is read and written.
+    pub recording: tokio::sync::Mutex<()>,
     /// Held while a backup is made.
     pub backing_up: Arc<tokio::sync::Mutex<()>>,
     /// Views of lists that callers walk through.
@@ -145,6 +147,7 @@ impl Cluster {
             links: crate::page::Links::default(),
             cramped: std::sync::atomic::AtomicBool::default(),
             rotating: tokio::sync::Mutex::default(),
+            recording: tokio::sync::Mutex::default(),
             backing_up: Arc::default(),
             walked: Mutex::default(),
             settings,
@@ -230,6 +233,21 @@ impl Cluster {
         }
     }
 
+    /// Tells roots and addresses again to whoever has not said that it holds them, and first writes their
+    /// number where that was not done: a step of a rotation may have been cut off behind its files.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub async fn tell_trust_again(&self) -> Result<(), Refusal> {
+        self.tell_trust(Vec::new()).await?;
+        let view = self.ledger.view();
+        let version = view.cluster.trust_version;
+        if view.hosts().any(|host| !host.is_removed() && host.record.trust_version < version) {
+            self.order_all(&Order::Trust(Box::new(self.trust())));
+        }
+        Ok(())
+    }
+
     /// Whether the ledger's number is that of the roots there are.
     fn roots_are_told(&self, told: &ClusterRecord) -> bool {
         let first = told.roots_sha256.is_empty() && self.roots.next().is_none();
@@ -242,6 +260,7 @@ impl Cluster {
     /// # Errors
     /// When it cannot be written.
     pub async fn tell_trust(&self, noted: Vec<Change>) -> Result<(), Refusal> {
+        let _one = self.recording.lock().await;
         let told = self.ledger.ahead().cluster.clone();
         let same = told.endpoints == self.endpoints
             && told.registry == self.registry_address
@@ -252,7 +271,9 @@ impl Cluster {
                 return Ok(());
             }
             let proposal = Proposal { preconditions: Vec::new(), changes };
-            return self.ledger.propose(proposal).await.map(|_| ());
+            self.ledger.propose(proposal).await?;
+            self.order_all(&Order::Trust(Box::new(self.trust())));
+            return Ok(());
         }
         let seconds = u64::try_from(wall_now().0 / 1000).unwrap_or(0);
         let record = ClusterRecord {
@@ -284,8 +305,8 @@ impl Cluster {
         doors.iter().try_for_each(|door| door.trust(roots_pem))
     }
 
-    /// Has the doors show the present root, and let in none but certificates of the present roots; whoever
-    /// came in with another one has to come again.
+    /// Has the doors show the present root, and let in none but certificates of the present roots. Who came in
+    /// with another one ends with [`Self::judge_again`].
     ///
     /// # Errors
     /// When the server's certificate cannot be made.
@@ -293,9 +314,7 @@ impl Cluster {
         if let Some(shown) = self.shown.get() {
             shown.internal.make_anew(&self.roots.current())?;
         }
-        self.trust_roots(&self.roots.pem())?;
-        self.judge_again();
-        Ok(())
+        Ok(self.trust_roots(&self.roots.pem())?)
     }
 
     /// Works out the sets of these hosts anew and hands them to their sessions.

@@ -137,6 +137,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let routes = Arc::new(Routes::default());
     let mut work = tokio::task::JoinSet::new();
     work.spawn(planning::run(Arc::clone(&cluster), stop.clone()));
+    work.spawn(tasks::trust(Arc::clone(&cluster), stop.clone()));
     work.spawn(tasks::sets(Arc::clone(&cluster), stop.clone()));
     work.spawn(tasks::revocations(Arc::clone(&cluster), stop.clone()));
     work.spawn(tasks::certificates(Arc::clone(&cluster), with_operators, stop.clone()));

@@ -144,6 +144,24 @@ pub async fn revocations(cluster: Arc<Cluster>, mut stop: watch::Receiver<bool>)
     }
 }
 
+/// Between two looks whether all know the roots and addresses there are.
+const TRUST: Duration = Duration::from_secs(30);
+
+/// Tells roots and addresses again, until `stop`, to whoever has not said that it holds them.
+pub async fn trust(cluster: Arc<Cluster>, mut stop: watch::Receiver<bool>) {
+    loop {
+        tokio::select! {
+            // Cancel-safe, both.
+            () = tokio::time::sleep(TRUST) => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+        // Else with the next look.
+        if let Err(error) = cluster.tell_trust_again().await {
+            tracing::warn!(%error, "the roots' number cannot be written yet");
+        }
+    }
+}
+
 /// Between two looks at the certificates that the doors show.
 const CERTIFICATES: Duration = Duration::from_secs(3600);
 

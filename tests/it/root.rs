@@ -63,6 +63,9 @@ fn the_root_is_rotated_under_what_runs_and_hosts_that_were_away_come_along() {
     })
     .unwrap();
     let refused = fleet.cluster.berth(&finish).unwrap();
+    told(&refused, 1, &["this context does not know the new root yet", "berth context renew"]);
+    fleet.cluster.berth_ok(&["context", "renew"]).unwrap();
+    let refused = fleet.cluster.berth(&finish).unwrap();
     told(&refused, 1, &["1 host does not hold the new root yet: h1", "berth root list"]);
 
     fleet.hosts[1].start_agent().unwrap();
@@ -73,7 +76,6 @@ fn the_root_is_rotated_under_what_runs_and_hosts_that_were_away_come_along() {
         Ok(())
     })
     .unwrap();
-    fleet.cluster.berth_ok(&["context", "renew"]).unwrap();
     let state = fleet.cluster.berth_json(&["root", "list"]).unwrap();
     assert_eq!(state["usersNotRenewed"], serde_json::json!([]), "{state}");
     let exported = fleet.cluster.berth_ok(&["root", "export"]).unwrap();

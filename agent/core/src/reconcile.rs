@@ -179,7 +179,10 @@ impl Reconcile {
             }
             Input::Progress { replica, progress } => self.progress(&replica, &progress),
             Input::LastWords { replica, attempt, line } => {
-                if self.entry(&replica).is_some() {
+                let known =
+                    |desk: &Desk| desk.last_words.as_ref().is_some_and(|(of, _)| *of > attempt);
+                let newer = self.desks.get(&replica).is_some_and(known);
+                if self.entry(&replica).is_some() && !newer {
                     self.desk(&replica).last_words = Some((attempt, line));
                 }
             }

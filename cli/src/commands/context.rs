@@ -20,7 +20,7 @@ fn known(config: &client::Config, name: &str) -> Result<()> {
 }
 
 /// A new key and certificate, and what else the server tells of itself now.
-async fn renew(global: &Global, mut config: client::Config) -> Result<()> {
+async fn renew(global: &Global, config: client::Config) -> Result<()> {
     let name = global.context.clone().unwrap_or_else(|| config.current.clone());
     known(&config, &name)?;
     let client = connect(global).await?;
@@ -49,6 +49,8 @@ async fn renew(global: &Global, mut config: client::Config) -> Result<()> {
     let (_, until) = berth_proto::tls::validity(&context.certificate)?;
     let expire_time = Some(prost_types::Timestamp { seconds: until, nanos: 0 });
     let roots = berth_proto::tls::certificates(&context.roots)?.len();
+    // As it is by now: somebody else may have changed it meanwhile.
+    let mut config = client::config()?;
     config.contexts.insert(name.clone(), context);
     client::save(&config)?;
     let words = format!("{name}: renewed; it knows {}", counted(roots, "root"));

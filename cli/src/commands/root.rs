@@ -36,6 +36,10 @@ fn names(names: &[String], count: u32) -> String {
 fn to_do(state: &RootsState) -> Vec<String> {
     let mut lines = Vec::new();
     if state.roots.len() < 2 {
+        if state.hosts_not_told_count > 0 {
+            let who = names(&state.hosts_not_told, state.hosts_not_told_count);
+            lines.push(format!("hosts that have not said that they hold it: {who}"));
+        }
         return lines;
     }
     if state.hosts_not_told_count > 0 {
@@ -83,6 +87,18 @@ async fn state(global: &Global, client: &Client) -> Result<RootsState> {
     Ok(answer.state.unwrap_or_default())
 }
 
+/// Whoever ends a rotation goes on with the new root alone.
+fn knows(client: &Client, newest: Option<&Root>) -> Result<()> {
+    let (context, newest) = (&client.context, newest.map(|root| root.pin.as_str()));
+    let known = berth_proto::tls::pins(&context.roots)?;
+    let certificate = berth_proto::tls::is_signed_by_newest(&context.certificate, &context.roots)?;
+    if known.last().map(String::as_str) == newest && certificate {
+        return Ok(());
+    }
+    Err(Error::user("this context does not know the new root yet, and would be shut out")
+        .hint("`berth context renew` first; also for contexts of other machines"))
+}
+
 pub async fn root(global: &Global, verb: RootVerb) -> Result<()> {
     match verb {
         RootVerb::List => {
@@ -108,6 +124,7 @@ pub async fn root(global: &Global, verb: RootVerb) -> Result<()> {
                 return Err(Error::user("no rotation of the root has begun")
                     .hint("`berth root rotate` begins one"));
             };
+            knows(&client, now.roots.last())?;
             let mut what = format!("retire the root {}", &first.pin[..first.pin.len().min(12)]);
             let lost = [
                 (if force { now.hosts_not_told_count } else { 0 }, "host"),
@@ -154,5 +171,7 @@ mod tests {
         let told = to_do(&state(&[], 0));
         assert!(told.len() == 1 && told[0].contains("`berth root finish` retires"), "{told:?}");
         assert!(to_do(&RootsState { roots: two[..1].to_vec(), ..state(&[], 0) }).is_empty());
+        let left = to_do(&RootsState { roots: two[..1].to_vec(), ..state(&["a"], 1) });
+        assert_eq!(left, ["hosts that have not said that they hold it: a"]);
     }
 }

@@ -52,7 +52,9 @@ pub const MAX_LAST_LINE: usize = 200;
 #[must_use]
 pub fn last_line(text: &str) -> String {
     let plain = |c: char| if c.is_control() { ' ' } else { c };
-    text.trim().chars().map(plain).take(MAX_LAST_LINE).collect()
+    let shown: String = text.chars().map(plain).collect();
+    let cut: String = shown.trim().chars().take(MAX_LAST_LINE).collect();
+    cut.trim_end().to_owned()
 }
 
 /// Writes an exit.

@@ -169,6 +169,15 @@ pub fn pin(root_pem: &str) -> Result<String, TlsError> {
     Ok(hex::encode(sha2::Sha256::digest(public_key(&first)?)))
 }
 
+/// The same of each root in PEM, in their order.
+///
+/// # Errors
+/// When the PEM holds no certificate.
+pub fn pins(roots_pem: &str) -> Result<Vec<String>, TlsError> {
+    let of = |root: &CertificateDer<'_>| Ok(hex::encode(sha2::Sha256::digest(public_key(root)?)));
+    certificates(roots_pem)?.iter().map(of).collect()
+}
+
 /// All certificates in PEM.
 ///
 /// # Errors

@@ -291,6 +291,8 @@ pub struct Session {
     flight: Option<Flight>,
     not_before: Mono,
     refused: Option<SetNumber>,
+    /// Number of the newest roots and addresses that the agent has said it holds.
+    trusted: u64,
     /// Statuses in the order in which they came, and whether they are kept.
     untaken: VecDeque<(u64, bool)>,
 }
@@ -315,6 +317,7 @@ impl Session {
             flight: None,
             not_before: now,
             refused: None,
+            trusted: 0,
             untaken: VecDeque::new(),
         }
     }
@@ -534,6 +537,7 @@ impl Session {
     ) {
         let State::Registering { time, trust_version } = self.state else { return };
         self.state = State::Live;
+        self.trusted = trust_version;
         self.pinged = now.mono;
         self.newest = newest;
         if let Some(time) = time {
@@ -564,12 +568,16 @@ impl Session {
         }
     }
 
-    /// Roots or addresses have changed: the agent is told now, or with its welcome.
-    fn trust(&mut self, newer: agent::Trust, out: &mut Vec<Effect>) {
-        if newer.version <= self.terms.trust.version {
+    /// Roots or addresses have changed: the agent is told now, or with its welcome. Again, as long as it has
+    /// not said that it holds them: it may not have been able to keep them.
+    fn trust(&mut self, newest: agent::Trust, out: &mut Vec<Effect>) {
+        if newest.version < self.terms.trust.version {
             return;
         }
-        self.terms.trust = newer;
+        self.terms.trust = newest;
+        if self.terms.trust.version <= self.trusted {
+            return;
+        }
         match self.state {
             State::Live if bug!(NewerTrustNeverTold) => {}
             State::Live => {
@@ -635,7 +643,10 @@ impl Session {
                     self.clock(offset, out);
                 }
             }
-            Item::TrustAck(ack) => out.push(Effect::TrustAcknowledged(ack.version)),
+            Item::TrustAck(ack) => {
+                self.trusted = self.trusted.max(ack.version);
+                out.push(Effect::TrustAcknowledged(ack.version));
+            }
         }
     }
 

@@ -145,17 +145,26 @@ fn by_token(cluster: &Cluster, text: &str) -> Result<Caller, Error> {
     })
 }
 
+/// Whether the root that has signed the certificate of whoever was let in is still one.
+///
+/// # Errors
+/// When it was retired.
+pub fn root_stands(cluster: &Cluster, caller: &Caller) -> Result<(), Error> {
+    if caller.certificate.as_ref().is_none_or(|leaf| cluster.roots.stand_for(leaf)) {
+        return Ok(());
+    }
+    // An agent renews its certificate before it dials.
+    let again = || Error::unavailable("ROOT_RETIRED", "its root was retired; dial again");
+    Err(caller.host.as_ref().map_or_else(root_retired, |_| again()))
+}
+
 /// Judges a user or host again that was let in before.
 ///
 /// # Errors
 /// Why it would not be let in now.
 pub fn still_stands(cluster: &Cluster, caller: &Caller) -> Result<(), Error> {
     let view = cluster.ledger.view();
-    if caller.certificate.as_ref().is_some_and(|leaf| !cluster.roots.stand_for(leaf)) {
-        // An agent renews its certificate before it dials.
-        let again = || Error::unavailable("ROOT_RETIRED", "its root was retired; dial again");
-        return Err(caller.host.as_ref().map_or_else(root_retired, |_| again()));
-    }
+    root_stands(cluster, caller)?;
     if let Some(uid) = &caller.host {
         return match view.host(uid).is_none_or(|host| host.is_removed()) {
             true => Err(Error::denied("HOST_REMOVED", "the host was removed from its cluster")),

@@ -2,9 +2,10 @@
 
 use super::identity_tests::{edit, join, shows};
 use super::tests::{PATIENCE, call, host, served};
+use super::standing::Standing;
 use super::{Api, auth};
 use crate::cluster::{ClusterDesk, wall_now};
-use crate::identity::ca::HOST_DAYS;
+use crate::identity::ca::{CaError, HOST_DAYS};
 use crate::identity::roots::Roots;
 use crate::session::desk::{Desk as _, Order};
 use berth_proto::api::system_service_server::SystemService as _;
@@ -62,6 +63,12 @@ async fn a_rotation_ends_when_all_hosts_hold_the_new_root_or_by_force() {
     let Some(Order::Trust(told)) = order else { panic!("{order:?}") };
     assert_eq!((told.version, told.roots_pem), (begun.version, api.0.roots.pem()));
     assert_eq!(begin(&api).await, begun, "nothing is done twice");
+    // A host that has not said that it holds them hears of them again.
+    for _ in 0..2 {
+        let again = tokio::time::timeout(PATIENCE, lines.orders.recv()).await.unwrap();
+        assert!(matches!(again, Some(Order::Trust(_))), "{again:?}");
+        api.0.tell_trust_again().await.unwrap();
+    }
     let warned = api.get_server_info(call(GetServerInfoRequest {})).await.unwrap().into_inner();
     assert!(warned.warnings.iter().any(|w| w.contains("1 host not told yet")), "{warned:?}");
     assert_eq!(warned.roots_pem, api.0.roots.pem());
@@ -70,7 +77,10 @@ async fn a_rotation_ends_when_all_hosts_hold_the_new_root_or_by_force() {
     assert_eq!(reason(&refused), "HOSTS_NOT_TOLD");
     assert!(refused.message().contains("edge-1"), "{}", refused.message());
     let newer = &begun.roots[1].pin;
-    assert_eq!(finish(&api, newer, true).await.unwrap_err().code(), tonic::Code::InvalidArgument);
+    for wrong in [newer.as_str(), "x", &"0".repeat(64)] {
+        let refused = finish(&api, wrong, true).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{wrong}");
+    }
     assert!(desk.trusts(&uid, begun.version).await);
     assert_eq!(state(&api).await.hosts_not_told_count, 1, "its certificate is none of the new root");
     let of_now = |record: &mut HostRecord| {
@@ -110,6 +120,40 @@ async fn what_is_signed_during_a_rotation_outlives_the_first_root_and_what_was_b
     let standing = |caller| auth::still_stands(&api.0, caller).is_ok();
     assert!(!standing(&streams[0]), "a stream of before ends");
     assert!(standing(&streams[1]));
+}
+
+#[tokio::test]
+async fn a_step_that_was_cut_off_behind_its_files_is_told_by_the_next_look() {
+    let (_dir, api) = served();
+    let first = state(&api).await;
+    let nothing = |_: &str| Ok::<(), CaError>(());
+    assert!(api.0.roots.begin(nothing).unwrap());
+    assert_eq!(state(&api).await.version, first.version, "nobody was told");
+    api.0.tell_trust_again().await.unwrap();
+    let begun = state(&api).await.version;
+    assert!(begun > first.version);
+    assert!(api.0.roots.finish().unwrap());
+    api.0.tell_trust_again().await.unwrap();
+    assert!(state(&api).await.version > begun);
+    let told = state(&api).await;
+    api.0.tell_trust_again().await.unwrap();
+    assert_eq!(state(&api).await, told);
+}
+
+#[tokio::test]
+async fn a_session_ends_with_the_root_that_let_it_in() {
+    let (_dir, api) = served();
+    let host = join(&api, "edge-1").await;
+    let caller = shows(&api, &host.certificate_pem).unwrap();
+    let (_keeps, rx) = tokio::sync::mpsc::channel::<Result<axum::body::Bytes, axum::Error>>(1);
+    let endless = axum::body::Body::from_stream(tokio_stream::wrappers::ReceiverStream::new(rx));
+    let body = Standing::wrap(&api.0, caller, endless);
+    let begun = begin(&api).await;
+    finish(&api, &begun.roots[0].pin, true).await.unwrap();
+    let ended = http_body_util::BodyExt::collect(body);
+    let ended = tokio::time::timeout(PATIENCE, ended).await.expect("it ends").unwrap();
+    let trailers = ended.trailers().unwrap();
+    assert_eq!(trailers["grpc-status"], "14", "{trailers:?}");
 }
 
 #[tokio::test]

@@ -108,7 +108,7 @@ impl Api {
     pub(super) fn roots_state(&self) -> Result<RootsState, Error> {
         let unread = |e: TlsError| Error::internal("cannot read a root", e);
         let view = self.0.ledger.view();
-        let (current, next) = (self.0.roots.current(), self.0.roots.next());
+        let (current, next) = self.0.roots.both();
         let mut roots = vec![shown(&current, true, next.is_none()).map_err(unread)?];
         let mut since = None;
         if let Some(next) = &next {
@@ -159,7 +159,13 @@ impl Api {
         force: bool,
     ) -> Result<RootsState, Error> {
         let _one = self.0.rotating.lock().await;
+        let unwritten = |why| refused(why, Kind::User, &caller.subject);
+        // Who holds the bundle is known by its number: it has to be that of the roots there are.
+        self.0.tell_trust(Vec::new()).await.map_err(unwritten)?;
         let state = self.roots_state()?;
+        if pin.len() != 64 || hex::decode(pin).is_err() {
+            return Err(Error::field("pin", "must be a root's pin: 64 characters of hex"));
+        }
         let named = |at: usize| state.roots.get(at).is_some_and(|root| root.pin == pin);
         match state.roots.as_slice() {
             [_] if named(0) => {
@@ -171,12 +177,13 @@ impl Api {
                 return Err(Error::field("pin", words));
             }
             [_, _] if named(0) => {}
+            [_, _] => return Err(Error::field("pin", "is neither root's")),
             // A repetition: it is gone. What comes after it may have been cut off.
-            _ if pin.len() == 64 => {
-                self.tell_roots(caller, "SystemService/FinishRootRotation").await?;
-                return self.roots_state();
+            _ => {
+                self.0.show_roots().map_err(|e| not_turned(e.into()))?;
+                self.0.judge_again();
+                return Ok(state);
             }
-            _ => return Err(Error::field("pin", "must be a root's pin: 64 characters of hex")),
         }
         let count = state.hosts_not_told_count as usize;
         if count > 0 && !force {
@@ -202,7 +209,10 @@ impl Api {
             .map_err(|e| Error::internal("cannot change the roots", e))?
             .map_err(not_turned)?;
         tracing::warn!(by = caller.subject, retired = pin, "a root was retired");
-        self.tell_roots(caller, "SystemService/FinishRootRotation").await?;
+        let told = self.tell_roots(caller, "SystemService/FinishRootRotation").await;
+        // After they were told: whoever has to come again finds the server then.
+        self.0.judge_again();
+        told?;
         self.roots_state()
     }
 

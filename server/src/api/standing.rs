@@ -67,7 +67,15 @@ impl Standing {
         let stops = stops(cluster.stopping());
         // Hosts are told of their removal in the session, which then ends by itself.
         if !caller.subject.starts_with("user/") {
-            return Self::ending(Ends::Grpc, inner, Box::pin(stops), None);
+            let retired = retired(Arc::clone(cluster), caller);
+            let ends = async move {
+                tokio::select! {
+                    // Cancel-safe, both.
+                    error = retired => error,
+                    error = stops => error,
+                }
+            };
+            return Self::ending(Ends::Grpc, inner, Box::pin(ends), None);
         }
         let fallen = fallen(Arc::clone(cluster), caller);
         let ends = async move {
@@ -143,6 +151,20 @@ async fn stops(mut stopping: tokio::sync::watch::Receiver<bool>) -> Error {
         std::future::pending::<()>().await;
     }
     Error::unavailable("SERVER_STOPPING", "the server stops; call again")
+}
+
+/// Ends when the root that has signed the caller's certificate is retired.
+async fn retired(cluster: Arc<Cluster>, caller: Caller) -> Error {
+    let mut changes = cluster.revocations();
+    loop {
+        changes.borrow_and_update();
+        if let Err(error) = auth::root_stands(&cluster, &caller) {
+            return error;
+        }
+        if changes.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
 /// Ends when the caller no longer stands.

@@ -125,6 +125,7 @@ impl Api {
 
     /// Has the key it is encrypted to count when that is new: there is a backup that it opens.
     async fn keep_key(&self, caller: &auth::Caller, recovery: &Recovery) -> Result<(), Error> {
+        let _one = self.0.recording.lock().await;
         let cluster = self.0.ledger.ahead().cluster.clone();
         match recovery.recorded(&cluster) {
             Some(change) => self.keep_of_backup(caller, vec![change]).await,
@@ -260,19 +261,22 @@ impl SystemService for Api {
         &self,
         request: Request<BeginRootRotationRequest>,
     ) -> Result<Response<BeginRootRotationResponse>, Status> {
-        let caller = auth::of(&request);
-        let state = Some(self.begin_rotation(&caller).await?);
-        Ok(Response::new(BeginRootRotationResponse { state }))
+        let (api, caller) = (self.clone(), auth::of(&request));
+        // A task of its own: with a caller that goes away it is not cut off in the middle.
+        let begun = tokio::spawn(async move { api.begin_rotation(&caller).await });
+        let begun = begun.await.map_err(|e| Error::internal("cannot change the roots", e))?;
+        Ok(Response::new(BeginRootRotationResponse { state: Some(begun?) }))
     }
 
     async fn finish_root_rotation(
         &self,
         request: Request<FinishRootRotationRequest>,
     ) -> Result<Response<FinishRootRotationResponse>, Status> {
-        let caller = auth::of(&request);
+        let (api, caller) = (self.clone(), auth::of(&request));
         let r = request.into_inner();
-        let state = Some(self.finish_rotation(&caller, &r.pin, r.force).await?);
-        Ok(Response::new(FinishRootRotationResponse { state }))
+        let done = tokio::spawn(async move { api.finish_rotation(&caller, &r.pin, r.force).await });
+        let done = done.await.map_err(|e| Error::internal("cannot change the roots", e))?;
+        Ok(Response::new(FinishRootRotationResponse { state: Some(done?) }))
     }
 
     async fn create_page_link(

@@ -145,7 +145,7 @@ impl Recovery {
 /// What a backup's header says of a server.
 #[must_use]
 pub fn header(roots: &Roots, revision: Revision, epoch: u64) -> BackupHeader {
-    let (ca, next) = (roots.current(), roots.next());
+    let (ca, next) = roots.both();
     let of_next = |text: fn(&Ca) -> &str| next.as_deref().map(text).unwrap_or_default().to_owned();
     BackupHeader {
         format: FORMAT,

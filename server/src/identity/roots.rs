@@ -54,14 +54,22 @@ fn put_in_place(folder: &Path, key_pem: &str, root_pem: &str) -> Result<(), CaEr
     let (current, next) = (Files::current(folder), Files::next(folder));
     write_private(&current.key, key_pem)?;
     write_private(&current.certificate, root_pem)?;
-    for path in [&next.key, &next.certificate] {
-        match std::fs::remove_file(path) {
-            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                return Err(CaError::File { path: path.clone(), source });
-            }
-            Ok(()) | Err(_) => {}
+    remove(&next.key)?;
+    remove(&next.certificate)?;
+    sync(folder)
+}
+
+/// Removes a file; one that is not there is no error.
+fn remove(path: &Path) -> Result<(), CaError> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(CaError::File { path: path.to_owned(), source })
         }
+        Ok(()) | Err(_) => Ok(()),
     }
+}
+
+fn sync(folder: &Path) -> Result<(), CaError> {
     std::fs::File::open(folder)
         .and_then(|f| f.sync_all())
         .map_err(|source| CaError::File { path: folder.to_owned(), source })
@@ -146,6 +154,13 @@ impl Roots {
         self.held.load().next.clone()
     }
 
+    /// The one that all know, and the next one, of one moment.
+    #[must_use]
+    pub fn both(&self) -> (Arc<Ca>, Option<Arc<Ca>>) {
+        let held = self.held.load();
+        (Arc::clone(&held.current), held.next.clone())
+    }
+
     /// The newest: signs what hosts and users are given.
     #[must_use]
     pub fn signing(&self) -> Arc<Ca> {
@@ -193,6 +208,9 @@ impl Roots {
         }
         let next = Ca::another(self.cluster.as_str())?;
         let files = Files::next(&self.folder);
+        // What an earlier try has left, before its key is overwritten.
+        remove(&files.certificate)?;
+        sync(&self.folder)?;
         // The key first: a certificate without its key would look like a whole root.
         write_private(&files.key, next.key_pem())?;
         write_private(&files.certificate, next.root_pem())?;
