@@ -89,4 +89,6 @@ mod model_tests;
 #[cfg(test)]
 mod release_tests;
 #[cfg(test)]
+mod root_tests;
+#[cfg(test)]
 pub mod tests;
