@@ -1,8 +1,8 @@
 //! A rotation of the root, as operators, people and agents meet it.
 
 use super::identity_tests::{edit, join, shows};
-use super::tests::{PATIENCE, call, host, served};
 use super::standing::Standing;
+use super::tests::{PATIENCE, call, host, served};
 use super::{Api, auth};
 use crate::cluster::{ClusterDesk, wall_now};
 use crate::identity::ca::{CaError, HOST_DAYS};
@@ -82,7 +82,11 @@ async fn a_rotation_ends_when_all_hosts_hold_the_new_root_or_by_force() {
         assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{wrong}");
     }
     assert!(desk.trusts(&uid, begun.version).await);
-    assert_eq!(state(&api).await.hosts_not_told_count, 1, "its certificate is none of the new root");
+    assert_eq!(
+        state(&api).await.hosts_not_told_count,
+        1,
+        "its certificate is none of the new root"
+    );
     let of_now = |record: &mut HostRecord| {
         record.certificate_expire_unix_ms = wall_now().0 + HOST_DAYS * 86_400_000;
     };
