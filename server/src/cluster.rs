@@ -266,25 +266,20 @@ impl Cluster {
             && told.registry == self.registry_address
             && self.roots_are_told(&told);
         let mut changes = noted;
-        if same {
-            if changes.is_empty() {
-                return Ok(());
-            }
-            let proposal = Proposal { preconditions: Vec::new(), changes };
-            self.ledger.propose(proposal).await?;
-            self.order_all(&Order::Trust(Box::new(self.trust())));
+        if !same {
+            let seconds = u64::try_from(wall_now().0 / 1000).unwrap_or(0);
+            changes.push(Change::PutCluster(ClusterRecord {
+                // Past what was told before a restored backup, as the epoch is.
+                trust_version: (told.trust_version + 1).max(seconds),
+                endpoints: self.endpoints.clone(),
+                registry: self.registry_address.clone(),
+                roots_sha256: self.roots.digest(),
+                ..told
+            }));
+        }
+        if changes.is_empty() {
             return Ok(());
         }
-        let seconds = u64::try_from(wall_now().0 / 1000).unwrap_or(0);
-        let record = ClusterRecord {
-            // Past what was told before a restored backup, as the epoch is.
-            trust_version: (told.trust_version + 1).max(seconds),
-            endpoints: self.endpoints.clone(),
-            registry: self.registry_address.clone(),
-            roots_sha256: self.roots.digest(),
-            ..told
-        };
-        changes.push(Change::PutCluster(record));
         self.ledger.propose(Proposal { preconditions: Vec::new(), changes }).await?;
         self.order_all(&Order::Trust(Box::new(self.trust())));
         Ok(())

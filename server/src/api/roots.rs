@@ -158,14 +158,14 @@ impl Api {
         pin: &str,
         force: bool,
     ) -> Result<RootsState, Error> {
+        if pin.len() != 64 || hex::decode(pin).is_err() {
+            return Err(Error::field("pin", "must be a root's pin: 64 characters of hex"));
+        }
         let _one = self.0.rotating.lock().await;
         let unwritten = |why| refused(why, Kind::User, &caller.subject);
         // Who holds the bundle is known by its number: it has to be that of the roots there are.
         self.0.tell_trust(Vec::new()).await.map_err(unwritten)?;
         let state = self.roots_state()?;
-        if pin.len() != 64 || hex::decode(pin).is_err() {
-            return Err(Error::field("pin", "must be a root's pin: 64 characters of hex"));
-        }
         let named = |at: usize| state.roots.get(at).is_some_and(|root| root.pin == pin);
         match state.roots.as_slice() {
             [_] if named(0) => {
