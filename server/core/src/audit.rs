@@ -399,10 +399,12 @@ pub fn placed(
         }
     }
     let (had, have) = (standing(before, live, uid), standing(after, live, uid));
-    // Two of one slot, of a host that came back or of another kind of deployment, are not of this plan.
+    // Two of one slot, of a host that came back or of another kind of deployment, are not of this plan;
+    // nor is one of them that is there once this plan has ended a change of places.
     let mut slots = BTreeSet::new();
-    let once =
-        before.replicas_of(uid).filter(|r| stands(before, live, r)).all(|r| slots.insert(r.slot));
+    let stays = |uid| after.replica(uid).is_some_and(|r| stands(after, live, r));
+    let mut held = before.replicas_of(uid).filter(|r| stands(before, live, r) || stays(&r.uid));
+    let once = held.all(|r| slots.insert(r.slot));
     if let Some(wanted) = deployment.wanted().filter(|_| any && once) {
         let most = wanted as usize + deployment.spec.rollout.max_surge as usize;
         if have > most && have > had {

@@ -443,7 +443,7 @@ impl World<'_> {
             let gone = durable.replicas().filter(|r| view.replica(&r.uid).is_none());
             self.book.may_stop.extend(gone.map(|r| r.uid.clone()));
         }
-        self.book.rollouts.restarted(self.now);
+        self.book.rollouts.restarted();
         self.book.newest.clear();
         self.book.present.clear();
         self.book.hello.clear();

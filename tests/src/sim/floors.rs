@@ -15,7 +15,8 @@ use std::sync::Arc;
 /// What is due is planned within this.
 const PLANNED_MS: u64 = 2_000;
 
-/// Replicas of the newest release that take another's place on their host and are not ready yet.
+/// Replicas of the newest release that take another's place on their host and are not ready yet, on
+/// hosts in reach: away ones hold up nobody.
 fn changing(view: &View, live: &Live, deployment: &Deployment) -> usize {
     let changes = |replica: &&Arc<Replica>| {
         let old = replica.replaces.as_ref().and_then(|old| view.replica(old));
@@ -29,7 +30,8 @@ fn changing(view: &View, live: &Live, deployment: &Deployment) -> usize {
             part && !fit::is_draining(host) && starts
         });
         let current = replica.release == deployment.release() && counts;
-        replica.runs() && current && !replica.failed && old.is_some() && !ready
+        let reached = live.is_present(&replica.host);
+        replica.runs() && current && reached && !replica.failed && old.is_some() && !ready
     };
     view.replicas_of(&deployment.uid).filter(changes).count()
 }

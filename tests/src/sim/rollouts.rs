@@ -37,6 +37,8 @@ struct Progress {
 #[derive(Debug, Default)]
 pub(super) struct Rollouts {
     all: BTreeMap<(DeploymentUid, ReleaseNumber), Progress>,
+    /// When the server was gone last.
+    gone: u64,
 }
 
 /// A place that a deployment fills.
@@ -173,12 +175,17 @@ impl Rollouts {
         held.last = Some((now, counts));
     }
 
+    /// The server is gone, and with it what it had not written down by now.
+    pub(super) fn gone(&mut self, at: u64) {
+        self.gone = at;
+    }
+
     /// The server begins anew, with what it had written down.
-    pub(super) fn restarted(&mut self, at: u64) {
+    pub(super) fn restarted(&mut self) {
         for held in self.all.values_mut() {
             (held.last, held.sure) = (None, false);
             let (counted_ms, made) = held.before;
-            if at.saturating_sub(made) < UNSAID_MS {
+            if self.gone.saturating_sub(made) < UNSAID_MS {
                 held.counted_ms += counted_ms;
             }
         }

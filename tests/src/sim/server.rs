@@ -149,6 +149,7 @@ impl World<'_> {
         self.server.arm = None;
         let Some(process) = self.server.process.take() else { return };
         self.server.life += 1;
+        self.book.rollouts.gone(self.now);
         self.note(|_| "the server is gone".to_owned());
         for link in process.sessions.keys() {
             self.close_down(*link, Ended::Lost);

@@ -64,13 +64,24 @@ impl<'a> SlotWork<'a> {
         self.old.iter().filter(move |(r, _)| !self.new.is_empty() && r.release == number)
     }
 
+    fn is_empty(&self) -> bool {
+        self.new.is_empty() && self.old.is_empty()
+    }
+
+    /// It is, or was, of this slot.
+    fn held(&self, replica: &Replica) -> bool {
+        match &self.host {
+            Some(host) => *host == replica.host,
+            None => self.slot == replica.slot,
+        }
+    }
+
     fn old_serves(&self) -> bool {
         self.old.iter().any(|(_, health)| *health == Health::Healthy)
     }
 
     fn all_deferred(&self) -> bool {
-        !(self.new.is_empty() && self.old.is_empty())
-            && self.all().all(|(_, health)| *health == Health::Deferred)
+        !self.is_empty() && self.all().all(|(_, health)| *health == Health::Deferred)
     }
 }
 
@@ -121,7 +132,7 @@ impl<'a> Planning<'a> {
             tally.existing += count(stopping.iter());
         }
         let started = self.start(release, mine, &work, &stopping, &tally);
-        self.stop_old(release, &work, &started, &tally);
+        self.stop_old(release, &work, &stopping, &started, &tally);
         self.plan.report.unsettled = work.iter().any(|item| !item.old.is_empty());
         self.judge(release, &work, &tally);
     }
@@ -191,8 +202,9 @@ impl<'a> Planning<'a> {
             }
         }
         tally.existing += count(work.all().filter(|(_, h)| *h != Health::Deferred));
+        // One whose host is away holds up nobody.
         tally.replacing += count(work.new.iter().filter(|(r, h)| {
-            *h != Health::Healthy
+            matches!(h, Health::NotYet(_))
                 && r.replaces.as_ref().is_some_and(|old| self.view.replica(old).is_some())
         }));
         for (replica, health) in work.all() {
@@ -255,8 +267,7 @@ impl<'a> Planning<'a> {
         let surplus: Vec<&(&Arc<Replica>, Health)> =
             work.iter().flat_map(|item| item.surplus(release)).collect();
         // Empty slots first: what is missing goes before what is only to be renewed.
-        let (empty, filled): (Vec<_>, Vec<_>) =
-            work.iter().partition(|item| item.old.is_empty() && item.new.is_empty());
+        let (empty, filled): (Vec<_>, Vec<_>) = work.iter().partition(|item| item.is_empty());
         for item in empty.into_iter().chain(filled) {
             if item.undecided.is_some() {
                 *self.plan.report.pending.entry(UNDECIDED.to_owned()).or_default() += 1;
@@ -274,7 +285,7 @@ impl<'a> Planning<'a> {
             if has_new || waits || old_deferred {
                 continue;
             }
-            let first_fill = item.old.is_empty() && item.new.is_empty();
+            let first_fill = item.is_empty();
             // A halted rollout still fills what is empty.
             if halted && !first_fill && stand_in_for.is_none() {
                 continue;
@@ -374,6 +385,7 @@ impl<'a> Planning<'a> {
         &mut self,
         release: &Release,
         work: &[SlotWork<'_>],
+        stopping: &[&Arc<Replica>],
         &Started { healthy, surge_room, begun }: &Started,
         tally: &Tally,
     ) {
@@ -386,11 +398,14 @@ impl<'a> Planning<'a> {
             .saturating_sub(tally.deferred_slots)
             .saturating_sub(rollout.max_unavailable);
         let mut spare = healthy.saturating_sub(if bug!(FloorIgnored) { 0 } else { floor });
-        // Slots that come back to one that was displaced, or have just been given one; as many at once as
-        // may change places.
+        // Slots in which nothing serves and something soon may: they come back to one that was displaced,
+        // have just been given one, or get one once what is being stopped is gone. As many at once as may
+        // change places.
         let mut recovering = begun
             + count(work.iter().filter(|item| {
-                !item.old_serves() && item.new.iter().any(|(_, h)| matches!(h, Health::NotYet(_)))
+                let on_its_way = item.new.iter().any(|(_, h)| matches!(h, Health::NotYet(_)));
+                let until_gone = item.is_empty() && stopping.iter().any(|r| item.held(r));
+                !item.old_serves() && (on_its_way || until_gone)
             }));
         // Mostly of the same slot; one that a slot has too many gives way to one of another.
         let successors: BTreeMap<&ReplicaUid, Health> = work
@@ -443,6 +458,8 @@ impl<'a> Planning<'a> {
                 };
                 if may && self.room() {
                     if *health == Health::Healthy && replaced_by.is_none() && !old.failed {
+                        // What is given up here may not be given up for a place that is changed back.
+                        recovering += u32::from(spare > 0 && serving == 1);
                         spare = spare.saturating_sub(1);
                         serving = serving.saturating_sub(1);
                     }

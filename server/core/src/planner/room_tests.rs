@@ -241,3 +241,61 @@ fn a_slot_that_finds_no_room_keeps_no_other_from_changing_back() {
     w.agents();
     assert_eq!(w.releases_running(), [1]);
 }
+
+#[test]
+fn a_plan_gives_up_either_what_may_be_unavailable_or_a_place_to_change_back() {
+    let mut w = World::new(3);
+    let mut spec = World::spec("one");
+    spec.replicas = Some(3);
+    let (max_surge, max_unavailable) = (Some(1), Some(1));
+    spec.rollout = Some(api::RolloutPolicy { max_surge, max_unavailable, ..Default::default() });
+    w.apply(spec.clone());
+    w.settle();
+    spec.source = World::spec("two").source;
+    w.apply(spec);
+    // In one slot both releases share a place, the others have the newer one alone.
+    let held: Vec<Arc<Replica>> = w.view.replicas().cloned().collect();
+    let displaced = held.iter().find(|r| r.slot == 1).unwrap();
+    let mut newer: Vec<Replica> = held.iter().map(|r| Replica::clone(r)).collect();
+    for replica in &mut newer {
+        replica.release = ReleaseNumber(2);
+        if replica.slot == 1 {
+            replica.uid = "next".parse().unwrap();
+            replica.replaces = Some(displaced.uid.clone());
+        }
+    }
+    w.change(newer.iter().map(|r| Change::PutReplica(Arc::new(r.clone()))).collect());
+    w.report(&displaced.uid, Phase::Exited, false);
+    newer.iter().for_each(|r| w.report(&r.uid, Phase::Running, true));
+    w.now.mono = w.now.mono.plus_ms(60_000);
+    let back = w.deployment().edited(|r| {
+        (r.release, r.rollout) = (1, RolloutState::Rolling as i32);
+    });
+    w.change(vec![Change::PutDeployment(Arc::new(back))]);
+    for what in ["what may be unavailable", "and nothing more until it is gone"] {
+        let before = w.view.clone();
+        w.plan();
+        assert_eq!(audit::floor(&before, &w.view, &w.live, &w.uid(), w.now.mono), None);
+        let stopping: Vec<u32> = w.view.replicas().filter(|r| !r.runs()).map(|r| r.slot).collect();
+        assert_eq!(stopping, [0], "{what}");
+    }
+}
+
+#[test]
+fn a_change_of_places_on_a_host_that_is_away_holds_up_no_other_one() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    // One fills a host.
+    spec.resources = Some(api::Resources { memory_bytes: 600 << 20, ..Default::default() });
+    w.apply(spec.clone());
+    w.settle();
+    spec.source = World::spec("two").source;
+    w.apply(spec);
+    let first = w.plan().steps;
+    assert_eq!(first.iter().map(|s| s.kind).collect::<Vec<_>>(), [PlannedStepKind::Replace]);
+    assert_eq!(w.plan().steps, [], "one after the other");
+    let number = first[0].host.as_str()[1..].parse().unwrap();
+    w.presence(number, Presence::Away(w.now.mono));
+    let next: Vec<_> = w.plan().steps.iter().map(|s| (s.kind, s.slot)).collect();
+    assert_eq!(next, [(PlannedStepKind::Replace, 1 - first[0].slot)]);
+}
