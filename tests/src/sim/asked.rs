@@ -44,8 +44,10 @@ impl World<'_> {
             after.apply(change, revision);
         }
         if let Action::Remove { host, wipe } = action {
-            let uid = self.nodes[self.machine(*host)].uid.clone();
-            self.book.wipes.entry(uid).or_default().insert(*wipe);
+            // Of its name there may be a newer join, which is not durable yet and not answered.
+            if let Some(named) = before.host_by_name(&format!("h{host}")) {
+                self.book.wipes.entry(named.uid.clone()).or_default().insert(*wipe);
+            }
         }
         if let Some(wrong) = is_not_so(before, &after, action, &proposal.changes) {
             self.broke(format!("{action}, and {wrong}"));
