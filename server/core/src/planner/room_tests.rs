@@ -130,6 +130,19 @@ fn tight() -> (World, api::DeploymentSpec) {
     (w, spec)
 }
 
+/// Two hosts, each filled by one of the first release, and a second release that was just applied.
+fn renewed_where_one_fills_a_host() -> World {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    // One fills a host.
+    spec.resources = Some(api::Resources { memory_bytes: 600 << 20, ..Default::default() });
+    w.apply(spec.clone());
+    w.settle();
+    spec.source = World::spec("two").source;
+    w.apply(spec);
+    w
+}
+
 #[test]
 fn one_that_has_not_yet_taken_its_place_is_not_itself_replaced() {
     let (mut w, mut spec) = tight();
@@ -147,14 +160,7 @@ fn one_that_has_not_yet_taken_its_place_is_not_itself_replaced() {
 
 #[test]
 fn the_last_that_serves_keeps_its_place_while_what_is_missing_is_only_just_started() {
-    let mut w = World::new(2);
-    let mut spec = World::spec("one");
-    // One fills a host.
-    spec.resources = Some(api::Resources { memory_bytes: 600 << 20, ..Default::default() });
-    w.apply(spec.clone());
-    w.settle();
-    spec.source = World::spec("two").source;
-    w.apply(spec);
+    let mut w = renewed_where_one_fills_a_host();
     let replaced = w.plan().steps;
     assert_eq!(replaced.iter().map(|s| s.kind).collect::<Vec<_>>(), [PlannedStepKind::Replace]);
     w.agents();
@@ -186,14 +192,7 @@ fn the_last_that_serves_keeps_its_place_while_what_is_missing_is_only_just_start
 
 #[test]
 fn the_last_that_serves_keeps_its_place_while_the_others_change_theirs() {
-    let mut w = World::new(2);
-    let mut spec = World::spec("one");
-    // One fills a host.
-    spec.resources = Some(api::Resources { memory_bytes: 600 << 20, ..Default::default() });
-    w.apply(spec.clone());
-    w.settle();
-    spec.source = World::spec("two").source;
-    w.apply(spec);
+    let mut w = renewed_where_one_fills_a_host();
     w.plan();
     w.agents();
     // What is old in the other slot serves no more, and the one that takes its place does not yet.
@@ -283,14 +282,7 @@ fn a_plan_gives_up_either_what_may_be_unavailable_or_a_place_to_change_back() {
 
 #[test]
 fn a_change_of_places_on_a_host_that_is_away_holds_up_no_other_one() {
-    let mut w = World::new(2);
-    let mut spec = World::spec("one");
-    // One fills a host.
-    spec.resources = Some(api::Resources { memory_bytes: 600 << 20, ..Default::default() });
-    w.apply(spec.clone());
-    w.settle();
-    spec.source = World::spec("two").source;
-    w.apply(spec);
+    let mut w = renewed_where_one_fills_a_host();
     let first = w.plan().steps;
     assert_eq!(first.iter().map(|s| s.kind).collect::<Vec<_>>(), [PlannedStepKind::Replace]);
     assert_eq!(w.plan().steps, [], "one after the other");
