@@ -68,14 +68,6 @@ impl<'a> SlotWork<'a> {
         self.new.is_empty() && self.old.is_empty()
     }
 
-    /// It is, or was, of this slot.
-    fn held(&self, replica: &Replica) -> bool {
-        match &self.host {
-            Some(host) => *host == replica.host,
-            None => self.slot == replica.slot,
-        }
-    }
-
     fn old_serves(&self) -> bool {
         self.old.iter().any(|(_, health)| *health == Health::Healthy)
     }
@@ -401,10 +393,16 @@ impl<'a> Planning<'a> {
         // Slots in which nothing serves and something soon may: they come back to one that was displaced,
         // have just been given one, or get one once what is being stopped is gone. As many at once as may
         // change places.
+        let (ending, ending_on): (BTreeSet<u32>, BTreeSet<&HostUid>) =
+            stopping.iter().map(|r| (r.slot, &r.host)).unzip();
         let mut recovering = begun
             + count(work.iter().filter(|item| {
                 let on_its_way = item.new.iter().any(|(_, h)| matches!(h, Health::NotYet(_)));
-                let until_gone = item.is_empty() && stopping.iter().any(|r| item.held(r));
+                let ends = match &item.host {
+                    Some(host) => ending_on.contains(host),
+                    None => ending.contains(&item.slot),
+                };
+                let until_gone = item.is_empty() && ends;
                 !item.old_serves() && (on_its_way || until_gone)
             }));
         // Mostly of the same slot; one that a slot has too many gives way to one of another.
