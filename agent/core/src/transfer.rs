@@ -12,6 +12,8 @@
 //! - When a blob does not verify only the chunks that changed on the disk are brought again; only when
 //!   all are as they came is the whole blob thrown away, because then its source is wrong.
 //! - The disk is asked for room before the first byte is.
+//! - Under a bandwidth cap no more is asked for at once than half a second's worth, so that the cap holds on
+//!   the link and not in the reader alone.
 //! - A transfer is limited by silence, never in total; it tries for ever, with a growing pause, what may
 //!   get better by itself, and ends with a [`Failure`] for what will not.
 
@@ -35,6 +37,12 @@ const REPAIRS: u32 = 3;
 /// What may come at once after a pause under a bandwidth cap, as time: short enough for other traffic
 /// to get in between, long enough for whole packets.
 const BURST_US: u64 = 250_000;
+/// What is asked for at once under a bandwidth cap, as time. A cap is kept by reading late, and whatever
+/// was asked for may fill the kernel's buffer meanwhile: megabytes that come over the link in one burst,
+/// and that are lost with the process. A pause of a burst between two questions is made up for.
+const ASK_US: u64 = 500_000;
+/// The least that is asked for at once: heads are a small part of it.
+const ASK_LEAST: u64 = 64 * 1024;
 
 /// One blob of a transfer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -234,6 +242,13 @@ impl Cap {
         now.max(Mono(self.paid_us.saturating_sub(BURST_US).div_ceil(1_000)))
     }
 
+    /// How many bytes to ask for at once.
+    fn ask(&self) -> u64 {
+        let most =
+            |rate: NonZeroU64| (rate.get().saturating_mul(ASK_US) / 1_000_000).max(ASK_LEAST);
+        self.bytes_per_second.map_or(u64::MAX, most)
+    }
+
     /// How many bytes to take at once: no more than the burst, so that a slow cap is kept smoothly.
     fn most(&self, wanted: u64) -> u64 {
         let burst = |rate: NonZeroU64| (rate.get().saturating_mul(BURST_US) / 1_000_000).max(1_024);
@@ -321,6 +336,8 @@ pub struct Transfer {
     stage: Stage,
     blob: usize,
     run: Option<Run>,
+    /// The registry sends blobs from their beginning, whatever is asked for.
+    no_ranges: bool,
     failures: u32,
     repairs: u32,
     draw: u64,
@@ -347,6 +364,7 @@ impl Transfer {
             stage: Stage::New,
             blob: 0,
             run: None,
+            no_ranges: false,
             failures: 0,
             repairs: 0,
             draw: seed,
@@ -373,9 +391,9 @@ impl Transfer {
     /// Takes one input, answers with what to do, in this order.
     pub fn step(&mut self, now: Mono, input: Input, cap: &mut Cap) -> Vec<Effect> {
         match input {
-            Input::Begin if self.stage == Stage::New => self.look(now, 0),
-            Input::Looked(held) => self.looked(now, held),
-            Input::Room if self.stage == Stage::Asking => self.next(now),
+            Input::Begin if self.stage == Stage::New => self.look(now, 0, cap),
+            Input::Looked(held) => self.looked(now, held, cap),
+            Input::Room if self.stage == Stage::Asking => self.next(now, cap),
             Input::NoRoom { need_bytes, free_bytes } => {
                 self.fail(Failure::NoRoom { need_bytes, free_bytes })
             }
@@ -390,15 +408,15 @@ impl Transfer {
             Input::Refused(why) => self.fail(Failure::Refused(why)),
             Input::Persisted => self.persisted(now, cap),
             Input::Verified { good } => self.verified(good),
-            Input::Kept if self.stage == Stage::Keeping => self.kept(now),
+            Input::Kept if self.stage == Stage::Keeping => self.kept(now, cap),
             Input::Discarded if self.stage == Stage::Discarding => {
                 let digest = self.blobs[self.blob].digest.clone();
                 self.fail(Failure::Wrong(digest))
             }
             Input::DiskFailed(why) => self.fail(Failure::Disk(why)),
-            Input::Unwanted if bug!(UnwantedGoesOn) => self.next(now),
+            Input::Unwanted if bug!(UnwantedGoesOn) => self.next(now, cap),
             Input::Unwanted => self.fail(Failure::Unwanted),
-            Input::Tick => self.tick(now),
+            Input::Tick => self.tick(now, cap),
             // Answers to what was asked before the transfer took another turn.
             Input::Begin | Input::Room | Input::Broke(_) | Input::Kept | Input::Discarded => {
                 Vec::new()
@@ -406,10 +424,10 @@ impl Transfer {
         }
     }
 
-    fn tick(&mut self, now: Mono) -> Vec<Effect> {
+    fn tick(&mut self, now: Mono, cap: &Cap) -> Vec<Effect> {
         if let Stage::Waiting(until) = self.stage {
             return if now >= until || bug!(PauseCutShort) {
-                self.next(now)
+                self.next(now, cap)
             } else {
                 vec![Effect::Wait(until)]
             };
@@ -421,33 +439,33 @@ impl Transfer {
         Vec::new()
     }
 
-    fn kept(&mut self, now: Mono) -> Vec<Effect> {
+    fn kept(&mut self, now: Mono, cap: &Cap) -> Vec<Effect> {
         let state = &mut self.states[self.blob];
         state.whole = true;
         state.chunks.clear();
         self.repairs = 0;
         let mut effects = vec![self.progress(now)];
-        effects.extend(self.next(now));
+        effects.extend(self.next(now, cap));
         effects
     }
 
-    fn look(&mut self, now: Mono, blob: usize) -> Vec<Effect> {
+    fn look(&mut self, now: Mono, blob: usize, cap: &Cap) -> Vec<Effect> {
         if blob < self.blobs.len() {
             self.stage = Stage::Looking(blob);
             return vec![Effect::Look(blob)];
         }
         let missing = self.total().saturating_sub(self.done());
         if missing == 0 || bug!(BytesBeforeRoom) {
-            return self.next(now);
+            return self.next(now, cap);
         }
         self.stage = Stage::Asking;
         vec![Effect::Room(missing)]
     }
 
-    fn looked(&mut self, now: Mono, held: Held) -> Vec<Effect> {
+    fn looked(&mut self, now: Mono, held: Held, cap: &Cap) -> Vec<Effect> {
         if let Stage::Looking(blob) = self.stage {
             self.take(blob, held);
-            return self.look(now, blob + 1);
+            return self.look(now, blob + 1, cap);
         }
         if self.stage != Stage::Repairing {
             return Vec::new();
@@ -460,7 +478,7 @@ impl Transfer {
             self.stage = Stage::Discarding;
             return vec![Effect::Discard(blob)];
         }
-        self.next(now)
+        self.next(now, cap)
     }
 
     fn take(&mut self, blob: usize, held: Held) {
@@ -480,7 +498,7 @@ impl Transfer {
     }
 
     /// Goes on with the first thing that is missing.
-    fn next(&mut self, now: Mono) -> Vec<Effect> {
+    fn next(&mut self, now: Mono, cap: &Cap) -> Vec<Effect> {
         while let Some(state) = self.states.get(self.blob) {
             if !state.whole {
                 break;
@@ -511,9 +529,13 @@ impl Transfer {
             .run
             .filter(|r| r.at > start && r.at < chunk_end(gap, size) && !bug!(ChunkBegunAnew))
             .map_or(start, |r| r.at);
+        let most = if self.no_ranges { u64::MAX } else { cap.ask() };
+        let to = to.min(at.saturating_add(most));
         self.run = Some(Run { at, to, skip: 0 });
+        if !matches!(self.stage, Stage::Reading | Stage::Persisting) {
+            self.meter.restart(now);
+        }
         self.stage = Stage::Opening;
-        self.meter.restart(now);
         vec![Effect::Open { blob: self.blob, from: at, to }]
     }
 
@@ -526,6 +548,7 @@ impl Transfer {
         }
         // A registry without ranges sends all of it.
         run.skip = if bug!(UnaskedNotDropped) { 0 } else { run.at.saturating_sub(from) };
+        self.no_ranges |= run.skip > 0;
         self.stage = Stage::Reading;
         // What came before is paid for first: blobs may be smaller than a burst, and many.
         let not_before = if bug!(BlobsUncapped) { now } else { cap.take(now, 0) };
@@ -538,7 +561,7 @@ impl Transfer {
             (None, run.skip)
         } else {
             let end = chunk_end(run.at / CHUNK_BYTES, self.blobs[self.blob].size_bytes);
-            (Some(run.at), end - run.at)
+            (Some(run.at), end.min(run.to) - run.at)
         };
         let deadline = not_before.max(now).plus_ms(STALL_MS);
         Effect::Read { blob: self.blob, at, most: cap.most(most), not_before, deadline }
@@ -556,9 +579,9 @@ impl Transfer {
             return vec![self.read(now, not_before, cap)];
         }
         let chunk = run.at / CHUNK_BYTES;
-        run.at = (run.at + bytes).min(chunk_end(chunk, size));
-        let whole =
-            run.at == chunk_end(chunk, size) && (run.at == run.to || !bug!(ReadOnUndurable));
+        run.at = (run.at + bytes).min(chunk_end(chunk, size)).min(run.to);
+        let asked_is_here = run.at == run.to;
+        let whole = run.at == chunk_end(chunk, size) && (asked_is_here || !bug!(ReadOnUndurable));
         let mut effects = Vec::new();
         if now.since_ms(self.told) >= PROGRESS_MS {
             effects.push(self.progress(now));
@@ -566,6 +589,8 @@ impl Transfer {
         if whole {
             self.stage = Stage::Persisting;
             effects.push(Effect::Persist { blob: self.blob, chunk });
+        } else if asked_is_here {
+            effects.extend(self.next(now, cap));
         } else {
             effects.push(self.read(now, not_before, cap));
         }
@@ -584,7 +609,7 @@ impl Transfer {
             let not_before = cap.take(now, 0);
             return vec![self.read(now, not_before, cap)];
         }
-        self.next(now)
+        self.next(now, cap)
     }
 
     fn verified(&mut self, good: bool) -> Vec<Effect> {

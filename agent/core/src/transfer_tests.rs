@@ -21,6 +21,8 @@ struct World {
     wrong: Option<usize>,
     asked_before_room: bool,
     read_past: bool,
+    /// The most that was asked for at once.
+    most_asked: u64,
 }
 
 impl World {
@@ -44,6 +46,7 @@ impl World {
             wrong: None,
             asked_before_room: false,
             read_past: false,
+            most_asked: 0,
         }
     }
 
@@ -72,7 +75,7 @@ impl World {
     /// One life of the process; `None`: it was killed.
     fn live(&mut self, life: u64) -> Option<Result<(), Failure>> {
         let mut machine = Transfer::new(self.blobs.clone(), life);
-        let mut cap = std::mem::take(&mut self.cap);
+        let mut cap = self.cap.clone();
         let mut effects: Vec<Effect> = machine.step(self.now, Input::Begin, &mut cap);
         let mut room = false;
         for _ in 0..1_000_000 {
@@ -101,8 +104,9 @@ impl World {
                         room = true;
                         input = Some(Input::Room);
                     }
-                    Effect::Open { from, .. } => {
+                    Effect::Open { from, to, .. } => {
                         self.asked_before_room |= !room;
+                        self.most_asked = self.most_asked.max(to - from);
                         input = Some(if self.fault() {
                             Input::Broke("no connection".to_owned())
                         } else {
@@ -206,6 +210,17 @@ proptest! {
     }
 
     #[test]
+    fn under_a_cap_no_more_is_asked_for_at_once_than_half_a_seconds_worth(
+        rate in 100_000_u64..20_000_000, seed: u64, one_in in 20_u64..200,
+    ) {
+        let mut world = World::new(&[3 * CHUNK_BYTES + 7, 9, 2 * CHUNK_BYTES], seed, one_in);
+        world.cap = Cap::new(NonZeroU64::new(rate));
+        prop_assert_eq!(world.run(), Ok(()));
+        prop_assert!(world.most_asked <= (rate / 2).max(64 * 1024), "{}", world.most_asked);
+        prop_assert!(!world.read_past);
+    }
+
+    #[test]
     fn a_cap_is_kept_over_any_pieces(
         rate in 1_u64..10_000_000, pieces in prop::collection::vec(1_u64..100_000, 1..50),
     ) {
@@ -271,6 +286,16 @@ fn pauses_grow_to_a_minute_and_never_end() {
         machine.step(now, Input::Tick, &mut cap);
     }
     assert!(last >= 30_000);
+}
+
+#[test]
+fn under_a_cap_a_registry_without_ranges_sends_no_more_than_the_first_two_parts_again() {
+    let mut world = World::new(&[10 * CHUNK_BYTES], 1, 0);
+    world.ranges = false;
+    world.cap = Cap::new(NonZeroU64::new(CHUNK_BYTES));
+    assert_eq!(world.run(), Ok(()));
+    let (first, second) = (CHUNK_BYTES / 2, CHUNK_BYTES);
+    assert_eq!(world.moved, 10 * CHUNK_BYTES + first + second);
 }
 
 #[test]

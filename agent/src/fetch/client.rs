@@ -19,6 +19,8 @@ use std::time::Duration;
 
 /// Reaching the registry and getting the head of an answer.
 const HEAD: Duration = Duration::from_secs(20);
+/// For a kept connection to take the next request.
+const FREE: Duration = Duration::from_secs(1);
 /// All of a manifest, which is small.
 const SMALL: Duration = Duration::from_secs(30);
 /// A manifest has at most so many bytes: as much as the registry takes.
@@ -109,6 +111,12 @@ pub struct Client {
     target: Arc<RwLock<(String, Arc<ClientConfig>)>>,
 }
 
+/// Whether a kept connection takes another request. The end of the last answer may not have been seen by
+/// the connection's own task yet; a connection whose last answer was dropped half-way has ended.
+async fn is_free(sender: &mut SendRequest<Empty<Bytes>>) -> bool {
+    matches!(tokio::time::timeout(FREE, sender.ready()).await, Ok(Ok(())))
+}
+
 impl Client {
     /// A client of `host:port`.
     #[must_use]
@@ -169,7 +177,7 @@ impl Client {
         let kept = link.0.take();
         let mut response = None;
         if let Some(mut sender) = kept
-            && sender.is_ready()
+            && is_free(&mut sender).await
             && let Ok(answer) = self.send(&mut sender, path, range).await
         {
             // A kept connection may have gone at the moment it was used: then a new one is tried.
