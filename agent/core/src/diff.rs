@@ -273,7 +273,8 @@ pub fn diff(
     for (uid, entry) in &set.entries {
         let successor = successors.get(uid).copied();
         if successor.is_some_and(|new| remembered(new).takes_the_place()) {
-            put_down(uid, here(uid), remembered(uid), &mut out);
+            let restart = set.body(entry).map(|body| &body.value.spec.restart);
+            put_down(uid, here(uid), remembered(uid), restart, now, &mut out);
             continue;
         }
         let Some(body) = set.body(entry) else { continue };
@@ -313,7 +314,14 @@ fn put_away(uid: &ReplicaUid, here: &[Container], out: &mut Diff) {
 
 /// Stops what runs of a replica whose place is taken. It may have to come back, so that an end by
 /// our own hand is no failure and does not finish it.
-fn put_down(uid: &ReplicaUid, here: &[Container], memory: &Memory, out: &mut Diff) {
+fn put_down(
+    uid: &ReplicaUid,
+    here: &[Container],
+    memory: &Memory,
+    restart: Option<&Restart>,
+    now: Mono,
+    out: &mut Diff,
+) {
     for container in here {
         let (replica, id) = (uid.clone(), container.id.clone());
         match container.state {
@@ -324,8 +332,14 @@ fn put_down(uid: &ReplicaUid, here: &[Container], memory: &Memory, out: &mut Dif
             }
             State::Running => out.steps.push(Step::Stop { replica, id }),
             State::Created => out.steps.push(Step::Remove { replica, id }),
-            State::Exited { .. } if container.attempt > memory.exit_taken => {
-                let memory = put_aside(memory, container.attempt);
+            State::Exited { code, .. } if container.attempt > memory.exit_taken => {
+                // A failure of its own is waited after, should it come back. That it has finished is not
+                // concluded here: nobody may remember that it was stopped.
+                let by_itself = restart
+                    .filter(|_| container.attempt != memory.stopping)
+                    .map(|restart| ended(memory, restart, container.attempt, code, now))
+                    .filter(|after| !after.finished);
+                let memory = by_itself.unwrap_or_else(|| put_aside(memory, container.attempt));
                 let (attempt, state) = (container.attempt, container.state.clone());
                 out.steps.push(Step::TakeExit { replica, attempt, state, memory });
                 // Older ones are taken in with it.

@@ -274,6 +274,24 @@ fn being_put_down_for_another_is_no_failure_and_finishes_nothing() {
 }
 
 #[test]
+fn one_that_failed_by_itself_before_it_was_put_down_is_waited_after_when_it_comes_back() {
+    let both = set(&[("old", None), ("new", Some("old"))], false);
+    let down = [container("old", 1, exited(1))];
+    let taken = |old: Memory| {
+        let all = steps(&both, &down, &[("old", old), ("new", replacing())], 0);
+        let taken = all.iter().find_map(|step| match step {
+            Step::TakeExit { memory, .. } => Some(memory.clone()),
+            _ => None,
+        });
+        taken.unwrap()
+    };
+    let failed = taken(here());
+    assert!(failed.failures == 1 && failed.not_before.is_some() && !failed.finished);
+    let stopped = taken(Memory { stopping: 1, ..here() });
+    assert!(stopped.failures == 0 && stopped.not_before.is_none());
+}
+
+#[test]
 fn one_that_was_stopped_for_another_that_is_not_wanted_any_more_is_started_again() {
     // Its policy is not to start again, which speaks of ends of its own.
     let alone = set(&[("old", None)], true);

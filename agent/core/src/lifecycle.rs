@@ -151,6 +151,12 @@ impl Life {
         }
     }
 
+    /// Whether an attempt's program runs, as far as is known.
+    #[must_use]
+    pub fn runs(&self, attempt: u32) -> bool {
+        self.status.attempt == attempt && self.status.phase() == ReplicaPhase::Running
+    }
+
     /// It can serve, or not (any more).
     pub fn set_ready(&mut self, ready: bool) {
         self.status.ready = ready;

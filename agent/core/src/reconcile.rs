@@ -565,6 +565,10 @@ impl Reconcile {
             return;
         }
         *busy = false;
+        // Its end has been seen, though somebody may have started its container since.
+        if !desk.life.runs(attempt) {
+            return;
+        }
         match outcome {
             Outcome::Healthy => probing.result(&check, Ok(()), now),
             Outcome::Unhealthy(why) => probing.result(&check, Err(why), now),

@@ -231,7 +231,9 @@ impl Reconcile {
                 }
                 continue;
             }
-            self.lost(now, &uid, old.as_deref().unwrap_or(&[]), new.as_deref().unwrap_or(&[]));
+            let (old, found) = (old.unwrap_or_default(), new.as_deref().unwrap_or(&[]));
+            self.lost(now, &uid, &old, found);
+            self.started_anew(&uid, &old, found);
             self.see(now, &uid, new.unwrap_or_default());
         }
     }
@@ -256,6 +258,25 @@ impl Reconcile {
         let exit = api::Exit { attempt: gone.attempt, code: -1, time, ..api::Exit::default() };
         desk.life.exited(exit, None);
         desk.life.because(Reason::CONTAINER_GONE, "somebody removed its container");
+    }
+
+    /// The engine or somebody has started a program anew, and nobody has seen it end: whether it can serve
+    /// is not known yet.
+    fn started_anew(&mut self, uid: &ReplicaUid, old: &[Container], new: &[Container]) {
+        let runs = |c: &&Container| c.state == State::Running;
+        let anew = new.iter().filter(runs).any(|is| {
+            let was = old.iter().filter(runs).find(|was| was.id == is.id);
+            was.and_then(|was| was.started).zip(is.started).is_some_and(|(was, is)| was != is)
+        });
+        if !anew {
+            return;
+        }
+        if let Some(memory) = self.memory.get_mut(uid) {
+            (memory.ready, memory.ready_since) = (false, None);
+        }
+        if let Some(desk) = self.desks.get_mut(uid) {
+            desk.probing = None;
+        }
     }
 
     /// What a replica's containers are from now on, newest first.

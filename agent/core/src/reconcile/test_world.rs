@@ -347,6 +347,21 @@ impl World {
         self.answers.push(answer);
     }
 
+    /// Something has happened at the engine: the agent looks, and nothing else is carried out.
+    pub(super) fn look(&mut self) {
+        self.tell(Input::Happened { urgent: true });
+        let is_look = |effect: &Effect| matches!(effect, Effect::Observe(_));
+        while !self.asked.iter().any(is_look) {
+            self.now = self.machine.deadline().unwrap().0;
+            self.tell(Input::Tick);
+        }
+        let at = self.asked.iter().position(is_look).unwrap();
+        let effect = self.asked.remove(at);
+        self.carry_out(effect, Luck::Good);
+        let answer = self.answers.pop().unwrap();
+        self.tell(answer);
+    }
+
     /// Carries out and tells all there is, without time passing.
     pub(super) fn settle(&mut self) {
         for _ in 0..10_000 {

@@ -300,6 +300,48 @@ fn one_that_is_wanted_again_after_somebody_started_it_anew_is_told_of_truly() {
     assert_eq!((w.running(), w.of("a").unwrap().attempt), (vec!["a"], 2));
     assert!(w.status("a").ready);
 }
+
+#[test]
+fn an_attempt_that_has_ended_is_not_ready_whatever_its_check_says() {
+    let mut w = World::new();
+    w.want(&[Want { checked: true, never: true, ..want("a") }]);
+    w.run_for(5_000);
+    assert!(w.status("a").ready);
+    w.end("a", 0);
+    w.run_for(100);
+    assert_eq!((w.status("a").phase(), w.status("a").ready), (ReplicaPhase::Exited, false));
+    // Somebody starts it again, and its check passes before it is stopped.
+    let id = w.of("a").unwrap().id.clone();
+    w.containers.get_mut(&id).unwrap().state = State::Running;
+    w.look();
+    let probe = w.asked.iter().position(|e| matches!(e, Effect::Probe { .. })).unwrap();
+    let probe = w.asked.remove(probe);
+    w.carry_out(probe, Luck::Good);
+    let passed = w.answers.remove(0);
+    w.tell(passed);
+    assert_eq!((w.status("a").phase(), w.status("a").ready), (ReplicaPhase::Exited, false));
+    w.run_for(5_000);
+    assert_eq!((w.running().len(), w.status("a").ready), (0, false));
+}
+
+#[test]
+fn a_program_that_was_started_anew_unseen_is_not_ready_before_its_check_says_so() {
+    let mut w = World::new();
+    w.want(&[Want { checked: true, ..want("a") }]);
+    w.run_for(5_000);
+    assert!(w.status("a").ready);
+    // The engine ends with it, and somebody has started it again before anyone looks.
+    w.healthy = false;
+    let id = w.of("a").unwrap().id.clone();
+    let now = w.now().wall;
+    w.containers.get_mut(&id).unwrap().started = Some(now);
+    w.look();
+    assert!(!w.status("a").ready);
+    w.healthy = true;
+    w.run_for(2_000);
+    assert!(w.status("a").ready);
+}
+
 #[test]
 fn a_transfer_nobody_waits_for_any_more_is_ended() {
     let mut w = World::new();
