@@ -217,7 +217,13 @@ impl Places {
     /// Of all that is wanted or remembered.
     #[must_use]
     pub fn of(wanted: &Wanted, memory: &BTreeMap<ReplicaUid, Memory>) -> Self {
+        // A set that names both and says nothing of it has room for both: so it is after a restore.
+        let both = |uid: &ReplicaUid, old: &ReplicaUid| {
+            let named = |of| wanted.set().is_some_and(|set| set.entries.contains_key(of));
+            named(uid) && named(old)
+        };
         let remembered = memory.iter().filter_map(|(uid, m)| Some((uid, m.replaces.clone()?)));
+        let remembered = remembered.filter(|(uid, old)| !both(uid, old));
         let said = wanted.set().into_iter().flat_map(|set| &set.entries);
         let said = said.filter_map(|(uid, entry)| Some((uid, predecessor(entry)?)));
         // What the set says counts.

@@ -386,6 +386,22 @@ fn one_that_comes_back_waits_for_its_withdrawn_replacement_to_be_gone() {
 }
 
 #[test]
+fn two_that_a_set_names_side_by_side_run_so_whatever_is_remembered_of_them() {
+    // A restored ledger wants again what had been replaced, and the other was adopted.
+    let both = set(&[("old", None), ("new", None)], false);
+    let there = [container("old", 1, State::Running), container("new", 1, exited(0))];
+    let new = Memory {
+        replaces: Some(uid("old")),
+        replacement_done: true,
+        attempt: 1,
+        exit_taken: 1,
+        ..here()
+    };
+    let create = Step::Create { replica: uid("new"), attempt: 2 };
+    assert_eq!(steps(&both, &there, &[("new", new)], 0), [create]);
+}
+
+#[test]
 fn one_that_somebody_started_again_after_its_end_was_taken_in_is_stopped() {
     let a = set(&[("a", None)], false);
     let again = [container("a", 1, State::Running)];

@@ -412,7 +412,9 @@ impl World<'_> {
         let shown = held.engine.containers.values().map(|made| &made.shown.replica);
         let gone: BTreeSet<ReplicaUid> =
             shown.filter(|uid| !set.entries.contains_key(*uid)).cloned().collect();
+        self.book.unwanted.retain(|(on, uid), _| *on != node || !set.entries.contains_key(uid));
         for replica in gone {
+            self.book.unwanted.entry((node, replica.clone())).or_insert(since);
             self.events.push(since + GONE_MS, Event::CheckGone { node, life, replica, since });
         }
         let set = Arc::new(set);
@@ -526,6 +528,11 @@ impl World<'_> {
                 | Effect::Stop { .. }
                 | Effect::Remove { .. }
                 | Effect::Probe { .. }) => {
+                    if let Effect::Remove { replica, id, .. } = &call {
+                        let set = agent.board.wanted.set();
+                        let unasked = set.is_some_and(|set| !set.entries.contains_key(replica));
+                        self.book.put_away.extend(unasked.then(|| (node, id.clone())));
+                    }
                     let at = now + held.rng.u64(0..4);
                     self.events.push(at, Event::Call { node, life, effect: Box::new(call) });
                 }

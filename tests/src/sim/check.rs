@@ -42,6 +42,10 @@ pub(super) struct Book {
     pub(super) may_stop: BTreeSet<ReplicaUid>,
     /// Containers of these were started by somebody else.
     pub(super) by_hand: BTreeSet<ReplicaUid>,
+    /// Since when no set of a machine names these, which have containers there.
+    pub(super) unwanted: BTreeMap<(NodeId, ReplicaUid), u64>,
+    /// Containers whose removal was asked for while no set named their replica.
+    pub(super) put_away: BTreeSet<(NodeId, String)>,
     /// Two machines share, or have shared, this identity.
     pub(super) cloned: BTreeSet<HostUid>,
     /// The newest revision that was acknowledged to anybody.
@@ -123,7 +127,12 @@ impl World<'_> {
         if again && !self.book.restored {
             return self.broke(format!("attempt {attempt} of {replica} is made twice"));
         }
-        let ended = self.ended(node, replica, attempt.saturating_sub(1));
+        // One that is to be stopped for another may end by itself before the stop comes: who ended it is known
+        // to nobody, and it may come back at once.
+        let stopped = |stopping: u32| stopping != 0 && stopping == attempt.saturating_sub(1);
+        let put_down =
+            self.nodes[node].disk.memory.get(replica).is_some_and(|m| stopped(m.stopping));
+        let ended = self.ended(node, replica, attempt.saturating_sub(1)).filter(|_| !put_down);
         // A second by a clock that runs too fast.
         let by_hand = self.book.by_hand.contains(replica);
         if !by_hand && ended.is_some_and(|ended| self.now - ended < 800) {

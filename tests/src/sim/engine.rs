@@ -229,8 +229,12 @@ impl World<'_> {
                 answers.push((took_ms, Input::StepDone { step, done }));
             }
             Effect::Remove { step, id, .. } => {
+                // Wanted again while this was on its way.
+                let asked = !self.book.put_away.contains(&(node, id.clone()));
                 let id = number(&id);
-                self.check_put_away(node, id);
+                if asked {
+                    self.check_put_away(node, id);
+                }
                 let engine = &mut self.nodes[node].engine;
                 let runs =
                     engine.containers.get(&id).is_some_and(|c| c.shown.state == State::Running);

@@ -65,7 +65,9 @@ impl World<'_> {
         let set = held.agent.as_ref().and_then(|agent| agent.board.wanted.set());
         let wanted = set.is_none_or(|set| set.entries.contains_key(uid));
         let there = held.engine.containers.values().any(|made| made.shown.replica == *uid);
-        if there && !wanted {
+        // It may have been wanted again in between.
+        let all_along = self.book.unwanted.get(&(node, uid.clone())).is_some_and(|s| *s <= since);
+        if there && !wanted && all_along {
             let words = format!("{uid} is not wanted on {} since {}", held.uid, self.now - since);
             self.broke(format!("{words} ms, and is still there"));
         }

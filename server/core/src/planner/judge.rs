@@ -1,7 +1,7 @@
 //! Whether a rollout is complete, goes on, or has failed.
 //!
 //! The progress deadline runs only while every host that matters has been heard of and one of them is
-//! in reach; whenever it stands still, the time that passes is not counted. What is left of it is
+//! in reach (a replacement that its host has given back fails a rollout in any case); whenever it stands still, the time that passes is not counted. What is left of it is
 //! written down now and then, so that a server that restarts often does not grant it anew each time.
 
 use super::roll::{SlotWork, Tally};
@@ -39,7 +39,15 @@ impl<'a> Planning<'a> {
         let undecided = work.iter().any(SlotWork::is_undecided);
         let unheard = tally.unknown > 0 || self.plan.report.unheard || undecided;
         let unheard = unheard && !bug!(DeadlineRunsUnheard);
-        if unheard || (tally.wanted > 0 && !in_reach) || nobody {
+        // A replacement that a host in reach has given back says all there is to say, whoever is silent: it
+        // would else be tried again for as long as they are, each time in the place of one that serves.
+        let own = |r: &Replica| r.release == release.number || bug!(OldFailureCounted);
+        let failed = |(r, h): &&(&Arc<Replica>, Health), away: bool| {
+            r.failed && own(r) && (away || *h != Health::Deferred)
+        };
+        let failed_here = work.iter().flat_map(|item| &item.old).any(|old| failed(&old, false));
+        let waits = unheard || (tally.wanted > 0 && !in_reach) || nobody;
+        if waits && !failed_here {
             self.stand_still(release, tally.new_healthy);
             return;
         }
@@ -65,10 +73,7 @@ impl<'a> Planning<'a> {
         }
         let deadline = self.deployment.spec.rollout.progress_deadline_ms;
         let clock = self.run_clock(release, tally.new_healthy, deadline);
-        let failed_for_good = work
-            .iter()
-            .flat_map(|item| &item.old)
-            .any(|(r, _)| r.failed && (r.release == release.number || bug!(OldFailureCounted)));
+        let failed_for_good = work.iter().flat_map(|item| &item.old).any(|old| failed(&old, true));
         if clock.left_ms == 0 || failed_for_good {
             let why = if failed_for_good {
                 "a replacement did not become ready in time on its host".to_owned()

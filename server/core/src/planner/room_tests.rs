@@ -53,6 +53,27 @@ fn what_cannot_stand_side_by_side_is_replaced_in_place() {
 }
 
 #[test]
+fn a_replacement_that_was_given_back_fails_its_rollout_though_a_host_is_silent() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    // One fills a host.
+    spec.resources = Some(api::Resources { memory_bytes: 900 << 20, ..Default::default() });
+    w.apply(spec.clone());
+    w.settle();
+    w.presence(1, Presence::Unknown);
+    w.broken.insert(2);
+    spec.source = World::spec("two").source;
+    w.apply(spec);
+    for _ in 0..20 {
+        w.pass(150);
+    }
+    let reason = &w.deployment().record.reason;
+    assert!(reason.contains("a replacement did not become ready in time"), "{reason}");
+    assert_eq!(w.deployment().release().0, 1);
+    assert_eq!(w.releases_running(), [1, 1]);
+}
+
+#[test]
 fn why_nothing_is_placed_is_said_in_words() {
     let mut w = World::new(3);
     let host = w.view.host(&"h0".parse().unwrap()).unwrap();
