@@ -150,11 +150,17 @@ impl World<'_> {
     /// Those that waited for another's bytes.
     fn others_go_on(&mut self, node: NodeId) {
         let Some(agent) = &self.nodes[node].agent else { return };
-        let waits = |f: &Fetch| !f.begun || matches!(f.parts.front(), Some(Part::Blobs(_)));
-        let all = agent.brings.fetches.iter().filter(|(_, f)| f.under_way.is_none() && waits(f));
-        let steps: Vec<StepId> = all.map(|(step, _)| *step).collect();
+        let steps: Vec<StepId> = agent.brings.fetches.keys().copied().collect();
         for step in steps {
-            self.fetch_goes_on(node, step);
+            // One that has ended meanwhile may have let it go on already.
+            let waits = |f: &Box<Fetch>| {
+                let for_blobs = matches!(f.parts.front(), Some(Part::Blobs(_)));
+                f.under_way.is_none() && (!f.begun || for_blobs)
+            };
+            let agent = self.nodes[node].agent.as_ref();
+            if agent.and_then(|agent| agent.brings.fetches.get(&step)).is_some_and(waits) {
+                self.fetch_goes_on(node, step);
+            }
         }
     }
 
