@@ -22,7 +22,8 @@ const BURST_BYTES: u64 = CAP_BYTES.get() / 4;
 /// An agent whose transfer nobody wants ends it within this.
 const STOPS_MS: u64 = 8_000;
 /// What is wanted and was asked for is here within this, once nothing goes wrong any more: one pause of
-/// its transfer, one of its step, by a clock that runs slow, and the time it takes.
+/// its transfer, one of its step, by a clock that runs slow, and the time it takes. Longer by the silence
+/// that ends a connection of which one way is dead: until then it may not be heard that it is not wanted.
 const BROUGHT_MS: u64 = 300_000;
 
 /// What is done for a replica's bytes.
@@ -593,7 +594,8 @@ impl World<'_> {
             });
             let programs = self.programs;
             let comes = |image: &Digest| programs.get(image) != Some(&Program::NoImage);
-            let late = |since: u64| self.now - since.max(calm_since) > BROUGHT_MS;
+            let within = BROUGHT_MS + 3 * self.script.ping_ms;
+            let late = |since: u64| self.now - since.max(calm_since) > within;
             let mut all = agent.brings.asked.iter();
             if let Some(((image, model), since)) = all.find(|((i, _), at)| comes(i) && late(**at)) {
                 let words = format!("{} has asked for {image} with {model:?} at {since}", held.uid);
