@@ -17,7 +17,7 @@ use berth_server_core::batching::{Proposal, Refusal};
 use berth_server_core::change::Change;
 use berth_server_core::desk::{self, Admission, Admitted};
 use berth_server_core::dispatch::{host_set, is_news};
-use berth_server_core::intake;
+use berth_server_core::intake::{self, Absent};
 use berth_server_core::keeping::{Keeping, Next};
 use berth_server_core::live::Live;
 use berth_server_core::objects::Host;
@@ -512,13 +512,16 @@ impl Desk for ClusterDesk {
             let of = (&host, session, sequence);
             sessions.desk.statuses(live, &c.ledger.view(), of, (&reports, &absent), now)
         });
-        match admitted {
-            Admitted::News => {}
+        let held = match admitted {
+            Admitted::News { held } => held,
             Admitted::Known => return Box::pin(async { true }),
             Admitted::Superseded => return Box::pin(async { false }),
-        }
+        };
         Box::pin(async move {
-            let make = |view: &View| intake::statuses(view, &host, &reports, &absent, now.wall);
+            let make = |view: &View| {
+                let absent = Absent { uids: &absent, held };
+                intake::statuses(view, &host, &reports, absent, now.wall)
+            };
             c.keep_made(make).await
         })
     }

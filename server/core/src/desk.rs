@@ -55,7 +55,10 @@ pub enum Admission {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admitted {
     /// It is news: what of it must be durable is to be kept before it is acknowledged.
-    News,
+    News {
+        /// The set that the host had acknowledged when it said so.
+        held: Option<SetNumber>,
+    },
     /// It was taken before: it may be acknowledged.
     Known,
     /// Its session does not count any more.
@@ -158,7 +161,7 @@ impl Desk {
         match live.admit(host, &known.instance, known.agent_start, sequence) {
             Taken::Newer => {
                 live.take_reports(view, host, (reports, absent), now.mono);
-                Admitted::News
+                Admitted::News { held: known.acknowledged }
             }
             Taken::Same | Taken::Older => Admitted::Known,
         }
@@ -347,7 +350,7 @@ mod tests {
         desk.clock(&mut live, (&host(), old), 9_000, Wall(9));
         assert_eq!((admitted, live.host(&host()).cloned()), (Admitted::Superseded, before));
         let admitted = desk.statuses(&mut live, &view, (&host(), new, 1), (&[], &[]), now(9));
-        assert_eq!(admitted, Admitted::News);
+        assert_eq!(admitted, Admitted::News { held: None });
         let again = desk.statuses(&mut live, &view, (&host(), new, 1), (&[], &[]), now(9));
         assert_eq!(again, Admitted::Known);
     }

@@ -24,13 +24,22 @@ use std::sync::Arc;
 /// Most characters of an agent's words that are stored with a replica: four of them fit into one write.
 const MAX_REASON_CHARS: usize = 300;
 
+/// Replicas of which a host has nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Absent<'a> {
+    /// Which.
+    pub uids: &'a [String],
+    /// The set that it had acknowledged when it said so.
+    pub held: Option<SetNumber>,
+}
+
 /// What of a host's statuses must be durable. Replicas of other hosts are passed over.
 #[must_use]
 pub fn statuses(
     view: &View,
     host: &HostUid,
     reports: &[ReplicaReport],
-    absent: &[String],
+    absent: Absent<'_>,
     now: Wall,
 ) -> Vec<Change> {
     let mut changes = Vec::new();
@@ -72,11 +81,16 @@ pub fn statuses(
             changes.push(Change::PutReplica(Arc::new(next)));
         }
     }
-    for uid in absent {
+    // An earlier set may have named it, so that it is made again before the newest one is taken: then its
+    // end is known with that set's acknowledgement (`never_there`), or when it is gone once more.
+    let newest = SetNumber { epoch: view.epoch(), generation: view.generation(host) };
+    let is_final = absent.held == Some(newest);
+    for uid in absent.uids {
         let Ok(uid) = uid.parse() else { continue };
         if let Some(replica) = view.replica(&uid)
             && replica.host == *host
             && is_forgotten(replica)
+            && (is_final || replica.intent == ReplicaIntent::Orphan)
         {
             changes.push(Change::DeleteReplica(uid));
         }
@@ -99,7 +113,7 @@ pub fn registration(view: &View, host: &HostUid, said: &Registration, now: Wall)
         // Removed while it said hello: what it runs is nobody's any more.
         return Vec::new();
     }
-    let mut changes = statuses(view, host, &said.observed, &[], now);
+    let mut changes = statuses(view, host, &said.observed, Absent::default(), now);
     // An agent that has not seen its engine knows only what its disk tells; one with no set has lost it.
     if said.engine_observed || said.held.is_none() {
         raise_floors(view, host, &said.observed, &mut changes);

@@ -9,6 +9,15 @@ fn h0() -> HostUid {
     "h0".parse().unwrap()
 }
 
+/// Nothing is said to be gone.
+const NONE: Absent<'_> = Absent { uids: &[], held: None };
+
+/// These are gone, as a host tells that holds its newest set.
+fn told<'a>(w: &World, uids: &'a [String]) -> Absent<'a> {
+    let (epoch, generation) = (w.view.epoch(), w.view.generation(&h0()));
+    Absent { uids, held: Some(SetNumber { epoch, generation }) }
+}
+
 /// A deployment of two replicas that run on one host.
 fn running() -> World {
     let mut w = World::new(1);
@@ -90,7 +99,7 @@ fn each_exit_is_kept_once_and_the_oldest_give_way() {
     let replica = first(&w);
     for attempt in 1..=u32::try_from(MAX_EXITS).unwrap() + 2 {
         let said = [report(&replica, exited(attempt))];
-        let changes = statuses(&w.view, &h0(), &said, &[], w.now.wall);
+        let changes = statuses(&w.view, &h0(), &said, NONE, w.now.wall);
         let why = if attempt == 2 { " for lack of memory" } else { "" };
         let mut words = format!("attempt {attempt} ended with code 3{why}");
         if attempt == 3 {
@@ -99,20 +108,20 @@ fn each_exit_is_kept_once_and_the_oldest_give_way() {
         }
         assert_eq!(events(&changes), [("REPLICA_EXITED".to_owned(), words)]);
         w.change(changes);
-        assert!(statuses(&w.view, &h0(), &said, &[], w.now.wall).is_empty());
+        assert!(statuses(&w.view, &h0(), &said, NONE, w.now.wall).is_empty());
     }
     let kept = &first(&w).exits;
     assert_eq!(kept.len(), MAX_EXITS);
     assert_eq!(kept[0].attempt, 3);
     // An older one that comes late is not taken for a new one.
     let late = [report(&replica, exited(1))];
-    assert!(statuses(&w.view, &h0(), &late, &[], w.now.wall).is_empty());
+    assert!(statuses(&w.view, &h0(), &late, NONE, w.now.wall).is_empty());
 }
 
 #[test]
 fn an_exit_that_was_asked_for_is_no_warning() {
     let severity = |w: &World, replica: &Replica| {
-        let changes = statuses(&w.view, &h0(), &[report(replica, exited(1))], &[], w.now.wall);
+        let changes = statuses(&w.view, &h0(), &[report(replica, exited(1))], NONE, w.now.wall);
         changes.iter().find_map(|change| match change {
             Change::AppendEvent(event) => Some((event.severity(), event.message.clone())),
             _ => None,
@@ -133,11 +142,11 @@ fn the_first_readiness_is_kept_and_a_second_is_not() {
     let fresh = Arc::new(Replica { first_ready: None, ..Replica::clone(&first(&w)) });
     w.change(vec![Change::PutReplica(Arc::clone(&fresh))]);
     let said = [report(&fresh, api::ReplicaStatus { ready: true, ..Default::default() })];
-    let changes = statuses(&w.view, &h0(), &said, &[], Wall(77));
+    let changes = statuses(&w.view, &h0(), &said, NONE, Wall(77));
     assert_eq!(events(&changes)[0].0, "REPLICA_READY");
     w.change(changes);
     assert_eq!(first(&w).first_ready, Some(Wall(77)));
-    assert!(statuses(&w.view, &h0(), &said, &[], Wall(99)).is_empty());
+    assert!(statuses(&w.view, &h0(), &said, NONE, Wall(99)).is_empty());
 }
 
 #[test]
@@ -148,8 +157,8 @@ fn a_host_tells_of_its_own_replicas_only() {
     let stopped = mark(&mut w, ReplicaIntent::Stop);
     let said = [report(&stopped, exited(9))];
     let gone = [stopped.uid.to_string(), "not a uid!".to_owned()];
-    assert!(statuses(&w.view, &other, &said, &gone, w.now.wall).is_empty());
-    let ended = deleted(&statuses(&w.view, &h0(), &said, &gone, w.now.wall));
+    assert!(statuses(&w.view, &other, &said, told(&w, &gone), w.now.wall).is_empty());
+    let ended = deleted(&statuses(&w.view, &h0(), &said, told(&w, &gone), w.now.wall));
     assert_eq!(ended, vec![stopped.uid.clone()]);
     // Nor does it reach what is known live: another host's replica would look ready, or gone.
     let before = w.live.replica(&stopped.uid).cloned();
@@ -172,12 +181,27 @@ fn absence_deletes_what_was_to_stop_and_never_what_is_wanted() {
         let mut w = running();
         let replica = mark(&mut w, intent);
         let gone = [replica.uid.to_string()];
-        let found = deleted(&statuses(&w.view, &h0(), &[], &gone, w.now.wall));
+        let found = deleted(&statuses(&w.view, &h0(), &[], told(&w, &gone), w.now.wall));
         assert_eq!(found.contains(&replica.uid), ends, "{intent:?}");
         // The same said by a complete hello.
         let changes = registration(&w.view, &h0(), &hello(vec![], true), w.now.wall);
         assert_eq!(deleted(&changes).contains(&replica.uid), ends, "{intent:?}");
     }
+}
+
+#[test]
+fn what_was_gone_under_an_earlier_set_may_have_been_made_again_by_the_one_before_the_newest() {
+    let mut w = running();
+    let replica = mark(&mut w, ReplicaIntent::Stop);
+    let gone = [replica.uid.to_string()];
+    let early = told(&w, &gone);
+    w.change(vec![Change::SetGeneration(h0(), berth_proto::ids::Generation(500))]);
+    for held in [early.held, None] {
+        let early = Absent { held, ..early };
+        assert!(statuses(&w.view, &h0(), &[], early, w.now.wall).is_empty());
+    }
+    let ended = deleted(&statuses(&w.view, &h0(), &[], told(&w, &gone), w.now.wall));
+    assert_eq!(ended, [replica.uid.clone()]);
 }
 
 #[test]
@@ -229,7 +253,7 @@ fn what_was_found_from_an_older_view_undoes_no_newer_write() {
     let mut w = running();
     let replica = first(&w);
     let said = [report(&replica, exited(1))];
-    let stale = seen(&w.view, &statuses(&w.view, &h0(), &said, &[], w.now.wall));
+    let stale = seen(&w.view, &statuses(&w.view, &h0(), &said, NONE, w.now.wall));
     mark(&mut w, ReplicaIntent::Stop);
     let mut ledger = Batching::new(w.view.clone(), Limits::ANY);
     let effects = ledger.propose(1, stale);
@@ -237,7 +261,7 @@ fn what_was_found_from_an_older_view_undoes_no_newer_write() {
         matches!(effects.as_slice(), [Effect::Reject { why: Refusal::Conflict { .. }, .. }]),
         "{effects:?}"
     );
-    let fresh = seen(&w.view, &statuses(&w.view, &h0(), &said, &[], w.now.wall));
+    let fresh = seen(&w.view, &statuses(&w.view, &h0(), &said, NONE, w.now.wall));
     assert!(matches!(ledger.propose(2, fresh).as_slice(), [Effect::Persist { .. }]));
 }
 
@@ -257,7 +281,7 @@ fn a_quarantined_host_keeps_what_it_has_and_a_person_is_told() {
 fn an_agent_that_forgot_its_attempts_goes_on_above_those_that_ended() {
     let mut w = running();
     let replica = first(&w);
-    let ended = statuses(&w.view, &h0(), &[report(&replica, exited(7))], &[], w.now.wall);
+    let ended = statuses(&w.view, &h0(), &[report(&replica, exited(7))], NONE, w.now.wall);
     w.change(ended);
     // Whoever remembers is not told: each raise makes another set.
     let knows = vec![report(&replica, api::ReplicaStatus { attempt: 7, ..Default::default() })];
@@ -284,7 +308,7 @@ fn an_agent_that_forgot_its_attempts_goes_on_above_those_that_ended() {
         // Told once, and the ends of its next attempt are news.
         let view = ledger.ahead();
         assert!(registration(view, &h0(), &empty, w.now.wall).is_empty());
-        let next = statuses(view, &h0(), &[report(&replica, exited(8))], &[], w.now.wall);
+        let next = statuses(view, &h0(), &[report(&replica, exited(8))], NONE, w.now.wall);
         assert_eq!(events(&next)[0].0, "REPLICA_EXITED");
     }
 }
@@ -293,7 +317,7 @@ fn an_agent_that_forgot_its_attempts_goes_on_above_those_that_ended() {
 fn an_end_told_by_the_very_hello_that_raises_the_floor_is_kept_with_it() {
     let mut w = running();
     let replica = first(&w);
-    w.change(statuses(&w.view, &h0(), &[report(&replica, exited(7))], &[], w.now.wall));
+    w.change(statuses(&w.view, &h0(), &[report(&replica, exited(7))], NONE, w.now.wall));
     let ready = api::ReplicaStatus {
         attempt: 1,
         reason: "REPLACEMENT_FAILED".into(),

@@ -9,7 +9,7 @@ use berth_proto::ids::{DeploymentUid, HostUid, Revision, SetNumber, Wall};
 use berth_server_core::batching::{Batch, Effect, Proposal, Refusal};
 use berth_server_core::change::Change;
 use berth_server_core::dispatch::Touched;
-use berth_server_core::intake;
+use berth_server_core::intake::{self, Absent};
 use berth_server_core::keeping::{Keeping, Next};
 use berth_server_core::memory::NotTaken;
 use berth_server_core::session::Registration;
@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 #[derive(Debug)]
 pub(super) enum What {
     Registration(Box<Registration>),
-    Statuses(Vec<ReplicaReport>, Vec<String>),
+    Statuses(Vec<ReplicaReport>, Vec<String>, Option<SetNumber>),
     Facts(Box<HostFacts>),
     Trusts(u64),
     NeverThere(SetNumber, BTreeSet<String>),
@@ -247,7 +247,9 @@ impl World<'_> {
 fn make(view: &View, host: &HostUid, what: &What, now: Wall) -> Vec<Change> {
     match what {
         What::Registration(said) => intake::registration(view, host, said, now),
-        What::Statuses(reports, absent) => intake::statuses(view, host, reports, absent, now),
+        What::Statuses(reports, uids, held) => {
+            intake::statuses(view, host, reports, Absent { uids, held: *held }, now)
+        }
         What::Facts(facts) => intake::facts(view, host, facts).into_iter().collect(),
         What::Trusts(version) => intake::trusts(view, host, *version).into_iter().collect(),
         What::NeverThere(number, known) => intake::never_there(view, host, *number, known),

@@ -436,9 +436,9 @@ impl World<'_> {
                     desk.statuses(live, view, of, (&reports, &absent), at)
                 });
                 match admitted {
-                    Some(Admitted::News) => {
+                    Some(Admitted::News { held }) => {
                         self.check_believed(&host, id);
-                        let what = What::Statuses(reports, absent);
+                        let what = What::Statuses(reports, absent, held);
                         self.keep(host, what, at.wall, Then::Taken(link, sequence));
                     }
                     Some(Admitted::Known) => self.server_input_later(link, Input::Taken(sequence)),
