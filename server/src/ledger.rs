@@ -338,6 +338,7 @@ impl Writer {
     }
 
     fn write(&mut self, token: u64, batches: &[Batch], persist: &mut Vec<(u64, Vec<Batch>)>) {
+        let before = self.machine.ahead().revision;
         let effects = match self.store.commit(batches) {
             Ok(()) => {
                 if self.full.send_if_modified(std::mem::take) {
@@ -360,6 +361,8 @@ impl Writer {
                 effects
             }
         };
+        // What had to wait may have been taken in.
+        self.unseen |= self.machine.ahead().revision != before;
         self.carry_out(effects, persist);
         self.show_ahead();
     }

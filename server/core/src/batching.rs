@@ -6,6 +6,10 @@
 //! proposal and is never split. Whoever plans reads [`Batching::ahead`], so that nothing is decided
 //! twice; everybody else reads what was published.
 //!
+//! A revision is given once. What a full disk takes back leaves numbers that somebody may have read: one who
+//! decides by such an object would else find its number again on another one. So the next writes wait
+//! until empty batches of those numbers are durable.
+//!
 //! Two things cannot be forgotten by whoever proposes, because they are done here: a change of a
 //! host's replicas raises its generation in the same batch, and events and audit entries get their
 //! numbers.
@@ -219,6 +223,10 @@ pub struct Batching {
     waiting_changes: Vec<(Revision, Change)>,
     token: u64,
     failed: bool,
+    /// Up to here revisions were given to what a full disk has taken back.
+    taken_back: Option<Revision>,
+    /// Wait until those are durable as empty ones.
+    held: Vec<(u64, Proposal)>,
 }
 
 impl Batching {
@@ -235,6 +243,8 @@ impl Batching {
             waiting_changes: Vec::new(),
             token: 0,
             failed: false,
+            taken_back: None,
+            held: Vec::new(),
         }
     }
 
@@ -256,8 +266,12 @@ impl Batching {
         if self.failed {
             return reject(Refusal::Failed);
         }
-        if self.waiting.len() >= MAX_WAITING {
+        if self.waiting.len() + self.held.len() >= MAX_WAITING {
             return reject(Refusal::Busy);
+        }
+        if let Some(until) = self.taken_back {
+            self.held.push((id, proposal));
+            return self.pass(until);
         }
         if let Err(why) = self.check(&proposal.preconditions) {
             return reject(why);
@@ -339,6 +353,23 @@ impl Batching {
         vec![Effect::Persist { token: self.token, batches }]
     }
 
+    /// Makes the next of the numbers that were taken back durable with nothing in them.
+    fn pass(&mut self, until: Revision) -> Vec<Effect> {
+        if self.in_flight.is_some() {
+            return Vec::new();
+        }
+        let first = self.durable.revision.next();
+        let last = until.0.min(self.durable.revision.0 + bound!(MAX_GROUP, 3) as u64);
+        let empty = |n| Batch { revision: Revision(n), ops: Vec::new() };
+        let batches: Vec<Batch> = (first.0..=last).map(empty).collect();
+        let mut view = self.durable.clone();
+        view.revision = Revision(last);
+        self.token += 1;
+        let (ids, changes) = (Vec::new(), Vec::new());
+        self.in_flight = Some(Group { token: self.token, ids, changes, view });
+        vec![Effect::Persist { token: self.token, batches }]
+    }
+
     /// A group is durable.
     pub fn persisted(&mut self, token: u64) -> Vec<Effect> {
         let mut out = Vec::new();
@@ -351,7 +382,17 @@ impl Batching {
         out.extend(
             group.ids.into_iter().map(|(id, revision)| Effect::Acknowledge { id, revision }),
         );
-        out.extend(self.launch());
+        match self.taken_back {
+            Some(until) if self.durable.revision < until => out.extend(self.pass(until)),
+            Some(_) => {
+                self.taken_back = None;
+                self.ahead = self.durable.clone();
+                for (id, proposal) in std::mem::take(&mut self.held) {
+                    out.extend(self.propose(id, proposal));
+                }
+            }
+            None => out.extend(self.launch()),
+        }
         out
     }
 
@@ -362,10 +403,12 @@ impl Batching {
             return Vec::new();
         };
         if !bug!(FullDiskForgotten) {
+            self.taken_back = self.taken_back.max(Some(self.ahead.revision));
             self.ahead = self.durable.clone();
         }
         let ids = group.ids.into_iter().chain(std::mem::take(&mut self.waiting_ids));
-        let out = ids.map(|(id, _)| Effect::Reject { id, why: Refusal::Full }).collect();
+        let ids = ids.map(|(id, _)| id).chain(self.held.drain(..).map(|(id, _)| id));
+        let out = ids.map(|id| Effect::Reject { id, why: Refusal::Full }).collect();
         self.waiting.clear();
         self.waiting_changes.clear();
         out
@@ -376,7 +419,8 @@ impl Batching {
         self.failed = true;
         let in_flight = self.in_flight.take().map(|group| group.ids).unwrap_or_default();
         let ids = in_flight.into_iter().chain(std::mem::take(&mut self.waiting_ids));
-        let out = ids.map(|(id, _)| Effect::Reject { id, why: Refusal::Failed }).collect();
+        let ids = ids.map(|(id, _)| id).chain(self.held.drain(..).map(|(id, _)| id));
+        let out = ids.map(|id| Effect::Reject { id, why: Refusal::Failed }).collect();
         self.waiting.clear();
         self.waiting_changes.clear();
         out

@@ -119,7 +119,60 @@ fn a_full_disk_takes_back_what_was_submitted_and_the_machine_goes_on() {
     assert_eq!(out.len(), 2);
     assert_eq!(b.ahead().revision, Revision(0));
     let token = persist_token(&b.propose(3, change(vec![replica("c", "h")]))).unwrap();
-    assert_eq!(acknowledged(&b.persisted(token)), [3]);
+    // Still full: whoever waited is told as well.
+    assert!(matches!(b.full(token).as_slice(), [Effect::Reject { id: 3, why: Refusal::Full }]));
+    let token = persist_token(&b.propose(4, change(vec![replica("c", "h")]))).unwrap();
+    let out = b.persisted(token);
+    let token = persist_token(&out).unwrap();
+    assert!(acknowledged(&out).is_empty());
+    assert_eq!(acknowledged(&b.persisted(token)), [4]);
+    assert!(b.durable().replica(&"c".parse().unwrap()).is_some());
+}
+
+#[test]
+fn what_was_decided_by_something_a_full_disk_has_taken_back_is_refused() {
+    let mut b = Batching::new(View::default(), Limits::ANY);
+    let of = |uid: &str| ObjectKey::Replica(uid.parse().unwrap());
+    let first = b.propose(1, change(vec![replica("a", "h")]));
+    let token = persist_token(&first).unwrap();
+    b.propose(2, change(vec![replica("b", "h")]));
+    // Somebody reads it, and is slow.
+    let read = b.ahead().revision_of(&of("b"));
+    let late = Proposal {
+        preconditions: vec![Precondition::At(of("b"), read)],
+        changes: vec![replica("b", "elsewhere")],
+    };
+    b.full(token);
+    // Meanwhile others write as many objects, among them that one.
+    let out = b.propose(3, change(vec![replica("x", "h")]));
+    b.propose(4, change(vec![replica("b", "other")]));
+    let (mut out, mut done) = (out, Vec::new());
+    while let Some(token) = persist_token(&out) {
+        out = b.persisted(token);
+        done.extend(acknowledged(&out));
+    }
+    assert_eq!(done, [3, 4]);
+    assert!(b.durable().revision_of(&of("b")) > read);
+    let out = b.propose(5, late);
+    let refused = |e: &Effect| matches!(e, Effect::Reject { why: Refusal::Conflict { .. }, .. });
+    assert!(out.iter().all(refused) && !out.is_empty(), "{out:?}");
+}
+
+#[test]
+fn a_conflict_is_found_however_often_the_disk_was_full_in_between() {
+    let mut b = Batching::new(View::default(), Limits::ANY);
+    let mut greatest = Revision(0);
+    for round in 0..5 {
+        let out = b.propose(2 * round, change(vec![replica("a", "h")]));
+        let mut token = persist_token(&out).unwrap();
+        if round > 0 {
+            // Those of before are passed over first, and then the disk is full again.
+            token = persist_token(&b.persisted(token)).unwrap();
+        }
+        assert!(b.ahead().revision > greatest, "a number is given once");
+        greatest = b.ahead().revision;
+        b.full(token);
+    }
 }
 
 #[test]

@@ -60,13 +60,17 @@ mod tests {
         store.commit(&[put(9, "c", b"after a checkpoint")]).unwrap();
         store = reopen(store);
         assert_eq!(store.revision(), Revision(9));
+        // A batch of nothing is a revision like any other.
+        store.commit(&[Batch { revision: Revision(10), ops: Vec::new() }]).unwrap();
+        store = reopen(store);
+        assert_eq!((store.revision(), store.load(b"").unwrap().len()), (Revision(10), 5));
         // A batch as large as the store says is read again.
         let limits = store.limits();
         assert!(limits.ops >= Limits::ANY.ops && limits.bytes >= Limits::ANY.bytes);
         let key = |i| format!("full/{i:06}").into_bytes();
         let value = vec![7; limits.bytes / limits.ops - key(0).len()];
         let ops = (0..limits.ops).map(|i| (key(i), Some(value.clone()))).collect();
-        store.commit(&[Batch { revision: Revision(10), ops }]).unwrap();
+        store.commit(&[Batch { revision: Revision(11), ops }]).unwrap();
         store = reopen(store);
         assert_eq!(store.load(b"full/").unwrap().len(), limits.ops);
     }
