@@ -78,6 +78,10 @@ impl World<'_> {
     pub(super) fn check_heard(&mut self, host: &HostUid, said: &Registration) {
         let Some(process) = &self.server.process else { return };
         let (view, live) = (process.machine.durable(), &process.live);
+        // It was removed while it said so: what it runs is nobody's any more.
+        if view.host(host).is_none_or(|host| host.is_removed()) {
+            return;
+        }
         let mut told = BTreeSet::new();
         let mut wrong = None;
         for report in &said.observed {

@@ -383,9 +383,10 @@ impl World<'_> {
                 let of_set = |node: &Node| {
                     node.disk.wanted.set().is_some_and(|set| set.entries.contains_key(uid))
                 };
-                // The slot of what no set names any more is not known on its host.
+                // The slot of what no set names any more is not known on its host, nor on that one of two
+                // copies of a disk that has lost its set.
                 let found = replica.found_body.is_some()
-                    && !self.nodes.iter().any(|node| node.uid == replica.host && of_set(node));
+                    && self.nodes.iter().any(|node| node.uid == replica.host && !of_set(node));
                 let orphan = |r: &Arc<Replica>| r.intent == ReplicaIntent::Orphan;
                 if found || before.replica(uid).is_some_and(orphan) {
                     // Nor when it is adopted, into one that is free.
