@@ -294,7 +294,7 @@ pub enum Audit {
 /// What to run.
 #[derive(Debug, Args)]
 pub struct Exec {
-    /// The deployment.
+    /// The deployment, or one of its replicas (iris/0).
     pub deployment: String,
     /// Only this replica (its uid or the beginning of it).
     #[arg(long)]
@@ -319,7 +319,7 @@ pub enum TopOf {
 /// Which output.
 #[derive(Debug, Args)]
 pub struct Logs {
-    /// The deployment.
+    /// The deployment, or one of its replicas (iris/0).
     pub deployment: String,
     /// Go on with lines as they come.
     #[arg(short, long)]

@@ -249,7 +249,7 @@ impl Cluster {
     }
 
     /// Whether the ledger's number is that of the roots there are.
-    fn roots_are_told(&self, told: &ClusterRecord) -> bool {
+    pub fn roots_are_told(&self, told: &ClusterRecord) -> bool {
         let first = told.roots_sha256.is_empty() && self.roots.next().is_none();
         first || told.roots_sha256 == self.roots.digest()
     }

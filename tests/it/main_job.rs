@@ -41,6 +41,10 @@ fn a_model_is_packaged_pushed_deployed_asked_and_watched_and_survives_its_keeper
     predict(&cluster).unwrap();
     let logs = cluster.berth_ok(&["logs", "iris", "--tail", "5"]).unwrap();
     assert!(logs.contains("iris/0 one |") && logs.contains("iris/1 one |"), "{logs}");
+    let logs = cluster.berth_ok(&["logs", "iris/1", "--tail", "5"]).unwrap();
+    assert!(!logs.contains("iris/0 one |") && logs.contains("iris/1 one |"), "{logs}");
+    let answer = cluster.berth_ok(&["exec", "iris/0", "--", "/berth-runtime", "--version"]);
+    assert!(answer.unwrap().starts_with("berth-runtime "));
 
     // What is shown can be applied again and changes nothing.
     let yaml = cluster.berth_ok(&["deployment", "show", "iris", "-o", "yaml"]).unwrap();

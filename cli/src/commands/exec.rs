@@ -1,6 +1,6 @@
 //! A command in a replica, with this terminal or without one.
 
-use super::connect;
+use super::{connect, named};
 use crate::args::{Exec, Global};
 use crate::error::{Error, Kind, Result};
 use crate::style::Stream;
@@ -80,11 +80,12 @@ pub async fn exec(global: &Global, args: Exec) -> Result<u8> {
         return Err(Error::new(Kind::Usage, "-t needs a terminal on both ends of this command")
             .hint("leave -t out to run it in a pipe"));
     }
+    let (deployment, replica) = named::replica(global, &args.deployment, args.replica).await?;
     let client = connect(global).await?;
     let start = ExecStart {
         namespace: client.namespace.clone(),
-        deployment: args.deployment,
-        replica: args.replica.unwrap_or_default(),
+        deployment,
+        replica: replica.unwrap_or_default(),
         command: args.command,
         tty: args.tty,
         size: if args.tty { size() } else { None },

@@ -1,6 +1,6 @@
 //! Images: pushed from the local engine, or built there from a folder.
 
-use super::model::{registered, unchanged, version_json};
+use super::model::{is_registered, registered, unchanged, version_json};
 use super::{ask, connect, model_and_version, name_and_version, pair, write};
 use crate::args::{Build, Global, Image};
 use crate::client;
@@ -201,8 +201,9 @@ pub async fn build(global: &Global, args: Build) -> Result<()> {
     let made =
         ask(global, client.models().register_version(request)).await?.version.unwrap_or_default();
     let words = format!(
-        "{} registered as image {}, {} ({} sent)",
+        "{} {} as image {}, {} ({} sent)",
         args.tag,
+        is_registered(known.as_ref()),
         pushed.digest,
         human_bytes(pushed.size),
         human_bytes(pushed.sent)

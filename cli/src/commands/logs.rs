@@ -1,6 +1,6 @@
 //! Streams: what replicas say, and what happens. A followed stream goes on where it was after a break.
 
-use super::{Patience, ask, broken, connect};
+use super::{Patience, ask, broken, connect, named};
 use crate::args::{Events, Global, Logs};
 use crate::error::{Error, Kind, Result};
 use crate::output::{item, moment, remote, rfc3339, since, stamp, word};
@@ -41,7 +41,9 @@ impl Sources {
     }
 }
 
-pub async fn logs(global: &Global, args: Logs) -> Result<()> {
+pub async fn logs(global: &Global, mut args: Logs) -> Result<()> {
+    (args.deployment, args.replica) =
+        named::replica(global, &args.deployment, args.replica.take()).await?;
     let mut request = StreamLogsRequest {
         namespace: global.namespace.clone().unwrap_or_default(),
         deployment: args.deployment.clone(),

@@ -13,6 +13,7 @@ mod infer;
 mod logs;
 mod look;
 mod model;
+mod named;
 mod root;
 mod user;
 

@@ -58,6 +58,14 @@ fn is_in(version: &ModelVersion, namespace: &str) -> bool {
     named(&version.namespace) == named(namespace)
 }
 
+/// What a push says of a version, which may have been there before it.
+pub fn is_registered(known: Option<&ModelVersion>) -> &'static str {
+    match known {
+        Some(_) => "was registered already",
+        None => "registered",
+    }
+}
+
 /// Refuses what would change a version that is registered. The same once more is none of that: it moves
 /// the aliases that it names.
 pub fn unchanged(known: Option<&ModelVersion>, digest: &str) -> Result<()> {
@@ -100,11 +108,13 @@ async fn model_push(global: &Global, mut args: ModelPush) -> Result<()> {
     // The registry's tag tells whether there is anything to ask the server for; what was never
     // registered may change.
     let there = registry.named(&version.repository, &version.version).await?;
-    if there.is_some_and(|digest| digest != version.digest) {
+    let known = if there.is_some() {
         let client = connect(global).await?;
-        let known = registered(global, &client, name, &version.version).await?;
-        unchanged(known.as_ref(), &version.digest)?;
-    }
+        registered(global, &client, name, &version.version).await?
+    } else {
+        None
+    };
+    unchanged(known.as_ref(), &version.digest)?;
     let sent = package::send(&registry, &packed).await?;
     // Only now: a push takes its time, and the server closes a connection that asks for nothing.
     let client = connect(global).await?;
@@ -116,9 +126,10 @@ async fn model_push(global: &Global, mut args: ModelPush) -> Result<()> {
     let made =
         ask(global, client.models().register_version(request)).await?.version.unwrap_or_default();
     let words = format!(
-        "{}:{} registered, {} ({} sent), {}",
+        "{}:{} {}, {} ({} sent), {}",
         made.model,
         made.version,
+        is_registered(known.as_ref()),
         human_bytes(made.size_bytes),
         human_bytes(sent),
         made.digest

@@ -201,7 +201,7 @@ fn what_was_gone_under_an_earlier_set_may_have_been_made_again_by_the_one_before
         assert!(statuses(&w.view, &h0(), &[], early, w.now.wall).is_empty());
     }
     let ended = deleted(&statuses(&w.view, &h0(), &[], told(&w, &gone), w.now.wall));
-    assert_eq!(ended, [replica.uid.clone()]);
+    assert_eq!(ended, std::slice::from_ref(&replica.uid));
 }
 
 #[test]

@@ -8,6 +8,7 @@ use crate::cluster::{ClusterDesk, wall_now};
 use crate::identity::ca::{CaError, HOST_DAYS};
 use crate::identity::roots::Roots;
 use crate::session::desk::{Desk as _, Order};
+use berth_proto::api::host_service_server::HostService as _;
 use berth_proto::api::system_service_server::SystemService as _;
 use berth_proto::api::user_service_server::UserService as _;
 use berth_proto::api::*;
@@ -38,6 +39,13 @@ async fn finish(api: &Api, pin: &str, force: bool) -> Result<RootsState, Status>
     Ok(done.state.unwrap())
 }
 
+/// Events about the roots.
+async fn happened(api: &Api) -> Vec<String> {
+    let about_roots = |event: &Event| event.reason.starts_with("ROOT_");
+    let found = api.0.past_events(0, 9, about_roots).await.unwrap();
+    found.into_iter().map(|event| event.reason).collect()
+}
+
 fn is_of(certificate_pem: &str, roots_pem: &str) -> bool {
     tls::is_signed_by_newest(certificate_pem, roots_pem).unwrap()
 }
@@ -63,6 +71,9 @@ async fn a_rotation_ends_when_all_hosts_hold_the_new_root_or_by_force() {
     let Some(Order::Trust(told)) = order else { panic!("{order:?}") };
     assert_eq!((told.version, told.roots_pem), (begun.version, api.0.roots.pem()));
     assert_eq!(begin(&api).await, begun, "nothing is done twice");
+    assert_eq!(happened(&api).await, ["ROOT_ROTATION_BEGUN"]);
+    let token = api.create_join_token(call(CreateJoinTokenRequest::default())).await;
+    token.unwrap();
     // A host that has not said that it holds them hears of them again.
     for _ in 0..2 {
         let again = tokio::time::timeout(PATIENCE, lines.orders.recv()).await.unwrap();
@@ -98,6 +109,9 @@ async fn a_rotation_ends_when_all_hosts_hold_the_new_root_or_by_force() {
     assert_eq!(&done.roots[0].pin, newer);
     assert!(done.version > begun.version);
     assert_eq!(finish(&api, &pin, false).await.unwrap(), done, "a repetition finds it done");
+    assert_eq!(happened(&api).await, ["ROOT_ROTATION_BEGUN", "ROOT_RETIRED"]);
+    let listed = api.list_join_tokens(call(ListJoinTokensRequest::default())).await.unwrap();
+    assert_eq!(listed.into_inner().tokens, [], "by them nobody would find the server");
     assert_eq!(Roots::open(dir.path()).unwrap().pem(), api.0.roots.pem());
 
     let pin = done.roots[0].pin.clone();

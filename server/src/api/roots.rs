@@ -6,12 +6,15 @@ use crate::doors::certificates::CertificateError;
 use crate::error::{Error, Kind};
 use crate::identity::ca::{BACKDATE_SECONDS, Ca, CaError, HOST_DAYS};
 use crate::ledger::refused;
-use berth_proto::api::{Root, RootsState};
+use berth_proto::api::{Event, EventSeverity, Root, RootsState};
 use berth_proto::convert::timestamp;
 use berth_proto::ids::Wall;
 use berth_proto::record::HostRecord;
 use berth_proto::tls::{self, TlsError};
 use berth_proto::words::counted;
+use berth_server_core::batching::{Proposal, Refusal};
+use berth_server_core::change::Change;
+use berth_server_core::restore;
 use berth_server_core::view::View;
 use std::sync::Arc;
 
@@ -128,11 +131,41 @@ impl Api {
         })
     }
 
-    /// Tells the present roots to all, and writes down who has changed them.
-    async fn tell_roots(&self, caller: &auth::Caller, method: &str) -> Result<(), Error> {
-        let noted = audit(caller, method, "", vec!["roots".to_owned()]);
-        let told = self.0.tell_trust(vec![noted]).await;
+    /// Tells the present roots to all, and writes down who has changed them. What has happened is an event
+    /// once, however often it is asked for.
+    async fn tell_roots(
+        &self,
+        caller: &auth::Caller,
+        method: &str,
+        (reason, message): (&str, String),
+    ) -> Result<(), Error> {
+        let mut noted = vec![audit(caller, method, "", vec!["roots".to_owned()])];
+        let told = self.0.ledger.ahead().cluster.clone();
+        if !self.0.roots_are_told(&told) {
+            noted.push(Change::AppendEvent(Event {
+                time: Some(timestamp(wall_now())),
+                severity: EventSeverity::Info as i32,
+                kind: "cluster".to_owned(),
+                uid: told.uid,
+                reason: reason.to_owned(),
+                message,
+                actor: caller.subject.clone(),
+                ..Event::default()
+            }));
+        }
+        let told = self.0.tell_trust(noted).await;
         told.map_err(|why| refused(why, Kind::User, &caller.subject))
+    }
+
+    /// Join tokens name the root that was, by which nobody finds the server any more.
+    async fn void_join_tokens(&self) -> Result<usize, Refusal> {
+        let void = restore::void_tokens(&self.0.ledger.view());
+        for changes in void.chunks(restore::CHUNK) {
+            let changes = changes.to_vec();
+            let proposal = Proposal { preconditions: Vec::new(), changes };
+            self.0.ledger.propose(proposal).await?;
+        }
+        Ok(void.len())
     }
 
     /// Makes the second root, where there is none.
@@ -147,7 +180,10 @@ impl Api {
             tracing::warn!(by = caller.subject, "a rotation of the root has begun");
         }
         // Also where it had begun: an earlier call may have been cut off before this.
-        self.tell_roots(caller, "SystemService/BeginRootRotation").await?;
+        let words =
+            "a rotation of the root has begun: a second root stands beside the first".to_owned();
+        let news = ("ROOT_ROTATION_BEGUN", words);
+        self.tell_roots(caller, "SystemService/BeginRootRotation", news).await?;
         self.roots_state()
     }
 
@@ -209,7 +245,17 @@ impl Api {
             .map_err(|e| Error::internal("cannot change the roots", e))?
             .map_err(not_turned)?;
         tracing::warn!(by = caller.subject, retired = pin, "a root was retired");
-        let told = self.tell_roots(caller, "SystemService/FinishRootRotation").await;
+        let void = self.void_join_tokens().await;
+        let void = match &void {
+            Ok(0) => String::new(),
+            Ok(count) => format!(", and with it {}", counted(*count, "join token")),
+            Err(why) => {
+                tracing::warn!(error = %why, "join tokens of the retired root are still listed");
+                String::new()
+            }
+        };
+        let news = ("ROOT_RETIRED", format!("the root {pin} was retired{void}"));
+        let told = self.tell_roots(caller, "SystemService/FinishRootRotation", news).await;
         // After they were told: whoever has to come again finds the server then.
         self.0.judge_again();
         told?;

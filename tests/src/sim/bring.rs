@@ -154,12 +154,12 @@ impl World<'_> {
         let steps: Vec<StepId> = agent.brings.fetches.keys().copied().collect();
         for step in steps {
             // One that has ended meanwhile may have let it go on already.
-            let waits = |f: &Box<Fetch>| {
+            let agent = self.nodes[node].agent.as_ref();
+            let waits = agent.and_then(|agent| agent.brings.fetches.get(&step)).is_some_and(|f| {
                 let for_blobs = matches!(f.parts.front(), Some(Part::Blobs(_)));
                 f.under_way.is_none() && (!f.begun || for_blobs)
-            };
-            let agent = self.nodes[node].agent.as_ref();
-            if agent.and_then(|agent| agent.brings.fetches.get(&step)).is_some_and(waits) {
+            });
+            if waits {
                 self.fetch_goes_on(node, step);
             }
         }
