@@ -83,8 +83,8 @@ pub struct Memory {
     pub replacement_done: bool,
     /// Durable: it ended and is not started again.
     pub finished: bool,
-    /// Durable: whose place it takes, past the set that said so: until it is gone, the two cannot
-    /// stand side by side.
+    /// Durable: whose place it takes, past the set that said so: until it is gone, or a set names both, the
+    /// two cannot stand side by side.
     pub replaces: Option<ReplicaUid>,
     /// Durable: not before then is the next attempt made.
     pub not_before: Option<Mono>,
@@ -155,6 +155,8 @@ pub enum Step {
         state: State,
         /// Remembered from now on.
         memory: Memory,
+        /// Its place is taken: it is not started again, unless it has to come back.
+        put_down: bool,
     },
     /// Remember durably.
     Remember {
@@ -205,8 +207,8 @@ pub fn predecessor(entry: &SetEntry) -> Option<ReplicaUid> {
     entry.replaces.as_ref()?.replica_uid.parse().ok()
 }
 
-/// Replicas of which at most one may run: each takes the place of another one, by the set or by what
-/// is remembered of it.
+/// Replicas of which at most one may run: each takes the place of another one, by the set or, unless a set
+/// names both side by side, by what is remembered of it.
 #[derive(Debug, Default)]
 pub struct Places {
     first: BTreeMap<ReplicaUid, ReplicaUid>,
@@ -347,7 +349,7 @@ fn put_down(
                     .filter(|after| !after.finished);
                 let memory = by_itself.unwrap_or_else(|| put_aside(memory, container.attempt));
                 let (attempt, state) = (container.attempt, container.state.clone());
-                out.steps.push(Step::TakeExit { replica, attempt, state, memory });
+                out.steps.push(Step::TakeExit { replica, attempt, state, memory, put_down: true });
                 // Older ones are taken in with it.
                 return;
             }
@@ -528,7 +530,7 @@ impl One<'_> {
             let own = attempt == memory.stopping && !memory.must_restart && !bug!(OwnEndCounted);
             let memory =
                 if own { put_aside(memory, attempt) } else { self.ended(attempt, code, now) };
-            out.steps.push(Step::TakeExit { replica, attempt, state, memory });
+            out.steps.push(Step::TakeExit { replica, attempt, state, memory, put_down: false });
             return;
         }
         if memory.finished {

@@ -50,6 +50,17 @@ const NOT_IN_TIME: &str = "it was not ready in time, its predecessor is brought 
 /// Checks under way at once: each costs a connection.
 const PROBES: usize = 32;
 
+/// The check of a running attempt.
+#[derive(Debug)]
+struct Checked {
+    attempt: u32,
+    probing: Probing,
+    /// One is under way.
+    busy: bool,
+    /// That one asks the program that was there before: its answer says nothing.
+    stale: bool,
+}
+
 /// What is under way or known of one replica, beside its memory and its containers.
 #[derive(Debug, Default)]
 struct Desk {
@@ -69,8 +80,7 @@ struct Desk {
     /// not wanted any more goes at once, however often it could not be started.
     retry: Backoff,
     retry_end: Backoff,
-    /// The check of a running attempt, and whether one is under way.
-    probing: Option<(u32, Probing, bool)>,
+    probing: Option<Checked>,
     /// What an attempt's program wrote last.
     last_words: Option<(u32, String)>,
     life: Life,
@@ -351,8 +361,8 @@ impl Reconcile {
             return false;
         }
         match step {
-            Step::TakeExit { attempt, state, memory, .. } => {
-                self.take_exit(now, &replica, attempt, &state, memory);
+            Step::TakeExit { attempt, state, memory, put_down, .. } => {
+                self.take_exit(now, &replica, attempt, &state, memory, put_down);
                 true
             }
             Step::Remember { memory, .. } => {
@@ -441,9 +451,11 @@ impl Reconcile {
         attempt: u32,
         state: &State,
         memory: Memory,
+        put_down: bool,
     ) {
         let State::Exited { code, out_of_memory, time } = *state else { return };
-        let next = memory.not_before.map(|at| {
+        // It is waited after only when it comes back.
+        let next = memory.not_before.filter(|_| !put_down).map(|at| {
             let wait_ms = i64::try_from(at.since_ms(now.mono)).unwrap_or(i64::MAX);
             Wall(now.wall.0.saturating_add(wait_ms))
         });
@@ -452,6 +464,8 @@ impl Reconcile {
             (Reason::FINISHED, words)
         } else if next.is_some() {
             (Reason::BACKOFF, "its program has ended and will be started again")
+        } else if memory.not_before.is_some() {
+            (Reason::REPLACED, "its program has ended, and another one takes its place")
         } else {
             (Reason::REPLACED, "it was stopped for the one that takes its place")
         };
@@ -520,7 +534,7 @@ impl Reconcile {
 
     fn probe(&mut self, now: Now, out: &mut Vec<Effect>) {
         let mut under_way =
-            self.desks.values().filter(|d| d.probing.as_ref().is_some_and(|p| p.2)).count();
+            self.desks.values().filter(|d| d.probing.as_ref().is_some_and(|p| p.busy)).count();
         let uids: Vec<ReplicaUid> = self.seen.keys().cloned().collect();
         for uid in uids {
             let running = self.seen[&uid].iter().find(|c| c.state == State::Running);
@@ -533,17 +547,24 @@ impl Reconcile {
                 continue;
             };
             let desk = self.desks.entry(uid.clone()).or_default();
-            if desk.probing.as_ref().is_none_or(|(of, _, _)| *of != attempt) {
+            // Its end has been seen, and somebody has started its container since: nothing is told of it any
+            // more, and it is being stopped.
+            if !desk.life.runs(attempt) {
+                desk.probing = None;
+                continue;
+            }
+            if desk.probing.as_ref().is_none_or(|probing| probing.attempt != attempt) {
                 let ran_ms = started.map_or(0, |at| now.wall.0.saturating_sub(at.0));
                 let ran_ms = u64::try_from(ran_ms).unwrap_or(0);
                 let since = Mono(now.mono.0.saturating_sub(ran_ms));
-                desk.probing = Some((attempt, Probing::adopted(since, now.mono), false));
+                let probing = Probing::adopted(since, now.mono);
+                desk.probing = Some(Checked { attempt, probing, busy: false, stale: false });
             }
-            let Some((_, probing, busy)) = &mut desk.probing else { continue };
-            if *busy {
+            let Some(checked) = &mut desk.probing else { continue };
+            if checked.busy {
                 continue;
             }
-            let due = probing.due();
+            let due = checked.probing.due();
             if due > now.mono || under_way >= bound!(PROBES, 1) {
                 // With all places taken, the next result makes room.
                 if due > now.mono {
@@ -551,7 +572,7 @@ impl Reconcile {
                 }
                 continue;
             }
-            *busy = true;
+            checked.busy = true;
             under_way += 1;
             out.push(Effect::Probe { replica: uid, attempt, check });
         }
@@ -560,15 +581,17 @@ impl Reconcile {
     fn probed(&mut self, now: Mono, uid: &ReplicaUid, attempt: u32, outcome: Outcome) {
         let Some(check) = self.body(uid).and_then(|b| b.spec.health.clone()) else { return };
         let Some(desk) = self.desks.get_mut(uid) else { return };
-        let Some((of, probing, busy)) = &mut desk.probing else { return };
-        if *of != attempt {
+        let Some(checked) = desk.probing.as_mut().filter(|checked| checked.attempt == attempt)
+        else {
+            return;
+        };
+        // Of a program that has ended, or of the one before it in the same container.
+        if checked.stale || !desk.life.runs(attempt) {
+            desk.probing = None;
             return;
         }
-        *busy = false;
-        // Its end has been seen, though somebody may have started its container since.
-        if !desk.life.runs(attempt) {
-            return;
-        }
+        checked.busy = false;
+        let probing = &mut checked.probing;
         match outcome {
             Outcome::Healthy => probing.result(&check, Ok(()), now),
             Outcome::Unhealthy(why) => probing.result(&check, Err(why), now),

@@ -39,7 +39,7 @@ const REPAIRS: u32 = 3;
 const BURST_US: u64 = 250_000;
 /// What is asked for at once under a bandwidth cap, as time. A cap is kept by reading late, and whatever
 /// was asked for may fill the kernel's buffer meanwhile: megabytes that come over the link in one burst,
-/// and that are lost with the process. A pause of a burst between two questions is made up for.
+/// and that are lost with the process. A pause of a burst between two questions is made up for; over a longer one the rate is below the cap.
 const ASK_US: u64 = 500_000;
 /// The least that is asked for at once: heads are a small part of it.
 const ASK_LEAST: u64 = 64 * 1024;
@@ -529,7 +529,7 @@ impl Transfer {
             .run
             .filter(|r| r.at > start && r.at < chunk_end(gap, size) && !bug!(ChunkBegunAnew))
             .map_or(start, |r| r.at);
-        let most = if self.no_ranges { u64::MAX } else { cap.ask() };
+        let most = if self.no_ranges || bug!(AskedAtOnce) { u64::MAX } else { cap.ask() };
         let to = to.min(at.saturating_add(most));
         self.run = Some(Run { at, to, skip: 0 });
         if !matches!(self.stage, Stage::Reading | Stage::Persisting) {

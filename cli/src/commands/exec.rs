@@ -80,7 +80,8 @@ pub async fn exec(global: &Global, args: Exec) -> Result<u8> {
         return Err(Error::new(Kind::Usage, "-t needs a terminal on both ends of this command")
             .hint("leave -t out to run it in a pipe"));
     }
-    let (deployment, replica) = named::replica(global, &args.deployment, args.replica).await?;
+    let (deployment, replica) =
+        named::replica(global, &args.deployment, args.replica, None).await?;
     let client = connect(global).await?;
     let start = ExecStart {
         namespace: client.namespace.clone(),

@@ -1,6 +1,6 @@
 //! Images: pushed from the local engine, or built there from a folder.
 
-use super::model::{is_registered, registered, unchanged, version_json};
+use super::model::{registered, registered_words, unchanged, version_json};
 use super::{ask, connect, model_and_version, name_and_version, pair, write};
 use crate::args::{Build, Global, Image};
 use crate::client;
@@ -203,7 +203,7 @@ pub async fn build(global: &Global, args: Build) -> Result<()> {
     let words = format!(
         "{} {} as image {}, {} ({} sent)",
         args.tag,
-        is_registered(known.as_ref()),
+        registered_words(known.as_ref()),
         pushed.digest,
         human_bytes(pushed.size),
         human_bytes(pushed.sent)

@@ -43,7 +43,7 @@ impl Sources {
 
 pub async fn logs(global: &Global, mut args: Logs) -> Result<()> {
     (args.deployment, args.replica) =
-        named::replica(global, &args.deployment, args.replica.take()).await?;
+        named::replica(global, &args.deployment, args.replica.take(), args.host.as_deref()).await?;
     let mut request = StreamLogsRequest {
         namespace: global.namespace.clone().unwrap_or_default(),
         deployment: args.deployment.clone(),

@@ -59,7 +59,7 @@ fn is_in(version: &ModelVersion, namespace: &str) -> bool {
 }
 
 /// What a push says of a version, which may have been there before it.
-pub fn is_registered(known: Option<&ModelVersion>) -> &'static str {
+pub fn registered_words(known: Option<&ModelVersion>) -> &'static str {
     match known {
         Some(_) => "was registered already",
         None => "registered",
@@ -129,7 +129,7 @@ async fn model_push(global: &Global, mut args: ModelPush) -> Result<()> {
         "{}:{} {}, {} ({} sent), {}",
         made.model,
         made.version,
-        is_registered(known.as_ref()),
+        registered_words(known.as_ref()),
         human_bytes(made.size_bytes),
         human_bytes(sent),
         made.digest

@@ -7,7 +7,7 @@ use berth_proto::api::{ListReplicasRequest, Replica, ReplicaIntent};
 use std::collections::BTreeSet;
 
 /// The deployment, and the uid of the replica that is meant, if one is: `name` may be
-/// `DEPLOYMENT/SLOT`, unless the replica is given beside it.
+/// `DEPLOYMENT/SLOT`, unless the replica is given beside it; where a host is given it is the one there.
 ///
 /// # Errors
 /// When that is no name, or not the name of one replica.
@@ -15,11 +15,26 @@ pub async fn replica(
     global: &Global,
     name: &str,
     replica: Option<String>,
+    host: Option<&str>,
 ) -> Result<(String, Option<String>)> {
-    let Some((deployment, slot)) = name.split_once('/') else {
+    let Some((deployment, slot)) = slot(name, replica.as_deref())? else {
         return Ok((name.to_owned(), replica));
     };
-    let Ok(slot) = slot.parse::<u32>() else {
+    let client = connect(global).await?;
+    let mut asking = client.deployments();
+    let all = pages!(global, replicas, |page| asking.list_replicas(ListReplicasRequest {
+        namespace: client.namespace.clone(),
+        deployment: deployment.to_owned(),
+        host: host.unwrap_or_default().to_owned(),
+        page,
+    }));
+    Ok((deployment.to_owned(), Some(in_slot(deployment, slot, &all)?)))
+}
+
+/// The deployment and the slot in a name; `None`: it names a deployment.
+fn slot<'a>(name: &'a str, replica: Option<&str>) -> Result<Option<(&'a str, u32)>> {
+    let Some((deployment, slot)) = name.split_once('/') else { return Ok(None) };
+    let Ok(slot) = slot.parse() else {
         let words = format!("\"{name}\" is neither a deployment nor a replica");
         return Err(Error::new(Kind::Usage, words).hint("write DEPLOYMENT, or DEPLOYMENT/SLOT"));
     };
@@ -27,15 +42,7 @@ pub async fn replica(
         let words = format!("{name} names a replica, and so does --replica");
         return Err(Error::new(Kind::Usage, words).hint("give one of them"));
     }
-    let client = connect(global).await?;
-    let mut asking = client.deployments();
-    let all = pages!(global, replicas, |page| asking.list_replicas(ListReplicasRequest {
-        namespace: client.namespace.clone(),
-        deployment: deployment.to_owned(),
-        page,
-        ..Default::default()
-    }));
-    Ok((deployment.to_owned(), Some(in_slot(deployment, slot, &all)?)))
+    Ok(Some((deployment, slot)))
 }
 
 /// The one replica in a slot. Of several, as while one takes another's place, the one that serves.
@@ -62,7 +69,8 @@ fn in_slot(deployment: &str, slot: u32, all: &[Replica]) -> Result<String> {
     }
     let hosts = list(here.iter().map(|r| r.host.clone()).collect());
     let words = format!("{deployment}/{slot} is {} replicas, on {hosts}", here.len());
-    Err(Error::user(words).hint(format!("name one with --replica (berth ps {deployment})")))
+    let hint = format!("name one with --replica UID (berth ps {deployment})");
+    Err(Error::user(words).hint(hint))
 }
 
 #[cfg(test)]
@@ -96,6 +104,14 @@ mod tests {
         let none = in_slot("iris", 7, &all).unwrap_err();
         assert_eq!(none.message, "there is no replica iris/7");
         assert_eq!(none.hint.as_deref(), Some("there are iris/0, iris/1, iris/2"));
+    }
+
+    #[test]
+    fn a_name_with_a_slash_is_a_slots_or_none() {
+        assert_eq!(slot("iris", Some("u")).unwrap(), None);
+        assert_eq!(slot("iris/3", None).unwrap(), Some(("iris", 3)));
+        assert_eq!(slot("iris/x", None).unwrap_err().kind, Kind::Usage);
+        assert_eq!(slot("iris/3", Some("u")).unwrap_err().kind, Kind::Usage);
     }
 
     #[test]

@@ -159,7 +159,7 @@ fn what_was_decided_by_something_a_full_disk_has_taken_back_is_refused() {
 }
 
 #[test]
-fn a_conflict_is_found_however_often_the_disk_was_full_in_between() {
+fn a_revision_is_given_once_however_often_the_disk_is_full() {
     let mut b = Batching::new(View::default(), Limits::ANY);
     let mut greatest = Revision(0);
     for round in 0..5 {

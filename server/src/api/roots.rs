@@ -12,7 +12,7 @@ use berth_proto::ids::Wall;
 use berth_proto::record::HostRecord;
 use berth_proto::tls::{self, TlsError};
 use berth_proto::words::counted;
-use berth_server_core::batching::{Proposal, Refusal};
+use berth_server_core::batching::Proposal;
 use berth_server_core::change::Change;
 use berth_server_core::restore;
 use berth_server_core::view::View;
@@ -137,11 +137,12 @@ impl Api {
         &self,
         caller: &auth::Caller,
         method: &str,
-        (reason, message): (&str, String),
+        (is_done, reason, message): (bool, &str, String),
     ) -> Result<(), Error> {
         let mut noted = vec![audit(caller, method, "", vec!["roots".to_owned()])];
         let told = self.0.ledger.ahead().cluster.clone();
-        if !self.0.roots_are_told(&told) {
+        // An earlier call may have been cut off before it could say so.
+        if is_done || !self.0.roots_are_told(&told) {
             noted.push(Change::AppendEvent(Event {
                 time: Some(timestamp(wall_now())),
                 severity: EventSeverity::Info as i32,
@@ -157,13 +158,17 @@ impl Api {
         told.map_err(|why| refused(why, Kind::User, &caller.subject))
     }
 
-    /// Join tokens name the root that was, by which nobody finds the server any more.
-    async fn void_join_tokens(&self) -> Result<usize, Refusal> {
-        let void = restore::void_tokens(&self.0.ledger.view());
-        for changes in void.chunks(restore::CHUNK) {
-            let changes = changes.to_vec();
+    /// Ends the join tokens: they name the root that is to go, also those that were made since another one
+    /// stands beside it.
+    async fn void_join_tokens(&self, caller: &auth::Caller) -> Result<usize, Error> {
+        let void = restore::void_tokens(&self.0.ledger.ahead());
+        for chunk in void.chunks(restore::CHUNK) {
+            let objects = chunk.iter().map(Change::key).collect();
+            let mut changes = chunk.to_vec();
+            changes.push(audit(caller, "SystemService/FinishRootRotation", "", objects));
             let proposal = Proposal { preconditions: Vec::new(), changes };
-            self.0.ledger.propose(proposal).await?;
+            let written = self.0.ledger.propose(proposal).await;
+            written.map_err(|why| refused(why, Kind::Token, &caller.subject))?;
         }
         Ok(void.len())
     }
@@ -176,13 +181,14 @@ impl Api {
             cluster.roots.begin(|bundle| cluster.trust_roots(bundle).map_err(NotTurned::from))
         });
         let begun = begun.await.map_err(|e| Error::internal("cannot change the roots", e))?;
-        if begun.map_err(not_turned)? {
+        let begun = begun.map_err(not_turned)?;
+        if begun {
             tracing::warn!(by = caller.subject, "a rotation of the root has begun");
         }
         // Also where it had begun: an earlier call may have been cut off before this.
         let words =
             "a rotation of the root has begun: a second root stands beside the first".to_owned();
-        let news = ("ROOT_ROTATION_BEGUN", words);
+        let news = (begun, "ROOT_ROTATION_BEGUN", words);
         self.tell_roots(caller, "SystemService/BeginRootRotation", news).await?;
         self.roots_state()
     }
@@ -234,6 +240,8 @@ impl Api {
                 ),
             ));
         }
+        // Before: a call that is cut off here finds the root still there when it is repeated.
+        let void = self.void_join_tokens(caller).await?;
         let cluster = Arc::clone(&self.0);
         let finished = tokio::task::spawn_blocking(move || {
             cluster.roots.finish()?;
@@ -245,16 +253,11 @@ impl Api {
             .map_err(|e| Error::internal("cannot change the roots", e))?
             .map_err(not_turned)?;
         tracing::warn!(by = caller.subject, retired = pin, "a root was retired");
-        let void = self.void_join_tokens().await;
-        let void = match &void {
-            Ok(0) => String::new(),
-            Ok(count) => format!(", and with it {}", counted(*count, "join token")),
-            Err(why) => {
-                tracing::warn!(error = %why, "join tokens of the retired root are still listed");
-                String::new()
-            }
+        let void = match void {
+            0 => String::new(),
+            count => format!(", and with it {}", counted(count, "join token")),
         };
-        let news = ("ROOT_RETIRED", format!("the root {pin} was retired{void}"));
+        let news = (true, "ROOT_RETIRED", format!("the root {pin} was retired{void}"));
         let told = self.tell_roots(caller, "SystemService/FinishRootRotation", news).await;
         // After they were told: whoever has to come again finds the server then.
         self.0.judge_again();

@@ -531,7 +531,12 @@ impl World<'_> {
                     if let Effect::Remove { replica, id, .. } = &call {
                         let set = agent.board.wanted.set();
                         let unasked = set.is_some_and(|set| !set.entries.contains_key(replica));
-                        self.book.put_away.extend(unasked.then(|| (node, id.clone())));
+                        let asked_for = (node, id.clone());
+                        if unasked {
+                            self.book.put_away.insert(asked_for);
+                        } else {
+                            self.book.put_away.remove(&asked_for);
+                        }
                     }
                     let at = now + held.rng.u64(0..4);
                     self.events.push(at, Event::Call { node, life, effect: Box::new(call) });

@@ -343,6 +343,14 @@ impl World<'_> {
                     let words = format!("{}: {words}", held.uid);
                     return self.broke(words);
                 }
+                if let Effect::Open { from, to, .. } = &effect
+                    && agent.brings.is_capped
+                    && !under_way.watch.no_ranges
+                    && to - from > CAP_BYTES.get() / 2
+                {
+                    let words = format!("{} asks for {} bytes at once", held.uid, to - from);
+                    return self.broke(words);
+                }
                 let replica = fetch.replica.clone();
                 let said = match effect {
                     Effect::Progress(progress) => {
@@ -532,6 +540,7 @@ impl World<'_> {
             Some(2) => from + 1,
             Some(_) => 0,
         };
+        watch.no_ranges |= at < from;
         watch.wire = Some(Wire { at, from, to, server });
         Input::Opened { from: at }
     }

@@ -229,10 +229,10 @@ impl World<'_> {
                 answers.push((took_ms, Input::StepDone { step, done }));
             }
             Effect::Remove { step, id, .. } => {
-                // Wanted again while this was on its way.
-                let asked = !self.book.put_away.contains(&(node, id.clone()));
+                // Asked for while no set named its replica, it may be wanted again by now.
+                let is_named = !self.book.put_away.contains(&(node, id.clone()));
                 let id = number(&id);
-                if asked {
+                if is_named {
                     self.check_put_away(node, id);
                 }
                 let engine = &mut self.nodes[node].engine;

@@ -40,6 +40,8 @@ pub(super) struct Wire {
 pub(super) struct Watch {
     pub(super) blobs: Vec<Blob>,
     pub(super) wire: Option<Wire>,
+    /// The registry has sent what was not asked for.
+    pub(super) no_ranges: bool,
     /// What it was told to be durable, by blob.
     held: Vec<BTreeSet<u64>>,
     room: bool,
@@ -68,6 +70,7 @@ impl Watch {
             held: vec![BTreeSet::new(); blobs.len()],
             blobs,
             wire: None,
+            no_ranges: false,
             room: false,
             written: None,
             right: true,

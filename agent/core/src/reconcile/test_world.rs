@@ -347,16 +347,21 @@ impl World {
         self.answers.push(answer);
     }
 
+    /// Time passes until something like this is asked for, which is not carried out; nor is all else.
+    pub(super) fn until_asked(&mut self, wanted: impl Fn(&Effect) -> bool) -> Effect {
+        loop {
+            if let Some(at) = self.asked.iter().position(&wanted) {
+                return self.asked.remove(at);
+            }
+            self.now = self.now.max(self.machine.deadline().unwrap().0);
+            self.tell(Input::Tick);
+        }
+    }
+
     /// Something has happened at the engine: the agent looks, and nothing else is carried out.
     pub(super) fn look(&mut self) {
         self.tell(Input::Happened { urgent: true });
-        let is_look = |effect: &Effect| matches!(effect, Effect::Observe(_));
-        while !self.asked.iter().any(is_look) {
-            self.now = self.machine.deadline().unwrap().0;
-            self.tell(Input::Tick);
-        }
-        let at = self.asked.iter().position(is_look).unwrap();
-        let effect = self.asked.remove(at);
+        let effect = self.until_asked(|effect| matches!(effect, Effect::Observe(_)));
         self.carry_out(effect, Luck::Good);
         let answer = self.answers.pop().unwrap();
         self.tell(answer);

@@ -302,44 +302,74 @@ fn one_that_is_wanted_again_after_somebody_started_it_anew_is_told_of_truly() {
 }
 
 #[test]
-fn an_attempt_that_has_ended_is_not_ready_whatever_its_check_says() {
+fn an_attempt_that_has_ended_is_not_ready_whatever_its_check_says_and_is_not_asked_any_more() {
     let mut w = World::new();
     w.want(&[Want { checked: true, never: true, ..want("a") }]);
     w.run_for(5_000);
     assert!(w.status("a").ready);
+    // It ends, and somebody starts it again, while its check is under way.
+    let check = w.until_asked(|effect| matches!(effect, Effect::Probe { .. }));
     w.end("a", 0);
-    w.run_for(100);
-    assert_eq!((w.status("a").phase(), w.status("a").ready), (ReplicaPhase::Exited, false));
-    // Somebody starts it again, and its check passes before it is stopped.
+    w.look();
     let id = w.of("a").unwrap().id.clone();
     w.containers.get_mut(&id).unwrap().state = State::Running;
     w.look();
-    let probe = w.asked.iter().position(|e| matches!(e, Effect::Probe { .. })).unwrap();
-    let probe = w.asked.remove(probe);
-    w.carry_out(probe, Luck::Good);
-    let passed = w.answers.remove(0);
+    w.carry_out(check, Luck::Good);
+    let passed = w.answers.pop().unwrap();
     w.tell(passed);
     assert_eq!((w.status("a").phase(), w.status("a").ready), (ReplicaPhase::Exited, false));
+    assert!(!w.asked.iter().any(|effect| matches!(effect, Effect::Probe { .. })));
     w.run_for(5_000);
     assert_eq!((w.running().len(), w.status("a").ready), (0, false));
 }
 
 #[test]
-fn a_program_that_was_started_anew_unseen_is_not_ready_before_its_check_says_so() {
+fn a_program_that_was_started_anew_unseen_is_not_ready_before_its_own_check_says_so() {
     let mut w = World::new();
     w.want(&[Want { checked: true, ..want("a") }]);
     w.run_for(5_000);
     assert!(w.status("a").ready);
-    // The engine ends with it, and somebody has started it again before anyone looks.
-    w.healthy = false;
+    // The engine ends with it, and somebody has started it again before anyone looks; the answer of the one
+    // before is still on its way.
+    let check = w.until_asked(|effect| matches!(effect, Effect::Probe { .. }));
     let id = w.of("a").unwrap().id.clone();
     let now = w.now().wall;
     w.containers.get_mut(&id).unwrap().started = Some(now);
     w.look();
     assert!(!w.status("a").ready);
+    w.carry_out(check, Luck::Good);
+    let passed = w.answers.pop().unwrap();
+    w.healthy = false;
+    w.tell(passed);
+    assert!(!w.status("a").ready, "that was the one before");
+    w.run_for(2_000);
+    assert!(!w.status("a").ready);
     w.healthy = true;
     w.run_for(2_000);
     assert!(w.status("a").ready);
+}
+
+#[test]
+fn one_that_failed_and_whose_place_is_taken_is_not_said_to_be_started_again() {
+    let mut w = World::new();
+    w.want(&[want("old")]);
+    w.run_for(10);
+    w.want(&replaced());
+    // That its place is taken is remembered, and before anything comes of it it fails.
+    while !w.disk.1.get(&uid("new")).is_some_and(|new| new.replacement_begun) {
+        match w.answers.pop() {
+            Some(answer) => w.tell(answer),
+            None => {
+                let effect = w.asked.remove(0);
+                w.carry_out(effect, Luck::Good);
+            }
+        }
+    }
+    w.end("old", 1);
+    w.look();
+    w.run_for(1_000);
+    let told = w.status("old");
+    assert_eq!((told.reason.as_str(), told.next_attempt_time), ("REPLACED", None));
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Whether a rollout is complete, goes on, or has failed.
 //!
 //! The progress deadline runs only while every host that matters has been heard of and one of them is
-//! in reach (a replacement that its host has given back fails a rollout in any case); whenever it stands still, the time that passes is not counted. What is left of it is
-//! written down now and then, so that a server that restarts often does not grant it anew each time.
+//! in reach; whenever it stands still, the time that passes is not counted. What is left of it is
+//! written down now and then, so that a server that restarts often does not grant it anew each time. A
+//! replacement that a host in reach has given back fails a rollout whoever is silent.
 
 use super::roll::{SlotWork, Tally};
 use super::{Health, Planning};
@@ -16,6 +17,8 @@ use std::sync::Arc;
 /// The time left is written down each time this part of the deadline has gone by: a restart of the
 /// server gives back an eighth at the most, for eight small writes a rollout.
 const WRITTEN_PARTS: u64 = 8;
+/// A host has brought back what its replacement was to take the place of.
+const GIVEN_BACK: &str = "a replacement did not become ready in time on its host";
 
 impl<'a> Planning<'a> {
     /// Completion, progress and failure.
@@ -46,8 +49,11 @@ impl<'a> Planning<'a> {
             r.failed && own(r) && (away || *h != Health::Deferred)
         };
         let failed_here = work.iter().flat_map(|item| &item.old).any(|old| failed(&old, false));
-        let waits = unheard || (tally.wanted > 0 && !in_reach) || nobody;
-        if waits && !failed_here {
+        if failed_here {
+            self.fail(release, GIVEN_BACK);
+            return;
+        }
+        if unheard || (tally.wanted > 0 && !in_reach) || nobody {
             self.stand_still(release, tally.new_healthy);
             return;
         }
@@ -76,7 +82,7 @@ impl<'a> Planning<'a> {
         let failed_for_good = work.iter().flat_map(|item| &item.old).any(|old| failed(&old, true));
         if clock.left_ms == 0 || failed_for_good {
             let why = if failed_for_good {
-                "a replacement did not become ready in time on its host".to_owned()
+                GIVEN_BACK.to_owned()
             } else {
                 let within = berth_proto::quantity::format_duration_ms(deadline);
                 let none = if tally.new_healthy == 0 { "no replica" } else { "no further replica" };
