@@ -28,7 +28,9 @@ pub fn of(reason: &str, code: Code) -> Option<&'static str> {
         "MODEL_NOT_FOUND" => "`berth model list` shows them; `berth model push` makes one",
         "VERSION_NOT_FOUND" | "ALIAS_NOT_FOUND" => "`berth model show NAME` shows them",
         "USER_NOT_FOUND" => "`berth user list` shows them",
-        "TOKEN_NOT_FOUND" => "`berth host token list` shows them",
+        "TOKEN_NOT_FOUND" => {
+            "`berth host token list` shows join tokens, `berth user list -o wide` those of users"
+        }
         "IMAGE_NOT_FOUND" => "`berth image push`, `berth build` or `docker push` bring one",
         "RUNTIME_NOT_FOUND" => {
             "`berth image push LOCAL runtimes/NAME:latest` brings one; spec.runtime names it"
@@ -60,7 +62,7 @@ pub fn of(reason: &str, code: Code) -> Option<&'static str> {
             "`berth context renew` in time, or a new context from an admin: `berth user create`"
         }
         "EVENTS_EXPIRED" => "begin anew, without a token",
-        "HOST_AWAY" => "`berth host list` shows when it was last seen",
+        "HOST_AWAY" => "`berth host show NAME` shows when it was last seen",
         "SERVER_STOPPING" | "LEDGER_BUSY" => "the same command may work in a moment",
         _ => "",
     };

@@ -302,6 +302,12 @@ impl Host {
         Ok(())
     }
 
+    /// The name of its end of the wire, and of its cgroups.
+    #[must_use]
+    pub fn link(&self) -> &str {
+        &self.link
+    }
+
     /// Bytes that have reached the host over the wire since it was powered on.
     ///
     /// # Errors

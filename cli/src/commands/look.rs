@@ -128,7 +128,7 @@ fn placed(r: &Replica) -> Shown {
 
 /// Where replicas are looked for: a name alone is that of a deployment in `default`, as everywhere;
 /// nothing means all namespaces.
-fn where_to_look<'a>(namespace: &'a str, deployment: &str) -> &'a str {
+pub(super) fn where_to_look<'a>(namespace: &'a str, deployment: &str) -> &'a str {
     if namespace.is_empty() && !deployment.is_empty() { "default" } else { namespace }
 }
 

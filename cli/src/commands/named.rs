@@ -1,5 +1,6 @@
 //! A replica by the name that events, logs and messages give it: `DEPLOYMENT/SLOT`.
 
+use super::look::where_to_look;
 use super::{connect, pages};
 use crate::args::Global;
 use crate::error::{Error, Kind, Result};
@@ -23,7 +24,7 @@ pub async fn replica(
     let client = connect(global).await?;
     let mut asking = client.deployments();
     let all = pages!(global, replicas, |page| asking.list_replicas(ListReplicasRequest {
-        namespace: client.namespace.clone(),
+        namespace: where_to_look(&client.namespace, deployment).to_owned(),
         deployment: deployment.to_owned(),
         host: host.unwrap_or_default().to_owned(),
         page,
@@ -69,7 +70,8 @@ fn in_slot(deployment: &str, slot: u32, all: &[Replica]) -> Result<String> {
     }
     let hosts = list(here.iter().map(|r| r.host.clone()).collect());
     let words = format!("{deployment}/{slot} is {} replicas, on {hosts}", here.len());
-    let hint = format!("name one with --replica UID (berth ps {deployment})");
+    let hint =
+        format!("write {deployment} --replica UID (berth ps {deployment} -o wide shows them)");
     Err(Error::user(words).hint(hint))
 }
 

@@ -67,14 +67,12 @@ impl Caller {
         } else {
             format!("namespace \"{namespace}\"")
         };
-        Err(Error::denied(
-            "ROLE_NEEDED",
-            format!(
-                "{} needs the role {} in {place}",
-                self.subject,
-                role.as_str_name().trim_start_matches("ROLE_").to_ascii_lowercase()
-            ),
-        ))
+        Err(self.lacks(role, &place))
+    }
+
+    fn lacks(&self, role: Role, place: &str) -> Error {
+        let role = role.as_str_name().trim_start_matches("ROLE_").to_ascii_lowercase();
+        Error::denied("ROLE_NEEDED", format!("{} needs the role {role} in {place}", self.subject))
     }
 
     /// Whether it may have a repository's contents run (whoever may pull them) or registered (whoever
@@ -366,7 +364,9 @@ fn admit(cluster: &Cluster, request: &Request) -> Result<Caller, Error> {
             if !caller.deployment.is_empty()
                 || !caller.bindings.iter().any(|b| b.role() as i32 >= role as i32)
             {
-                caller.require(role, "")?;
+                caller.require(role, "").map_err(|_| {
+                    caller.lacks(role, "the namespace asked for, and has it in none")
+                })?;
                 return Err(Error::denied("TOKEN_LIMITED", "this token is for a gateway only"));
             }
             Ok(caller)
