@@ -225,8 +225,8 @@ Examples:
 
 Hosts learn the new root by themselves, and renew their certificates with it; those that are away do so
 when they are back. People run `berth context renew`, once each. Other clients (docker, curl) are given
-what `export` prints. People's tokens stay good, join tokens end. A backup from before `rotate` shuts out hosts that have renewed
-since: make a new one after each step.";
+what `export` prints. People's tokens stay good, join tokens end. A backup from before `rotate` shuts
+out hosts that have renewed since: make a new one after each step.";
 
 pub const COMPLETION: &str = "\
 Examples:

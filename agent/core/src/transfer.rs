@@ -39,7 +39,8 @@ const REPAIRS: u32 = 3;
 const BURST_US: u64 = 250_000;
 /// What is asked for at once under a bandwidth cap, as time. A cap is kept by reading late, and whatever
 /// was asked for may fill the kernel's buffer meanwhile: megabytes that come over the link in one burst,
-/// and that are lost with the process. A pause of a burst between two questions is made up for; over a longer one the rate is below the cap.
+/// and that are lost with the process. A pause of a burst between two questions is made up for; over a
+/// longer one the rate is below the cap.
 const ASK_US: u64 = 500_000;
 /// The least that is asked for at once: heads are a small part of it.
 const ASK_LEAST: u64 = 64 * 1024;

@@ -6,9 +6,10 @@
 //! proposal and is never split. Whoever plans reads [`Batching::ahead`], so that nothing is decided
 //! twice; everybody else reads what was published.
 //!
-//! A revision is given once in a life of the machine. What a full disk takes back leaves numbers that somebody may have read: one who
-//! decides by such an object would else find its number again on another one. So the next writes wait
-//! until empty batches of those numbers are durable, and get theirs then, in order.
+//! A revision is given once in a life of the machine. What a full disk takes back leaves numbers that
+//! somebody may have read: one who decides by such an object would else find its number again on another
+//! one. So the next writes wait until empty batches of those numbers are durable, and get theirs then, in
+//! order.
 //!
 //! Two things cannot be forgotten by whoever proposes, because they are done here: a change of a
 //! host's replicas raises its generation in the same batch, and events and audit entries get their

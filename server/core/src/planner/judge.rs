@@ -45,11 +45,8 @@ impl<'a> Planning<'a> {
         // A replacement that a host in reach has given back says all there is to say, whoever is silent: it
         // would else be tried again for as long as they are, each time in the place of one that serves.
         let own = |r: &Replica| r.release == release.number || bug!(OldFailureCounted);
-        let failed = |(r, h): &&(&Arc<Replica>, Health), away: bool| {
-            r.failed && own(r) && (away || *h != Health::Deferred)
-        };
-        let failed_here = work.iter().flat_map(|item| &item.old).any(|old| failed(&old, false));
-        if failed_here {
+        let mut failed = work.iter().flat_map(|item| &item.old).filter(|(r, _)| r.failed && own(r));
+        if failed.clone().any(|(_, health)| *health != Health::Deferred) {
             self.fail(release, GIVEN_BACK);
             return;
         }
@@ -79,7 +76,8 @@ impl<'a> Planning<'a> {
         }
         let deadline = self.deployment.spec.rollout.progress_deadline_ms;
         let clock = self.run_clock(release, tally.new_healthy, deadline);
-        let failed_for_good = work.iter().flat_map(|item| &item.old).any(|old| failed(&old, true));
+        // On a host that is away.
+        let failed_for_good = failed.next().is_some();
         if clock.left_ms == 0 || failed_for_good {
             let why = if failed_for_good {
                 GIVEN_BACK.to_owned()
