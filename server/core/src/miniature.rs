@@ -21,7 +21,7 @@ pub(crate) struct World {
     pub(crate) ids: u32,
     /// Containers that run, by replica; what the hosts really have.
     pub(crate) running: BTreeMap<ReplicaUid, (HostUid, ReleaseNumber, u32)>,
-    /// Releases that never become ready.
+    /// Releases of which nothing that was not ready before becomes so.
     pub(crate) broken: BTreeSet<u64>,
     pub(crate) most_at_once: usize,
     pub(crate) lowest_ready: usize,
@@ -183,7 +183,8 @@ impl World {
             }
             if replica.runs() {
                 let here = (replica.host.clone(), replica.release, replica.slot);
-                let ok = !self.broken.contains(&replica.release.0);
+                let was_ready = replica.first_ready.is_some();
+                let ok = was_ready || !self.broken.contains(&replica.release.0);
                 if let Some(old) = &replica.replaces {
                     if ok {
                         self.running.remove(old);

@@ -212,6 +212,9 @@ pub struct Replica {
     pub failed: bool,
     /// Why it failed.
     pub reason: String,
+    /// The release whose replica was tried in its place, and which its host has given back: it is not
+    /// tried there again.
+    pub given_back: Option<ReleaseNumber>,
     /// Of an orphan: the body it was found to run, when its host said so.
     pub found_body: Option<Digest>,
     /// Last written at.
@@ -260,6 +263,7 @@ impl Replica {
             exits: record.exits.clone(),
             failed: record.failed,
             reason: record.reason.clone(),
+            given_back: Some(ReleaseNumber(record.given_back_release)).filter(|r| r.0 != 0),
             found_body,
             revision: Revision(0),
         })
@@ -288,6 +292,7 @@ impl Replica {
             failed: self.failed,
             reason: self.reason.clone(),
             body_digest: self.found_body.as_ref().map(ToString::to_string).unwrap_or_default(),
+            given_back_release: self.given_back.map_or(0, |release| release.0),
         }
     }
 

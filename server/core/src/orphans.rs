@@ -81,6 +81,7 @@ pub fn found(view: &View, host: &HostUid, observed: &[ReplicaReport], now: Wall)
             exits: Vec::new(),
             failed: false,
             reason: "found after a restore".to_owned(),
+            given_back: None,
             found_body: report.body_digest.parse().ok(),
             revision: Revision(0),
         })));

@@ -771,6 +771,7 @@ mod tests {
             exits: Vec::new(),
             failed: false,
             reason: String::new(),
+            given_back: None,
             found_body: None,
             revision: Revision(0),
         };

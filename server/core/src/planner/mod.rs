@@ -307,6 +307,7 @@ impl<'a> Planning<'a> {
             exits: Vec::new(),
             failed: false,
             reason: String::new(),
+            given_back: None,
             found_body: None,
             revision: Default::default(),
         };

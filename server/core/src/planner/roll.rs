@@ -5,6 +5,7 @@
 //! less what exists. A replica that is being stopped exists until its absence is known.
 
 use super::{Health, Planning};
+use crate::change::Change;
 use crate::live::Presence;
 use crate::objects::{Release, Replica};
 use crate::placement::{Need, Pool, Unplaceable, has_room_after};
@@ -16,6 +17,9 @@ use std::sync::Arc;
 /// What is said of replicas on a draining host that a rollout which stands still does not move.
 const UNMOVED: &str = "on a draining host, and not moved while the rollout is paused: undo it, or apply \
                        what works";
+/// What is said of a slot whose host has brought back what runs there.
+const GIVEN_BACK: &str = "its release did not become ready in the place of what runs on its host: apply what \
+                          works, or restart it";
 /// What is said of a slot whose replica was found after a restore.
 pub const UNDECIDED: &str = "found after a restore and not decided about (berth orphan list)";
 
@@ -339,6 +343,7 @@ impl<'a> Planning<'a> {
                     let candidate = item.old.iter().chain(surplus).find(|(r, h)| {
                         *h != Health::Deferred
                             && !r.failed
+                            && r.given_back != Some(release.number)
                             && !self.changes_places(r)
                             && !self.leaving(r)
                             && self.fits_instead(&need, r)
@@ -354,6 +359,15 @@ impl<'a> Planning<'a> {
                         }
                         // Too many change places just now. Room may come before its turn does.
                         Some(_) => self.waits_for(&why),
+                        None if item
+                            .old
+                            .iter()
+                            .any(|(r, _)| r.given_back == Some(release.number)) =>
+                        {
+                            *self.plan.report.pending.entry(GIVEN_BACK.to_owned()).or_default() +=
+                                1;
+                            self.waits_for(&why);
+                        }
                         None => match (&item.host, unplaced.last_mut()) {
                             (Some(host), _) => self.pending_on(host, &why),
                             (None, Some((same, slots))) if *same == why => *slots += 1,
@@ -461,12 +475,28 @@ impl<'a> Planning<'a> {
                         spare = spare.saturating_sub(1);
                         serving = serving.saturating_sub(1);
                     }
+                    if old.failed {
+                        self.give_back(old);
+                    }
                     self.stop(old);
                 }
             }
         }
         if unmoved > 0 {
             *self.plan.report.pending.entry(UNMOVED.to_owned()).or_default() += unmoved;
+        }
+    }
+
+    /// What it was to take the place of, and was brought back, does not give way to its release again: it
+    /// would serve half of the time, for as long as nobody looks.
+    fn give_back(&mut self, failed: &Replica) {
+        let Some(back) = failed.replaces.as_ref().and_then(|uid| self.view.replica(uid)) else {
+            return;
+        };
+        if back.runs() && back.given_back != Some(failed.release) {
+            let given_back = Some(failed.release);
+            let back = Replica { given_back, ..Replica::clone(back) };
+            self.plan.changes.push(Change::PutReplica(Arc::new(back)));
         }
     }
 

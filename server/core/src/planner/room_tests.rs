@@ -74,6 +74,40 @@ fn a_replacement_that_was_given_back_fails_its_rollout_though_a_host_is_silent()
 }
 
 #[test]
+fn what_a_late_host_has_given_back_once_is_not_tried_in_its_place_again() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    // One fills a host.
+    spec.resources = Some(api::Resources { memory_bytes: 900 << 20, ..Default::default() });
+    w.apply(spec.clone());
+    w.settle();
+    w.presence(1, Presence::Away(w.now.mono));
+    spec.source = World::spec("two").source;
+    w.apply(spec.clone());
+    w.settle();
+    assert_eq!(w.deployment().rollout(), RolloutState::Complete);
+    // Its rollout is over when the host returns, on which the release does not come up.
+    w.broken.insert(2);
+    w.presence(1, Presence::Present);
+    for _ in 0..20 {
+        w.pass(150);
+    }
+    let replaced =
+        |w: &World| w.view.replicas_of(&w.uid()).filter(|r| r.replaces.is_some()).count();
+    assert_eq!(replaced(&w), 1, "the one on h0");
+    let plan = w.plan();
+    assert!(plan.is_empty(), "{:?}", plan.steps);
+    let words: Vec<&String> = plan.report.pending.keys().collect();
+    assert!(matches!(words[..], [one] if one.contains("in the place of what runs")), "{words:?}");
+    assert_eq!(w.releases_running(), [1, 2]);
+    // What is applied next is tried there.
+    spec.source = World::spec("three").source;
+    w.apply(spec);
+    w.settle();
+    assert_eq!(w.releases_running(), [3, 3]);
+}
+
+#[test]
 fn why_nothing_is_placed_is_said_in_words() {
     let mut w = World::new(3);
     let host = w.view.host(&"h0".parse().unwrap()).unwrap();
