@@ -57,7 +57,8 @@ struct Checked {
     probing: Probing,
     /// One is under way.
     busy: bool,
-    /// That one asks the program that was there before: its answer says nothing.
+    /// That one asks the program that was there before, or one that is being stopped: its answer says
+    /// nothing.
     stale: bool,
 }
 
@@ -92,6 +93,14 @@ impl Desk {
     fn wrote(&self, attempt: u32) -> String {
         let known = self.last_words.as_ref().filter(|(of, _)| *of == attempt);
         known.map(|(_, line)| line.clone()).unwrap_or_default()
+    }
+
+    /// What its check has found, or is about to find, is of no account any more.
+    fn forget_check(&mut self) {
+        match &mut self.probing {
+            Some(checked) if checked.busy => checked.stale = true,
+            Some(_) | None => self.probing = None,
+        }
     }
 }
 
@@ -413,7 +422,9 @@ impl Reconcile {
                         found.map_or((0, works::GRACE_MS), |c| (c.attempt, c.grace_ms));
                     let grace_ms = if bug!(NoGrace) { 0 } else { grace_ms };
                     let step = self.begin(&replica, works::Kind::Stop, &id, attempt);
-                    self.desk(&replica).life.set_ready(false);
+                    let desk = self.desk(&replica);
+                    desk.life.set_ready(false);
+                    desk.forget_check();
                     out.push(Effect::Stop { step, replica, id, grace_ms });
                 }
                 false
@@ -546,6 +557,10 @@ impl Reconcile {
                 }
                 continue;
             };
+            // Whatever it answers while it is being stopped, it is to serve nobody.
+            if self.is_stopping(&uid) {
+                continue;
+            }
             let desk = self.desks.entry(uid.clone()).or_default();
             // Its end has been seen, and somebody has started its container since: nothing is told of it any
             // more, and it is being stopped.

@@ -275,10 +275,7 @@ impl Reconcile {
             (memory.ready, memory.ready_since) = (false, None);
         }
         if let Some(desk) = self.desks.get_mut(uid) {
-            match &mut desk.probing {
-                Some(checked) if checked.busy => checked.stale = true,
-                Some(_) | None => desk.probing = None,
-            }
+            desk.forget_check();
         }
     }
 

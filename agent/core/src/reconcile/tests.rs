@@ -385,3 +385,38 @@ fn a_transfer_nobody_waits_for_any_more_is_ended() {
     assert!(w.asked.contains(&Effect::StopFetch(fetch.unwrap())));
     assert!(w.absent.contains(&uid("a")));
 }
+
+#[test]
+fn what_is_being_stopped_is_not_ready_whatever_its_check_says_and_is_not_asked() {
+    let mut w = World::new();
+    w.want(&[Want { checked: true, ..want("a") }]);
+    w.run_for(5_000);
+    assert!(w.status("a").ready);
+    // Another one takes its place while its check is under way; it takes all of its grace to end.
+    let check = w.until_asked(|effect| matches!(effect, Effect::Probe { .. }));
+    w.want(&[
+        Want { checked: true, ..want("a") },
+        Want { checked: true, replaces: Some("a"), ..want("b") },
+    ]);
+    let stop = loop {
+        if let Some(at) = w.asked.iter().position(|e| matches!(e, Effect::Stop { .. })) {
+            break w.asked.remove(at);
+        }
+        let effect = w.asked.remove(0);
+        w.carry_out(effect, Luck::Good);
+        let answer = w.answers.pop().unwrap();
+        w.tell(answer);
+    };
+    assert!(!w.status("a").ready);
+    w.carry_out(check, Luck::Good);
+    let passed = w.answers.pop().unwrap();
+    w.tell(passed);
+    assert!(!w.status("a").ready);
+    let asked = |w: &World| w.log.iter().filter(|e| matches!(e, Effect::Probe { .. })).count();
+    let before = asked(&w);
+    w.run_for(7_000);
+    assert_eq!((asked(&w), w.status("a").ready), (before, false));
+    w.carry_out(stop, Luck::Good);
+    w.run_for(10_000);
+    assert_eq!((w.running(), w.status("b").ready), (vec!["b"], true));
+}

@@ -109,6 +109,13 @@ impl Works {
 }
 
 impl Reconcile {
+    /// Its container is being stopped.
+    pub(super) fn is_stopping(&self, uid: &ReplicaUid) -> bool {
+        let step = self.desks.get(uid).and_then(|desk| desk.step);
+        step.and_then(|step| self.works.works.get(&step))
+            .is_some_and(|work| work.kind == Kind::Stop)
+    }
+
     /// Whether a step may begin now.
     pub(super) fn has_place(&mut self, now: Now, uid: &ReplicaUid, kind: Kind) -> bool {
         if let Some(at) = self.desks.get(uid).and_then(|desk| desk.retry(kind).waits(now.mono)) {
