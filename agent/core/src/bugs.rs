@@ -66,6 +66,7 @@ pub enum Bug {
     PauseCutShort,
     BlobsUncapped,
     AskedAtOnce,
+    StoppingAsked,
     UnwantedGoesOn,
     ReadOnUndurable,
     RottenNotMissed,
@@ -134,6 +135,10 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::PauseUnbounded, "the pause of a transfer has no bound"),
     (Bug::PauseCutShort, "a transfer goes on before its pause is over"),
     (Bug::AskedAtOnce, "under a cap all that is missing is asked for at once (mended)"),
+    (
+        Bug::StoppingAsked,
+        "a program that is being stopped is still checked, and told ready (mended)",
+    ),
     (Bug::BlobsUncapped, "the first bytes of each blob are read whatever the cap is (mended)"),
     (Bug::UnwantedGoesOn, "a transfer that nobody wants any more goes on"),
     (Bug::ReadOnUndurable, "a chunk is read before the last one is durable"),

@@ -424,7 +424,9 @@ impl Reconcile {
                     let step = self.begin(&replica, works::Kind::Stop, &id, attempt);
                     let desk = self.desk(&replica);
                     desk.life.set_ready(false);
-                    desk.forget_check();
+                    if !bug!(StoppingAsked) {
+                        desk.forget_check();
+                    }
                     out.push(Effect::Stop { step, replica, id, grace_ms });
                 }
                 false
@@ -558,7 +560,7 @@ impl Reconcile {
                 continue;
             };
             // Whatever it answers while it is being stopped, it is to serve nobody.
-            if self.is_stopping(&uid) {
+            if self.is_stopping(&uid) && !bug!(StoppingAsked) {
                 continue;
             }
             let desk = self.desks.entry(uid.clone()).or_default();

@@ -12,7 +12,7 @@ use super::world::World;
 use berth_agent_core::board::{Board, News, Who, nothing};
 use berth_agent_core::diff::Memory;
 use berth_agent_core::ledger::{HeldSet, Wanted};
-use berth_agent_core::reconcile::{self, Reconcile};
+use berth_agent_core::reconcile::{self, Reconcile, StepId};
 use berth_agent_core::session::{self, Dialling, Ended, Session};
 use berth_proto::ids::{HostUid, Now, ReplicaUid};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -65,6 +65,8 @@ pub(super) struct Agent {
     pub(super) brings: Brings,
     /// How far each replica was told to be, and whether it was ready.
     pub(super) told: BTreeMap<ReplicaUid, ((u32, i32), bool)>,
+    /// Whose container it has asked to be stopped, and has no answer yet.
+    pub(super) stopping: BTreeMap<StepId, ReplicaUid>,
 }
 
 /// A machine with its disk, its engine and perhaps an agent.
@@ -131,6 +133,7 @@ impl World<'_> {
             reconcile_tick: u64::MAX,
             brings: Brings::new(held.machine.capped),
             told: BTreeMap::new(),
+            stopping: BTreeMap::new(),
         });
         let life = held.life;
         self.events.push(dial_at, Event::Dial { node, life });
@@ -486,14 +489,22 @@ impl World<'_> {
     // ---- the reconciler ----
 
     pub(super) fn reconcile(&mut self, node: NodeId, input: reconcile::Input) {
-        use reconcile::Effect;
+        use reconcile::{Effect, Input};
         self.steps += 1;
         let now = self.now;
         let held = &mut self.nodes[node];
         let (at, life) = (held.now(now), held.life);
         let Some(agent) = &mut held.agent else { return };
         let looked = matches!(input, reconcile::Input::Observed { .. });
+        if let Input::StepDone { step, .. } | Input::StepFailed { step, .. } = &input {
+            agent.stopping.remove(step);
+        }
         let effects = agent.machine.step(at, input);
+        for effect in &effects {
+            if let Effect::Stop { step, replica, .. } = effect {
+                agent.stopping.insert(*step, replica.clone());
+            }
+        }
         for effect in &effects {
             match effect {
                 Effect::Persist { memory, .. } => self.check_remembered(node, memory),

@@ -2,7 +2,7 @@
 //! started behind the agent's back.
 
 use super::check::Started;
-use super::events::{Event, Life, NodeId};
+use super::events::{Event, Life, NodeId, Stop};
 use super::remembered::serves;
 use super::script::{Moment, Program};
 use super::specs;
@@ -224,9 +224,7 @@ impl World<'_> {
                 if made.is_some_and(|made| made.shown.grace_ms != grace_ms) {
                     self.broke(format!("{replica} is given {grace_ms} ms to end"));
                 }
-                let took_ms = self.nodes[node].rng.u64(0..STOP_MS);
-                let done = self.stops(node, life, &replica, number(&id));
-                answers.push((took_ms, Input::StepDone { step, done }));
+                return self.stops(node, life, step, &replica, number(&id), answer_ms);
             }
             Effect::Remove { step, id, .. } => {
                 // Asked for while no set named its replica, it may be wanted again by now.
@@ -268,22 +266,34 @@ impl World<'_> {
         if is_step && self.dies_at(node, Moment::AfterStep) {
             return;
         }
-        let held = &mut self.nodes[node];
-        if let Some(step) = step
-            && held.engine.loses > 0
-        {
-            held.engine.loses -= 1;
-            held.engine.troubled(now + CALL_DEADLINE_MS);
-            let words = "the engine did not answer".to_owned();
-            answers = vec![(
-                CALL_DEADLINE_MS,
-                Input::StepFailed { step, cause: Cause::EngineAway, words },
-            )];
-        }
         for (later, input) in answers {
-            let at = now + answer_ms + later;
-            self.events.push(at, Event::Tell { node, life, input: Box::new(input) });
+            let later = answer_ms + later;
+            self.answers(node, life, step, later, input);
         }
+    }
+
+    /// A call is carried out; whoever asked for it hears so, if nothing is lost.
+    fn answers(
+        &mut self,
+        node: NodeId,
+        life: Life,
+        step: Option<StepId>,
+        later: u64,
+        input: Input,
+    ) {
+        let now = self.now;
+        let held = &mut self.nodes[node];
+        let (later, input) = match step {
+            Some(step) if held.engine.loses > 0 => {
+                held.engine.loses -= 1;
+                held.engine.troubled(now + CALL_DEADLINE_MS);
+                let words = "the engine did not answer".to_owned();
+                let cause = Cause::EngineAway;
+                (CALL_DEADLINE_MS, Input::StepFailed { step, cause, words })
+            }
+            Some(_) | None => (later, input),
+        };
+        self.events.push(now + later, Event::Tell { node, life, input: Box::new(input) });
     }
 
     /// The body the agent works off.
@@ -411,33 +421,79 @@ impl World<'_> {
         Ok(Done::Seen(shown))
     }
 
-    fn stops(&mut self, node: NodeId, life: Life, replica: &ReplicaUid, id: u32) -> Done {
+    /// A program is told to stop, and takes its time.
+    fn stops(
+        &mut self,
+        node: NodeId,
+        life: Life,
+        step: StepId,
+        replica: &ReplicaUid,
+        id: u32,
+        answer_ms: u64,
+    ) {
         let now = self.now;
         let held = &mut self.nodes[node];
-        let time = held.clock.wall(now);
-        let Some(container) = held.engine.containers.get_mut(&id) else { return Done::Unseen };
-        if container.shown.state != State::Running {
-            return Done::Seen(container.shown.clone());
+        let made = held.engine.containers.get(&id);
+        let running = made.filter(|made| made.shown.state == State::Running).cloned();
+        let took_ms = if running.is_some() { held.rng.u64(0..STOP_MS) } else { 0 };
+        if let Some(made) = &running {
+            // Whoever does not answer for long may be stopped for that.
+            let sick = made.sick.last().filter(|(_, until)| now < until + SICK_MS);
+            // Starting up is no illness.
+            let ran_ms = (now - made.running_since).saturating_sub(8_000);
+            let (program, ill_ms) = match (sick, made.program) {
+                (Some((from, _)), Program::Good | Program::Slow) => (Program::Deaf, now - from),
+                (_, program) => (program, ran_ms),
+            };
+            let others = held.engine.runs_of(replica) - 1;
+            self.check_stopped((node, life), replica, (program, ill_ms), others);
         }
-        container.shown.state = State::Exited { code: 0, out_of_memory: false, time };
-        container.shown.started = None;
-        container.stopped = true;
-        // Whoever does not answer for long may be stopped for that.
-        let sick = container.sick.last().filter(|(_, until)| now < until + SICK_MS);
-        // Starting up is no illness.
-        let ran_ms = (now - container.running_since).saturating_sub(8_000);
-        let (program, ill_ms) = match (sick, container.program) {
-            (Some((from, _)), Program::Good | Program::Slow) => (Program::Deaf, now - from),
-            (_, program) => (program, ran_ms),
-        };
-        let shown = container.shown.clone();
-        let others = held.engine.runs_of(replica);
-        self.note(|w| {
-            format!("attempt {} of {replica} is stopped on {}", shown.attempt, w.nodes[node].uid)
+        let start = running.map(|made| made.starts);
+        let stop = Stop { step, replica: replica.clone(), container: id, start, answer_ms };
+        self.events.push(now + took_ms, Event::Stopped { node, life, stop: Box::new(stop) });
+    }
+
+    /// A program that was told to stop has ended, if it still ran. Whoever runs the engine then is who
+    /// answers.
+    pub(super) fn stopped(&mut self, node: NodeId, life: Life, stop: &Stop) {
+        let now = self.now;
+        let held = &mut self.nodes[node];
+        if held.gone {
+            return;
+        }
+        let time = held.clock.wall(now);
+        let made = held.engine.containers.get_mut(&stop.container);
+        let mut ends = false;
+        let done = made.map_or(Done::Unseen, |made| {
+            ends = made.shown.state == State::Running && stop.start == Some(made.starts);
+            if ends {
+                made.shown.state = State::Exited { code: 0, out_of_memory: false, time };
+                made.shown.started = None;
+                made.stopped = true;
+            }
+            Done::Seen(made.shown.clone())
         });
-        self.check_stopped((node, life), replica, (program, ill_ms), others);
-        self.happened(node, true);
-        Done::Seen(shown)
+        let here = held.engine.is_up(now);
+        if let Done::Seen(shown) = &done
+            && ends
+        {
+            let (attempt, uid) = (shown.attempt, stop.replica.clone());
+            self.note(|w| {
+                format!("attempt {attempt} of {uid} is stopped on {}", w.nodes[node].uid)
+            });
+            self.happened(node, true);
+        }
+        if self.dies_at(node, Moment::AfterStep) {
+            return;
+        }
+        let step = stop.step;
+        let input = if here {
+            Input::StepDone { step, done }
+        } else {
+            let words = "the engine is away".to_owned();
+            Input::StepFailed { step, cause: Cause::EngineAway, words }
+        };
+        self.answers(node, life, Some(step), stop.answer_ms, input);
     }
 
     /// The engine's event stream tells of something.

@@ -132,6 +132,12 @@ pub(super) enum Event {
         life: Life,
         step: StepId,
     },
+    /// A program that was told to stop has ended, and whoever asked for it hears of it.
+    Stopped {
+        node: NodeId,
+        life: Life,
+        stop: Box<Stop>,
+    },
     /// A program ends by itself.
     ProgramEnds {
         node: NodeId,
@@ -213,6 +219,18 @@ pub(super) enum Event {
     Again {
         operation: usize,
     },
+}
+
+/// A stop that an engine was asked for.
+#[derive(Debug)]
+pub(super) struct Stop {
+    pub(super) step: StepId,
+    pub(super) replica: ReplicaUid,
+    pub(super) container: u32,
+    /// The start that it ends; `None`: there was nothing to end.
+    pub(super) start: Option<u32>,
+    /// How long its answer takes beside that.
+    pub(super) answer_ms: u64,
 }
 
 struct Item {

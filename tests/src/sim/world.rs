@@ -193,6 +193,7 @@ impl<'s> World<'s> {
             Event::Tell { node, life, input } => self.tell(node, life, *input),
             Event::Brings { node, life, step, call } => self.brings(node, life, step, *call),
             Event::FetchStops { node, life, step } => self.fetch_stops(node, life, step),
+            Event::Stopped { node, life, stop } => self.stopped(node, life, &stop),
             Event::ProgramEnds { node, container, start } => {
                 self.program_ends(node, container, start);
             }
