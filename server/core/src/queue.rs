@@ -256,9 +256,12 @@ impl Queue {
                 }
             }
             Change::DeleteReplica(uid) => {
-                if let Some((deployment, host, _)) = self.placed.remove(uid) {
+                if let Some((deployment, host, orphan)) = self.placed.remove(uid) {
                     self.wake_replica(view, &deployment, &host);
-                    if !bug!(RoomWakeLost) {
+                    if orphan {
+                        // As one that was decided about.
+                        self.host_changed(view, live, &host);
+                    } else if !bug!(RoomWakeLost) {
                         self.host_may_take(view, live, &host, &[WaitsFor::Room]);
                     }
                 }

@@ -359,3 +359,35 @@ fn room_wakes_a_slot_that_waits_for_its_turn_to_change_places() {
     let on_h2 = |r: &&Arc<Replica>| r.host.as_str() == "h2" && r.release.0 == 2;
     assert_eq!(fleet.w.view.replicas().filter(on_h2).count(), 1);
 }
+
+#[test]
+fn an_orphan_that_ends_by_itself_lets_its_host_be_used_by_whoever_stayed_away() {
+    let mut fleet = Fleet::new();
+    let mut cluster = fleet.w.view.cluster.clone();
+    (cluster.epoch, cluster.observing) = (5, true);
+    fleet.w.change(vec![Change::PutCluster(cluster)]);
+    for n in 0..6 {
+        fleet.edit_host(n, |r| r.observed_epoch = 5);
+    }
+    // Of a deployment that the restored ledger has never had.
+    let orphan = berth_proto::agent::ReplicaReport {
+        replica_uid: "there".into(),
+        deployment_uid: "gone".into(),
+        release: 1,
+        ..Default::default()
+    };
+    let host: HostUid = "h0".parse().unwrap();
+    let found = crate::orphans::found(&fleet.w.view, &host, &[orphan], fleet.w.now.wall);
+    fleet.w.change(found);
+    let every =
+        Act::Apply { name: 0, image: 1, replicas: 0, memory: 1, zone: 0, every: true, port: false };
+    fleet.carry_out(&every);
+    fleet.plan_all();
+    let on_h0 = |fleet: &Fleet| fleet.w.view.replicas_on(&host).filter(|r| r.runs()).count();
+    assert_eq!(on_h0(&fleet), 0);
+    fleet.w.change(vec![Change::DeleteReplica("there".parse().unwrap())]);
+    fleet.hear();
+    fleet.check();
+    fleet.plan_all();
+    assert_eq!(on_h0(&fleet), 1);
+}
