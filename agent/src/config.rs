@@ -74,8 +74,8 @@ pub struct Policy {
     pub allow_devices: BTreeSet<String>,
     /// Refuse running commands in containers.
     pub forbid_exec: bool,
-    /// Addresses that ports may be published on; empty: any.
-    pub publish_addresses: BTreeSet<std::net::IpAddr>,
+    /// Addresses that ports may be published on; not set: any; an empty list: none.
+    pub publish_addresses: Option<BTreeSet<std::net::IpAddr>>,
     /// Containers may talk to each other. An engine that cannot keep them apart (podman) needs it.
     pub allow_container_traffic: bool,
 }
@@ -157,7 +157,8 @@ impl Config {
             allow_capabilities: p.allow_capabilities,
             allow_devices: p.allow_devices,
             forbid_exec: p.forbid_exec,
-            publish_addresses: p.publish_addresses,
+            forbid_publish: p.publish_addresses.as_ref().is_some_and(BTreeSet::is_empty),
+            publish_addresses: p.publish_addresses.unwrap_or_default(),
             allow_container_traffic: p.allow_container_traffic,
         }
     }
@@ -174,5 +175,16 @@ mod tests {
         let text = "[policy]\nallow-priviledged = true";
         let error = toml::from_str::<Config>(text).unwrap_err().to_string();
         assert!(error.contains("allow-priviledged") && error.contains("allow-privileged"));
+    }
+
+    #[test]
+    fn an_empty_list_of_addresses_allows_none_and_no_list_allows_any() {
+        let may = |text: &str| {
+            let policy = toml::from_str::<Config>(text).unwrap().policy();
+            ["127.0.0.1", "0.0.0.0"].map(|on| policy.may_publish(on.parse().unwrap()))
+        };
+        assert_eq!(may(""), [true, true]);
+        assert_eq!(may("[policy]\npublish-addresses = []"), [false, false]);
+        assert_eq!(may("[policy]\npublish-addresses = [\"127.0.0.1\"]"), [true, false]);
     }
 }

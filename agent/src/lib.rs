@@ -17,6 +17,7 @@ pub mod facts;
 pub mod fetch;
 pub mod host_service;
 pub mod join;
+pub mod link;
 pub mod local;
 pub mod probes;
 pub mod reach;

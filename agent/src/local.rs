@@ -5,7 +5,9 @@
 use crate::containers::{LABEL_ATTEMPT, LABEL_NAMESPACE, LABEL_REPLICA, bridge};
 use crate::engine::{ContainerState, Engine, LogQuery, Source};
 use crate::fetch::bring::MODELS;
+use crate::link::{self, Link};
 use crate::reach;
+use crate::state::wall_now;
 use crate::store::Store;
 use anyhow::{Context as _, bail};
 use berth_proto::ids::ReplicaUid;
@@ -81,6 +83,12 @@ struct Status {
     cluster: String,
     servers: Vec<String>,
     registry: String,
+    /// Absent: that cannot be told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    agent_runs: Option<bool>,
+    /// Absent: no session was ever tried.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    link: Option<Link>,
     /// `removed`, or `removing` while what it ran is being removed; absent: it is a host of its cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     removed: Option<&'static str>,
@@ -125,6 +133,8 @@ pub async fn status(
         uid: identity.host_uid,
         servers: identity.trust.unwrap_or_default().endpoints,
         registry: identity.registry,
+        agent_runs: link::agent_runs(folder),
+        link: Link::read(folder),
         removed: identity.removed.then_some(removed),
         set: set.id.map(|id| HeldSet {
             epoch: id.epoch,
@@ -144,6 +154,7 @@ pub async fn status(
     writeln!(out, "cluster:  {}", status.cluster)?;
     writeln!(out, "servers:  {}", status.servers.join(", "))?;
     writeln!(out, "registry: {}", status.registry)?;
+    writeln!(out, "session:  {}", session_words(status.agent_runs, status.link.as_ref()))?;
     if status.removed.is_some() {
         let left =
             if identity.wipe { "what it ran is being removed" } else { "what it ran goes on" };
@@ -171,6 +182,23 @@ pub async fn status(
     };
     writeln!(out, "network:  {network}")?;
     Ok(())
+}
+
+/// How it stands with the server, in words.
+fn session_words(agent_runs: Option<bool>, link: Option<&Link>) -> String {
+    let since = |link: &Link| {
+        let ms = wall_now().0.saturating_sub(link.since_unix_ms);
+        let seconds = u64::try_from(ms / 1000).unwrap_or(0).max(1);
+        berth_proto::quantity::format_duration_ms(seconds * 1000)
+    };
+    match (agent_runs, link) {
+        (Some(false), _) => "none: no agent runs here; what runs goes on".to_owned(),
+        (_, None) => "none was tried yet".to_owned(),
+        (_, Some(link)) if link.stands => format!("with {} for {}", link.server, since(link)),
+        (_, Some(link)) => {
+            format!("none for {}, tried {} last: {}", since(link), link.server, link.why)
+        }
+    }
 }
 
 /// One container of the cluster on this host.
@@ -347,6 +375,7 @@ mod tests {
         for words in [
             "edge-1 (uid-1)",
             "none was ever received",
+            "session:  none was tried yet",
             "addresses are reached",
             "exited (7)",
             "out of ours-2",
@@ -364,6 +393,18 @@ mod tests {
         let mut out = Vec::new();
         status(folder.path(), &engine, Output::Table, &mut out).await.unwrap();
         assert!(String::from_utf8(out).unwrap().contains("does not answer"));
+    }
+
+    #[test]
+    fn how_it_stands_with_the_server_is_told() {
+        let up = Link::now("a:1", None);
+        let down = Link::now("a:1", Some("refused"));
+        let down = Link { since_unix_ms: down.since_unix_ms - 61_500, ..down };
+        assert_eq!(session_words(Some(true), Some(&up)), "with a:1 for 1s");
+        let words = session_words(Some(true), Some(&down));
+        assert_eq!(words, "none for 1m1s, tried a:1 last: refused");
+        assert!(session_words(Some(false), Some(&up)).starts_with("none: no agent runs"));
+        assert_eq!(session_words(Some(true), None), "none was tried yet");
     }
 
     #[tokio::test]

@@ -5,6 +5,7 @@ use crate::clock::Clock;
 use crate::engine::Engine;
 use crate::fetch::client::Client;
 use crate::host_service::Served;
+use crate::link::{self, Link};
 use crate::state::{News, Shared, wall_now};
 use berth_agent_core::board::Who;
 use berth_agent_core::ledger::Wanted;
@@ -66,6 +67,7 @@ pub fn tls_config(
 /// Keeps a session for ever.
 pub async fn run(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client) {
     let mut dialling = Dialling::default();
+    let mut told = link::Told::default();
     let mut sequence = 0;
     let nonce = uuid::Uuid::new_v4().simple().to_string();
     // A session begins with all that is on the host: better a moment later than twice.
@@ -94,9 +96,8 @@ pub async fn run(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client) {
             // Learnt just now: a host whose certificate has ended gets no session that tells it.
             continue;
         }
-        let ended =
-            attempt(&shared, &engine, &client, &endpoint, &nonce, &mut sequence, &mut dialling)
-                .await;
+        let state = Dials { nonce: &nonce, sequence: &mut sequence, dialling: &mut dialling };
+        let ended = attempt(&shared, &engine, &client, &endpoint, state, &mut told).await;
         let how = match &ended {
             Ended::Told(status) => {
                 let (how, code) = (session::Ended::told(status.code().into()), status.code());
@@ -123,10 +124,33 @@ pub async fn run(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client) {
             Ended::Again => session::Ended::Again,
             Ended::AtOnce => session::Ended::AtOnce,
         };
+        let why = match &ended {
+            Ended::Told(status) => Some(format!("{:?}: {}", status.code(), status.message())),
+            Ended::Lost(why) => Some(why.clone()),
+            // A moment, and by our own wish.
+            Ended::Again | Ended::AtOnce => None,
+        };
+        if let Some(why) = why {
+            told.tell(shared.store.folder(), Link::now(&endpoint, Some(&why)));
+        }
         let draw = u64::from(uuid::Uuid::new_v4().as_bytes()[0]) * 4;
         // Paced by the server's window or by backoff.
         tokio::time::sleep(Duration::from_millis(dialling.ended(how, draw))).await;
     }
+}
+
+/// What it means that the server's certificate is not believed.
+const DISTRUST: &str = "its root is not one that this host knows; where the cluster's root was changed while \
+                        this host was away, it has to join again (`berth host token create --rejoin NAME`)";
+
+/// Whether a connection failed because the server's certificate is not believed.
+fn is_distrust(error: &tls::TlsError) -> bool {
+    let tls::TlsError::Connect { source, .. } = error else { return false };
+    let inner = source.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    matches!(
+        inner,
+        Some(rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer))
+    )
 }
 
 enum Ended {
@@ -155,14 +179,20 @@ fn hello(shared: &Shared, nonce: &str) -> (Hello, Wanted) {
     (inner.board.hello(&who, wall_now()), inner.board.wanted.clone())
 }
 
+/// What goes on from one session to the next.
+struct Dials<'a> {
+    nonce: &'a str,
+    sequence: &'a mut u64,
+    dialling: &'a mut Dialling,
+}
+
 async fn attempt(
     shared: &Arc<Shared>,
     engine: &Arc<dyn Engine>,
     client: &Client,
     endpoint: &str,
-    nonce: &str,
-    sequence: &mut u64,
-    dialling: &mut Dialling,
+    Dials { nonce, sequence, dialling }: Dials<'_>,
+    told_here: &mut link::Told,
 ) -> Ended {
     let lost = |error: &dyn std::error::Error| Ended::Lost(crate::chain(error));
     let identity = shared.identity.lock().clone();
@@ -175,6 +205,9 @@ async fn attempt(
     };
     let channel = match tls::channel(endpoint, config, CONNECT, tune).await {
         Ok(channel) => channel,
+        Err(error) if is_distrust(&error) => {
+            return Ended::Lost(format!("{}: {DISTRUST}", crate::chain(&error)));
+        }
         Err(error) => return lost(&error),
     };
     // Subscribed before the hello, so that nothing falls between the two.
@@ -243,6 +276,7 @@ async fn attempt(
                     Effect::Send(message) => queue.push_back(*message),
                     Effect::Welcomed(welcome) => {
                         dialling.welcomed(welcome.reconnect_window_ms);
+                        told_here.tell(shared.store.folder(), Link::now(endpoint, None));
                         tracing::info!(
                             server = endpoint,
                             version = welcome.server_version,

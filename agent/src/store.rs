@@ -221,6 +221,7 @@ impl Store {
     pub fn forget_cluster(&self) -> Result<(), StoreError> {
         self.forget_set()?;
         self.forget_joining()?;
+        crate::link::forget(&self.folder);
         self.forget("identity")
     }
 

@@ -500,7 +500,7 @@ pub enum Token {
         #[arg(long, default_value = "1h", value_parser = duration)]
         ttl: std::time::Duration,
         /// How many hosts may join with it.
-        #[arg(long, default_value_t = 1)]
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
         uses: u32,
         /// Labels its hosts get, KEY=VALUE.
         #[arg(long = "label")]

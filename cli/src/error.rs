@@ -211,6 +211,12 @@ impl From<tonic::Status> for Error {
                 message.push_str(&for_terminal(&line));
             }
         }
+        // By the name it has on the command line.
+        if let Some([filter]) = details.bad_request().map(|bad| &bad.field_violations[..])
+            && filter.field == "page.filter"
+        {
+            message = for_terminal(&format!("--filter: {}", filter.description));
+        }
         if message.is_empty() {
             message = format!("the server answered {:?}", status.code());
         }
@@ -255,6 +261,16 @@ mod tests {
             error.message,
             "2 problems:\n  a.yaml: spec.x: is \\u{1b}[31mwrong\n  b.yaml: spec.y: is wrong, too"
         );
+    }
+
+    #[test]
+    fn a_wrong_filter_is_told_by_its_name_here() {
+        use tonic_types::{ErrorDetails, StatusExt as _};
+        let mut details = ErrorDetails::new();
+        details.add_bad_request_violation("page.filter", "no such field");
+        let code = tonic::Code::InvalidArgument;
+        let status = tonic::Status::with_error_details(code, "page.filter: no such field", details);
+        assert_eq!(Error::from(status).message, "--filter: no such field");
     }
 
     #[test]

@@ -42,7 +42,10 @@ pub fn of(reason: &str, code: Code) -> Option<&'static str> {
         }
         "VERSION_EXISTS" => "versions never change: push it under another version",
         "VERSION_IN_USE" => "move its aliases and deployments to another version first",
-        "HOST_HAS_REPLICAS" => "`berth host drain NAME` moves them away; --force does not wait",
+        "HOST_HAS_REPLICAS" => {
+            "`berth host drain NAME` moves them away, and `berth host show NAME` tells when it is \
+             drained; --force does not wait"
+        }
         "EVERY_HOST" => "its number is that of the hosts that fit; change spec.placement",
         "DEPLOYMENT_DELETING" => "wait until it is gone: `berth deployment list`",
         "EXEC_NEEDED" => "an admin gives it: `berth user create NAME --exec`",

@@ -296,8 +296,19 @@ pub struct HostPolicy {
     pub forbid_exec: bool,
     /// Addresses ports may be published on; empty: any.
     pub publish_addresses: BTreeSet<std::net::IpAddr>,
+    /// No port may be published, on no address.
+    pub forbid_publish: bool,
     /// Containers may talk to each other.
     pub allow_container_traffic: bool,
+}
+
+impl HostPolicy {
+    /// A port may be published on this address.
+    #[must_use]
+    pub fn may_publish(&self, on: std::net::IpAddr) -> bool {
+        let listed = &self.publish_addresses;
+        !self.forbid_publish && (listed.is_empty() || listed.contains(&on))
+    }
 }
 
 /// What an agent reports of its host.

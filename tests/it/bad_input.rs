@@ -153,7 +153,7 @@ fn every_way_a_join_fails_is_named() {
     told(&join(&cluster, "a", &good), 1, &["joined already"]);
     told(&join(&cluster, "b", &good), 1, &["used up"]);
     let (id, revoked) = token(&cluster, &[]);
-    cluster.berth_ok(&["host", "token", "rm", &id]).unwrap();
+    cluster.berth_ok(&["host", "token", "rm", &id, "--yes"]).unwrap();
     told(&join(&cluster, "b", &revoked), 1, &["revoked"]);
     let (_, short) = token(&cluster, &["--ttl", "1ms"]);
     told(&join(&cluster, "b", &short), 1, &["expired"]);

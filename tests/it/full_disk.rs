@@ -49,7 +49,7 @@ fn a_full_disk_refuses_writes_and_loses_nothing_and_the_server_goes_on_when_ther
     let words = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success() && words.contains("disk is full"), "{words}");
     // The ballast leaves room for what makes room.
-    cluster.berth_ok(&["host", "token", "rm", spare["id"].as_str().unwrap()]).unwrap();
+    cluster.berth_ok(&["host", "token", "rm", spare["id"].as_str().unwrap(), "--yes"]).unwrap();
     runtime.block_on(nothing_is_lost(&cluster, &book)).unwrap();
     assert!(cluster.server().is_running());
 
@@ -120,6 +120,6 @@ fn a_ballast_that_finds_no_room_at_the_start_is_told_of_and_made_once_there_is()
         Ok(())
     })
     .unwrap();
-    cluster.berth_ok(&["host", "token", "rm", token["id"].as_str().unwrap()]).unwrap();
+    cluster.berth_ok(&["host", "token", "rm", token["id"].as_str().unwrap(), "--yes"]).unwrap();
     cluster.server().kill();
 }

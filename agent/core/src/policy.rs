@@ -102,8 +102,7 @@ pub fn judge(
         }
     }
     for publish in body.spec.ports.iter().filter_map(|p| p.publish.as_ref()) {
-        if !policy.publish_addresses.is_empty() && !policy.publish_addresses.contains(&publish.bind)
-        {
+        if !policy.may_publish(publish.bind) {
             return Err(Forbidden::Publish(publish.bind));
         }
     }
@@ -274,5 +273,8 @@ mod tests {
         assert_eq!(publish(&local, "127.0.0.1"), Ok(()));
         let out = publish(&local, "0.0.0.0");
         assert_eq!(out, Err(Forbidden::Publish("0.0.0.0".parse().unwrap())));
+        let nowhere = HostPolicy { forbid_publish: true, ..HostPolicy::default() };
+        let local = publish(&nowhere, "127.0.0.1");
+        assert_eq!(local, Err(Forbidden::Publish("127.0.0.1".parse().unwrap())));
     }
 }

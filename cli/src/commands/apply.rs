@@ -2,7 +2,7 @@
 
 use super::deployment::to_json;
 use super::follow::{Following, Shared, ready_of};
-use super::{ask, connect, write};
+use super::{ask, connect, in_namespace, write};
 use crate::args::{Apply, Files, Global};
 use crate::error::{Error, Kind, Result};
 use crate::output::{despite, print, say, word};
@@ -284,16 +284,22 @@ fn worst(errors: Vec<Error>) -> Option<Error> {
     Some(worst)
 }
 
+/// A deployment's name, with its namespace where that is not the usual one.
+fn named(meta: &ObjectMeta) -> String {
+    in_namespace(&meta.namespace, &meta.name)
+}
+
 fn planned_text(planned: &PlannedDeployment) -> String {
     let shown = planned.deployment.clone().unwrap_or_default();
     let meta = shown.meta.unwrap_or_default();
     let resolved = shown.status.map(|s| s.resolved).unwrap_or_default();
+    let name = named(&meta);
     let mut text = match planned.action() {
-        ApplyAction::Created => format!("{}: would be created", meta.name),
-        ApplyAction::Changed => format!("{}: would be changed, by a new release", meta.name),
-        ApplyAction::Adjusted => format!("{}: would be adjusted, without a new release", meta.name),
-        ApplyAction::Unchanged => format!("{}: would not change", meta.name),
-        ApplyAction::Unspecified => format!("{}: not said", meta.name),
+        ApplyAction::Created => format!("{name}: would be created"),
+        ApplyAction::Changed => format!("{name}: would be changed, by a new release"),
+        ApplyAction::Adjusted => format!("{name}: would be adjusted, without a new release"),
+        ApplyAction::Unchanged => format!("{name}: would not change"),
+        ApplyAction::Unspecified => format!("{name}: not said"),
     };
     if !resolved.is_empty() {
         text.push_str(&format!(", from {resolved}"));

@@ -252,6 +252,7 @@ async fn token(global: &Global, client: &Client, verb: Token) -> Result<()> {
             print(global, &["ID", "USES", "EXPIRES", "BY"], 4, rows, &value)
         }
         Token::Rm { id } => {
+            confirm(global, &format!("revoke the join token {id}"))?;
             let request =
                 RevokeJoinTokenRequest { write: write(), id: id.clone(), allow_missing: false };
             ask(global, hosts.revoke_join_token(request)).await?;
@@ -288,7 +289,12 @@ pub async fn orphan(global: &Global, verb: Orphan) -> Result<()> {
                 replica_uids: part.clone(),
                 decision: decision as i32,
             };
-            let answer = ask(global, hosts.resolve_orphans(request)).await?;
+            let answer = ask(global, hosts.resolve_orphans(request)).await.map_err(|error| {
+                match error.reason.as_str() {
+                    "REPLICA_NOT_FOUND" => error.hint("`berth orphan list` shows them"),
+                    _ => error,
+                }
+            })?;
             resolved += answer.resolved;
             if answer.resolved == 0 || which.host.is_none() {
                 kept.extend(answer.kept);

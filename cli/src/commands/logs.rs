@@ -1,6 +1,6 @@
 //! Streams: what replicas say, and what happens. A followed stream goes on where it was after a break.
 
-use super::{Patience, ask, broken, connect, named};
+use super::{Patience, ask, broken, connect, in_namespace, named};
 use crate::args::{Events, Global, Logs};
 use crate::error::{Error, Kind, Result};
 use crate::output::{item, moment, remote, rfc3339, since, stamp, word};
@@ -223,7 +223,8 @@ fn print_event(global: &Global, event: &Event) -> Result<()> {
         };
         let padded = format!("{severity:<7}");
         let severity = Paint { on: Stream::Stdout, ink, text: &padded };
-        let rest = format!("{}/{} {} {}", event.kind, event.name, event.reason, event.message);
+        let name = in_namespace(&event.namespace, &event.name);
+        let rest = format!("{}/{name} {} {}", event.kind, event.reason, event.message);
         let time = event.time.as_ref().map(stamp).unwrap_or_default();
         format!("{time} {severity} {}\n", remote(&rest.replace('\n', " ")))
     };

@@ -302,6 +302,15 @@ fn confirm(global: &Global, what: &str) -> Result<()> {
     if answer.trim().eq_ignore_ascii_case("y") { Ok(()) } else { Err(Error::user("not done")) }
 }
 
+/// A name for people, with its namespace where that is not the usual one.
+fn in_namespace(namespace: &str, name: &str) -> String {
+    if namespace.is_empty() || namespace == "default" {
+        name.to_owned()
+    } else {
+        format!("{namespace}/{name}")
+    }
+}
+
 /// NAME:VERSION, both needed.
 fn name_and_version(reference: &str) -> Result<(&str, &str)> {
     reference
@@ -500,6 +509,13 @@ mod tests {
                 assert!(script.contains(word), "{shell}: {word}");
             }
         }
+    }
+
+    #[test]
+    fn a_name_is_told_with_a_namespace_that_is_not_the_usual_one() {
+        assert_eq!(in_namespace("default", "iris"), "iris");
+        assert_eq!(in_namespace("", "h1"), "h1");
+        assert_eq!(in_namespace("team", "iris"), "team/iris");
     }
 
     #[test]

@@ -24,6 +24,16 @@ fn token_json(token: &UserToken) -> Value {
     json!({"id": token.id, "expireTime": moment(token.expire_time.as_ref()), "deployment": token.deployment})
 }
 
+/// A role with where it holds, and whether it may run commands.
+fn role(binding: &RoleBinding) -> String {
+    let role = word(binding.role().as_str_name(), "ROLE_");
+    let exec = if binding.exec { " with exec" } else { "" };
+    match binding.namespace.as_str() {
+        "" => format!("{role}{exec}"),
+        namespace => format!("{role}{exec} in {namespace}"),
+    }
+}
+
 /// What is revoked, in words.
 fn revoked(name: &str, token: Option<&String>) -> String {
     match token {
@@ -118,12 +128,7 @@ pub async fn user(global: &Global, verb: UserVerb) -> Result<()> {
                 .map(|u| {
                     let until =
                         u.expire_time.as_ref().map(crate::output::rfc3339).unwrap_or_default();
-                    let roles = u
-                        .bindings
-                        .iter()
-                        .map(|b| word(b.role().as_str_name(), "ROLE_"))
-                        .collect::<Vec<_>>()
-                        .join(", ");
+                    let roles = u.bindings.iter().map(role).collect::<Vec<_>>().join(", ");
                     let state = if u.revoked { "revoked" } else { "" };
                     vec![
                         u.meta.clone().unwrap_or_default().name,
@@ -212,6 +217,15 @@ mod tests {
         let error = shown_instead(failed(), "ci", Err(gone));
         assert_eq!(error.kind, Kind::User);
         assert!(error.hint.unwrap().contains("berth user revoke ci"));
+    }
+
+    #[test]
+    fn a_role_is_told_with_where_it_holds() {
+        let told = |role: Role, namespace: &str, exec| {
+            super::role(&RoleBinding { role: role as i32, namespace: namespace.to_owned(), exec })
+        };
+        assert_eq!(told(Role::Admin, "", false), "admin");
+        assert_eq!(told(Role::Operator, "team", true), "operator with exec in team");
     }
 
     #[test]

@@ -51,6 +51,7 @@ pub fn host_facts_from_api(from: &api::HostFacts) -> HostFacts {
                 .filter_map(|a| a.parse().ok())
                 .collect(),
             allow_container_traffic: policy.allow_container_traffic,
+            forbid_publish: policy.forbid_publish,
         },
         disk_free_bytes: from.disk_free_bytes,
         kernel: from.kernel.clone(),
@@ -85,6 +86,7 @@ pub fn host_facts_to_api(from: &HostFacts) -> api::HostFacts {
                 .map(ToString::to_string)
                 .collect(),
             allow_container_traffic: from.policy.allow_container_traffic,
+            forbid_publish: from.policy.forbid_publish,
         }),
         disk_free_bytes: from.disk_free_bytes,
         kernel: from.kernel.clone(),

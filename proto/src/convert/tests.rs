@@ -46,7 +46,7 @@ fn resources() -> impl Strategy<Value = Resources> {
 
 fn policy() -> impl Strategy<Value = HostPolicy> {
     let sets = (btree_set(word(), 0..3), btree_set(word(), 0..3), btree_set(any::<IpAddr>(), 0..3));
-    (vec(word(), 0..3), any::<[bool; 4]>(), sets).prop_map(|(mount_folders, flags, sets)| {
+    (vec(word(), 0..3), any::<[bool; 5]>(), sets).prop_map(|(mount_folders, flags, sets)| {
         HostPolicy {
             mount_folders,
             allow_privileged: flags[0],
@@ -56,6 +56,7 @@ fn policy() -> impl Strategy<Value = HostPolicy> {
             forbid_exec: flags[2],
             publish_addresses: sets.2,
             allow_container_traffic: flags[3],
+            forbid_publish: flags[4],
         }
     })
 }

@@ -172,8 +172,7 @@ pub fn policy_refusal(spec: &DeploymentSpec, policy: &HostPolicy) -> Option<Stri
         }
     }
     for publish in spec.ports.iter().filter_map(|port| port.publish.as_ref()) {
-        if !policy.publish_addresses.is_empty() && !policy.publish_addresses.contains(&publish.bind)
-        {
+        if !policy.may_publish(publish.bind) {
             return Some(format!("publishing on {}", publish.bind));
         }
     }

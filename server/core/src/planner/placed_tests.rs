@@ -173,6 +173,12 @@ fn a_host_is_refused_for_each_thing_that_its_policy_does_not_list() {
             |policy| policy.publish_addresses = ["127.0.0.1".parse().unwrap()].into(),
             |policy| policy.publish_addresses = ["0.0.0.0".parse().unwrap()].into(),
         ),
+        (
+            |spec| publish(spec, "127.0.0.1"),
+            "publishing on 127.0.0.1",
+            |policy| policy.forbid_publish = true,
+            |policy| policy.forbid_publish = false,
+        ),
     ];
     for (want, named, near, enough) in cases {
         let mut written = World::spec("one");
