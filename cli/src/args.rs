@@ -403,7 +403,8 @@ pub enum Rollout {
         /// The deployment.
         name: String,
     },
-    /// Go back to an earlier release.
+    /// Go back to an earlier release, as one more; a rollout that is not complete is given up, and what
+    /// still runs of the release before stays.
     Undo {
         /// The deployment.
         name: String,

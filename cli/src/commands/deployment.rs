@@ -182,9 +182,19 @@ pub async fn deployment(global: &Global, verb: Verb) -> Result<()> {
                 .await?
                 .deployment
                 .unwrap_or_default();
-            let release = answer.status.as_ref().map_or(0, |s| s.release);
-            say(global, &format!("{name}: going back, as release {release}"), &to_json(&answer))
+            say(global, &format!("{name}: {}", undone(&answer)), &to_json(&answer))
         }
+    }
+}
+
+/// Where an undo leads, in words: to a copy of an earlier release, or back from a rollout that was not
+/// complete to the release that served before.
+fn undone(deployment: &Deployment) -> String {
+    let status = deployment.status.clone().unwrap_or_default();
+    if status.reason.is_empty() {
+        format!("going back, as release {}", status.release)
+    } else {
+        status.reason
     }
 }
 
@@ -256,6 +266,21 @@ pub async fn release(global: &Global, verb: ReleaseVerb) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_undo_says_where_it_leads() {
+        let status = |release, reason: &str| Deployment {
+            status: Some(DeploymentStatus {
+                release,
+                reason: reason.to_owned(),
+                ..DeploymentStatus::default()
+            }),
+            ..Deployment::default()
+        };
+        assert_eq!(undone(&status(4, "")), "going back, as release 4");
+        let words = "release 2 was undone; back to release 1";
+        assert_eq!(undone(&status(1, words)), words);
+    }
 
     #[test]
     fn a_complete_rollout_of_which_nothing_is_left_says_so() {

@@ -5,7 +5,7 @@
 
 use crate::batching::{Precondition, Proposal};
 use crate::change::Change;
-use crate::objects::{BadRecord, Deployment};
+use crate::objects::{BadRecord, Deployment, Release};
 use crate::release::{self, Draft};
 use crate::view::{ObjectKey, View};
 use berth_proto::api::{self, ApplyAction, EventSeverity, ReleaseState, RolloutState};
@@ -355,7 +355,9 @@ pub fn restart(
     repeat(view, deployment, deployment.release(), "restart", asked)
 }
 
-/// Makes a release with the spec of an earlier one; 0: the newest complete one before the present.
+/// Makes a release with the spec of an earlier one; 0: the newest complete one before the present. From a
+/// rollout that is not complete it goes back to the release that served before itself, as a rollout that
+/// fails does: what still runs of it is then what is wanted, and nothing good is started again.
 ///
 /// # Errors
 /// When there is none.
@@ -375,7 +377,59 @@ pub fn undo(
     } else {
         to
     };
+    let unfinished = match deployment.rollout() {
+        RolloutState::Rolling | RolloutState::Paused | RolloutState::Failed => true,
+        RolloutState::Unspecified
+        | RolloutState::Complete
+        | RolloutState::RolledBack
+        | RolloutState::Deleting => false,
+    };
+    if unfinished
+        && to == deployment.stable()
+        && to < deployment.release()
+        && let Some(stable) = view.release(&deployment.uid, to)
+    {
+        return give_up(view, deployment, stable, asked);
+    }
     repeat(view, deployment, to, &format!("undo to release {to}"), asked)
+}
+
+/// Goes back to the stable release from a rollout that is under way, or stands still.
+fn give_up(
+    view: &View,
+    deployment: &Deployment,
+    stable: &Release,
+    asked: &Asked<'_>,
+) -> Result<Decision, Refused> {
+    let (given_up, number) = (deployment.release(), stable.number);
+    let mut record = back_to(deployment, stable);
+    record.release = number.0;
+    record.rollout = RolloutState::Rolling as i32;
+    record.rollout_unix_ms = asked.now.0;
+    record.progress_left_ms = 0;
+    let reason = format!("release {given_up} was undone; back to release {number}");
+    record.reason.clone_from(&reason);
+    written(&mut record, asked.now);
+    let next = Arc::new(Deployment::new(record)?);
+    let mut changes = vec![Change::PutDeployment(Arc::clone(&next))];
+    if let Some(old) = view.release(&deployment.uid, given_up)
+        && old.state() == ReleaseState::Rolling
+    {
+        changes.push(Change::PutRelease(Arc::new(old.in_state(ReleaseState::Superseded))));
+    }
+    changes.push(event(&next, asked, EventSeverity::Info, "ROLLOUT_UNDONE", reason));
+    let proposal = Proposal { preconditions: still(deployment), changes };
+    Ok(Decision { proposal, action: ApplyAction::Changed, deployment: next })
+}
+
+/// A deployment with the spec of an earlier release; the number of replicas stays as it is now.
+fn back_to(deployment: &Deployment, release: &Release) -> DeploymentRecord {
+    let mut record = deployment.record.clone();
+    let mut spec = release.record.spec.clone().unwrap_or_default();
+    spec.replicas = record.spec.as_ref().and_then(|s| s.replicas);
+    record.spec = Some(spec);
+    record.resolved = release::source_words(release);
+    record
 }
 
 fn repeat(
@@ -391,16 +445,13 @@ fn repeat(
     let Some(release) = view.release(&deployment.uid, number) else {
         return Err(Refused::NoRelease { deployment: deployment.name.clone(), release: number });
     };
-    let mut record = deployment.record.clone();
     // After a rollback the deployment still says what the failed release was to be.
     let rolled_back = deployment.release() != newest(view, &deployment.uid);
-    if number != deployment.release() || rolled_back {
-        // Back to that spec, but the number of replicas stays as it is now.
-        let mut spec = release.record.spec.clone().unwrap_or_default();
-        spec.replicas = record.spec.as_ref().and_then(|s| s.replicas);
-        record.spec = Some(spec);
-        record.resolved = release::source_words(release);
-    }
+    let record = if number != deployment.release() || rolled_back {
+        back_to(deployment, release)
+    } else {
+        deployment.record.clone()
+    };
     let (deployment_next, changes) =
         take_release(view, record, release.source.clone(), cause, number, asked)?;
     let proposal = Proposal { preconditions: still(deployment), changes };

@@ -99,6 +99,10 @@ fn is_not_so(before: &View, after: &View, action: &Action, changes: &[Change]) -
                 release.number < was.release() && release.state() == ReleaseState::Complete
             };
             let old = before.releases_of(&was.uid).filter(complete).max_by_key(|r| r.number)?;
+            let under_way = matches!(was.rollout(), RolloutState::Rolling | RolloutState::Paused);
+            if under_way && old.number == was.stable() {
+                return given_up(before, after, &was, old);
+            }
             again(before, after, &was, old)
         }
         Action::Delete { deployment } => {
@@ -144,6 +148,29 @@ fn again(before: &View, after: &View, was: &Deployment, old: &Release) -> Option
         }
     }
     kept(before, after, held)
+}
+
+/// A rollout that is not complete is given up: what served before is wanted again, itself.
+fn given_up(before: &View, after: &View, was: &Deployment, old: &Release) -> Option<String> {
+    let held = after.deployment(&was.uid)?;
+    let count = |view: &View| view.releases_of(&was.uid).count();
+    let containers = |spec: &Option<Written>| spec.as_ref().and_then(filled_in);
+    let spec = containers(&held.record.spec).as_ref().map(of_containers);
+    for (so, what) in [
+        (held.release() == old.number, "its release is not the one that served"),
+        (count(before) == count(after), "there is a new release"),
+        (held.rollout() == RolloutState::Rolling, "it does not go back"),
+        (
+            held.wanted() == was.wanted() || old.spec.scale != was.spec.scale,
+            "its number is changed",
+        ),
+        (spec == old.record.spec.as_ref().map(of_containers), "its spec is another one"),
+    ] {
+        if !so {
+            return Some(what.to_owned());
+        }
+    }
+    None
 }
 
 /// The newest releases are kept, and of older ones what is in use.

@@ -118,7 +118,7 @@ fn a_host_is_refused_for_each_thing_that_its_policy_does_not_list() {
         spec.ports.push(api::Port { name, container: 80, host_port: 8080, bind });
     }
     // What is wanted, what the refusal names, a policy that comes near, and one that allows it.
-    let cases: [Case; 9] = [
+    let cases: [Case; 10] = [
         (
             |spec| privileges(spec).privileged = true,
             "privileged containers",

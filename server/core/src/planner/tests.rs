@@ -124,6 +124,43 @@ fn a_restart_after_a_rollback_repeats_what_runs_and_not_what_has_failed() {
 }
 
 #[test]
+fn a_rollout_that_is_undone_goes_back_to_what_still_runs_and_starts_nothing_anew() {
+    // While it goes on, and once it stands still.
+    for (passes, state) in [(1, RolloutState::Rolling), (200, RolloutState::Paused)] {
+        let mut w = World::new(3);
+        let mut spec = World::spec("one");
+        spec.rollout.as_mut().unwrap().on_failure = api::RolloutFailureAction::Pause as i32;
+        w.apply(spec.clone());
+        w.settle();
+        let before: BTreeSet<ReplicaUid> = w.running.keys().cloned().collect();
+        w.broken.insert(2);
+        spec.source = World::spec("two").source;
+        w.apply(spec);
+        for _ in 0..passes {
+            w.pass(150);
+        }
+        assert_eq!(w.deployment().rollout(), state);
+        let asked = Asked { actor: "user/test", now: w.now.wall };
+        let back = decide::undo(&w.view, w.deployment(), ReleaseNumber(0), &asked).unwrap();
+        assert_eq!(back.deployment.release().0, 1);
+        w.change(back.proposal.changes);
+        w.settle();
+        assert_eq!(w.running.keys().cloned().collect::<BTreeSet<_>>(), before);
+        assert_eq!(w.deployment().rollout(), RolloutState::RolledBack);
+        let given_up = w.view.releases_of(&w.uid()).last().unwrap().state();
+        let expected = match state {
+            RolloutState::Paused => api::ReleaseState::Failed,
+            _ => api::ReleaseState::Superseded,
+        };
+        assert_eq!(given_up, expected);
+        let reason = &w.deployment().record.reason;
+        assert_eq!(reason, "release 2 was undone; back to release 1");
+        // Nothing served before that.
+        assert!(decide::undo(&w.view, w.deployment(), ReleaseNumber(0), &asked).is_err());
+    }
+}
+
+#[test]
 fn what_was_written_changes_nothing_once_going_back_has_led_to_it() {
     let mut w = World::new(3);
     w.apply(World::spec("one"));
