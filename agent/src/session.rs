@@ -257,9 +257,7 @@ async fn attempt(
                 Err(_) => return Ended::Lost("the connection broke".to_owned()),
             },
             next = news.recv() => match next {
-                Ok(News::Report(report)) => Input::Report(report),
-                Ok(News::Absent(uid)) => Input::Absent(uid.to_string()),
-                Ok(News::Facts(facts)) => Input::Facts(facts),
+                Ok(next) => heard(next),
                 // Too much at once: say hello anew, with all of it.
                 Err(broadcast::error::RecvError::Lagged(_)) => return Ended::Again,
                 Err(broadcast::error::RecvError::Closed) => return Ended::Again,
@@ -296,6 +294,9 @@ async fn attempt(
                             tracing::error!(why, "a set could not be made durable");
                         }
                         inputs.push(Input::Persisted(result));
+                        // What was found out under the set before comes before this one counts.
+                        let Some(before) = heard_so_far(&mut news) else { return Ended::Again };
+                        inputs.extend(before.into_iter().rev());
                     }
                     Effect::Act(set) => {
                         shared.act_on(Wanted::Set(Arc::new(*set)));
@@ -332,6 +333,27 @@ async fn attempt(
             }
         }
         *sequence = machine.sequence();
+    }
+}
+
+fn heard(news: News) -> Input {
+    match news {
+        News::Report(report) => Input::Report(report),
+        News::Absent(uid) => Input::Absent(uid.to_string()),
+        News::Facts(facts) => Input::Facts(facts),
+    }
+}
+
+/// All the news there is, oldest first; `None`: too much at once.
+fn heard_so_far(news: &mut broadcast::Receiver<News>) -> Option<Vec<Input>> {
+    use broadcast::error::TryRecvError;
+    let mut all = Vec::new();
+    loop {
+        match news.try_recv() {
+            Ok(next) => all.push(heard(next)),
+            Err(TryRecvError::Empty | TryRecvError::Closed) => return Some(all),
+            Err(TryRecvError::Lagged(_)) => return None,
+        }
     }
 }
 
@@ -420,6 +442,29 @@ async fn reverse(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_news_there_is_is_heard_in_order_and_a_loss_is_told() {
+        let (tx, mut rx) = broadcast::channel(2);
+        let gone = |uid: &str| News::Absent(uid.parse().unwrap());
+        assert_eq!(heard_so_far(&mut rx).map(|all| all.len()), Some(0));
+        for uid in ["a", "b"] {
+            tx.send(gone(uid)).unwrap();
+        }
+        let all = heard_so_far(&mut rx).unwrap();
+        let uids: Vec<_> = all
+            .iter()
+            .map(|input| match input {
+                Input::Absent(uid) => uid.as_str(),
+                _ => "else",
+            })
+            .collect();
+        assert_eq!(uids, ["a", "b"]);
+        for uid in ["c", "d", "e"] {
+            tx.send(gone(uid)).unwrap();
+        }
+        assert!(heard_so_far(&mut rx).is_none());
+    }
 
     #[test]
     fn newer_addresses_come_before_the_old_ones_and_older_ones_change_nothing() {

@@ -67,6 +67,7 @@ pub enum Bug {
     BlobsUncapped,
     AskedAtOnce,
     StoppingAsked,
+    AbsenceTarries,
     UnwantedGoesOn,
     ReadOnUndurable,
     RottenNotMissed,
@@ -135,6 +136,10 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::PauseUnbounded, "the pause of a transfer has no bound"),
     (Bug::PauseCutShort, "a transfer goes on before its pause is over"),
     (Bug::AskedAtOnce, "under a cap all that is missing is asked for at once (mended)"),
+    (
+        Bug::AbsenceTarries,
+        "what was gone before a set is told after that was acknowledged (mended)",
+    ),
     (
         Bug::StoppingAsked,
         "a program that is being stopped is still checked, and told ready (mended)",

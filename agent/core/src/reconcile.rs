@@ -94,14 +94,6 @@ impl Desk {
         let known = self.last_words.as_ref().filter(|(of, _)| *of == attempt);
         known.map(|(_, line)| line.clone()).unwrap_or_default()
     }
-
-    /// What its check has found, or is about to find, is of no account any more.
-    fn forget_check(&mut self) {
-        match &mut self.probing {
-            Some(checked) if checked.busy => checked.stale = true,
-            Some(_) | None => self.probing = None,
-        }
-    }
 }
 
 /// Writes of what is remembered: one at a time, each holding all of it.
@@ -422,10 +414,9 @@ impl Reconcile {
                         found.map_or((0, works::GRACE_MS), |c| (c.attempt, c.grace_ms));
                     let grace_ms = if bug!(NoGrace) { 0 } else { grace_ms };
                     let step = self.begin(&replica, works::Kind::Stop, &id, attempt);
-                    let desk = self.desk(&replica);
-                    desk.life.set_ready(false);
+                    self.desk(&replica).life.set_ready(false);
                     if !bug!(StoppingAsked) {
-                        desk.forget_check();
+                        self.forget_readiness(&replica);
                     }
                     out.push(Effect::Stop { step, replica, id, grace_ms });
                 }

@@ -8,7 +8,8 @@
 //!
 //! That nothing is left of a replica is never dropped for a newer report: one that was forgotten and is
 //! wanted again begins with its first attempt, which would be taken for older than what was known. So it
-//! is told first, and the report by the next message.
+//! is told first, and the report by the next message. Nor is it told after the acknowledgement of a set
+//! that came later ([`Reporter::absences`]): it would pass for what became of that set.
 
 use berth_proto::agent::{ReplicaReport, Statuses};
 use berth_proto::ids::Mono;
@@ -89,15 +90,34 @@ impl Reporter {
         let ready = self.waiting.keys().filter(|uid| !self.absent.contains(*uid));
         let ready: Vec<String> = ready.take(bound!(MAX_REPORTS, 2)).cloned().collect();
         let reports = ready.iter().filter_map(|uid| self.waiting.remove(uid)).collect();
+        let absent = self.next_absent();
+        let message = Statuses { sequence: self.sequence, reports, absent };
+        self.unkept.push_back(message.clone());
+        Some(message)
+    }
+
+    /// All that is gone, at once and whatever the pace: told before a set is acknowledged. Beyond
+    /// [`MAX_UNKEPT`], by what sets come while the server keeps nothing: one, or two.
+    pub fn absences(&mut self) -> Vec<Statuses> {
+        let mut messages = Vec::new();
+        while !self.absent.is_empty() {
+            self.sequence += 1;
+            let absent = self.next_absent();
+            let message = Statuses { sequence: self.sequence, reports: Vec::new(), absent };
+            self.unkept.push_back(message.clone());
+            messages.push(message);
+        }
+        messages
+    }
+
+    fn next_absent(&mut self) -> Vec<String> {
         let mut absent = Vec::new();
         while absent.len() < bound!(MAX_REPORTS, 2)
             && let Some(uid) = self.absent.pop_first()
         {
             absent.push(uid);
         }
-        let message = Statuses { sequence: self.sequence, reports, absent };
-        self.unkept.push_back(message.clone());
-        Some(message)
+        absent
     }
 
     /// The server keeps all up to this one.
@@ -150,6 +170,23 @@ mod tests {
         r.absent("a".into());
         let third = r.next(r.due().unwrap()).unwrap();
         assert_eq!((third.reports.len(), third.absent.len(), r.due()), (0, 1, None));
+    }
+
+    #[test]
+    fn what_is_gone_is_told_at_once_before_a_set_is_acknowledged() {
+        let mut r = Reporter::after(0, 100);
+        r.changed(report("b", 1));
+        r.next(Mono(0)).unwrap();
+        r.absent("a".into());
+        r.changed(report("a", 2));
+        let told = r.absences();
+        assert_eq!(told.len(), 1);
+        assert_eq!((told[0].sequence, &told[0].absent[..]), (2, &["a".to_owned()][..]));
+        assert!(r.absences().is_empty());
+        // What came after it waits for its turn, and what was not kept is told again.
+        assert_eq!(slots(&r.next(Mono(100)).unwrap()), [("a", 2)]);
+        r.again();
+        assert_eq!(r.absences()[0].absent, ["a"]);
     }
 
     #[test]

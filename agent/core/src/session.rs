@@ -383,6 +383,12 @@ impl Session {
         match result {
             Ok(()) => {
                 self.wanted = Wanted::Set(std::sync::Arc::new((*set).clone()));
+                // Found out under the set before: what was made again for this one is not meant.
+                if !bug!(AbsenceTarries) {
+                    for statuses in self.reporter.absences() {
+                        send(out, session_request::Item::Statuses(statuses));
+                    }
+                }
                 self.ack(set.number, SetVerdict::Taken, String::new(), out);
                 out.push(Effect::Act(set));
             }
@@ -478,6 +484,28 @@ mod tests {
         let out = s.step(at(2), Input::Persisted(Ok(())));
         assert_eq!(verdicts(&out), [SetVerdict::Taken]);
         assert!(matches!(out.last(), Some(Effect::Act(_))));
+    }
+
+    #[test]
+    fn what_is_gone_is_told_before_a_set_is_acknowledged_that_may_want_it_again() {
+        let mut s = live();
+        s.step(at(1), Input::Absent("first".to_owned()));
+        offer(&mut s, 1);
+        // The pace would have it wait.
+        s.step(at(2), Input::Absent("gone".to_owned()));
+        let out = s.step(at(2), Input::Persisted(Ok(())));
+        let sent = out.iter().filter_map(|effect| match effect {
+            Effect::Send(m) => m.item.as_ref(),
+            _ => None,
+        });
+        let told: Vec<&str> = sent
+            .map(|item| match item {
+                session_request::Item::Statuses(statuses) => statuses.absent[0].as_str(),
+                session_request::Item::SetAck(_) => "acknowledged",
+                _ => "else",
+            })
+            .collect();
+        assert_eq!(told, ["gone", "acknowledged"]);
     }
 
     #[test]

@@ -11,9 +11,11 @@ use super::spool::Spool;
 use super::world::World;
 use berth_agent_core::board::{Board, News, Who, nothing};
 use berth_agent_core::diff::Memory;
-use berth_agent_core::ledger::{HeldSet, Wanted};
+use berth_agent_core::ledger::{HeldSet, Wanted, set_id};
 use berth_agent_core::reconcile::{self, Reconcile, StepId};
 use berth_agent_core::session::{self, Dialling, Ended, Session};
+use berth_proto::agent::session_request::Item;
+use berth_proto::agent::{SessionRequest, SetId};
 use berth_proto::ids::{HostUid, Now, ReplicaUid};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -48,6 +50,8 @@ pub(super) struct AgentSession {
     /// Something is being done: what that brings comes after what waits already.
     stepping: bool,
     inbox: VecDeque<Result<session::Input, Ended>>,
+    /// The set that it has acknowledged last.
+    acknowledged: Option<SetId>,
 }
 
 /// A running agent.
@@ -67,6 +71,8 @@ pub(super) struct Agent {
     pub(super) told: BTreeMap<ReplicaUid, ((u32, i32), bool)>,
     /// Whose container it has asked to be stopped, and has no answer yet.
     pub(super) stopping: BTreeMap<StepId, ReplicaUid>,
+    /// Under which set a replica was gone last.
+    gone: BTreeMap<ReplicaUid, Option<SetId>>,
 }
 
 /// A machine with its disk, its engine and perhaps an agent.
@@ -134,6 +140,7 @@ impl World<'_> {
             brings: Brings::new(held.machine.capped),
             told: BTreeMap::new(),
             stopping: BTreeMap::new(),
+            gone: BTreeMap::new(),
         });
         let life = held.life;
         self.events.push(dial_at, Event::Dial { node, life });
@@ -210,6 +217,7 @@ impl World<'_> {
             writing: false,
             stepping: false,
             inbox: VecDeque::new(),
+            acknowledged: None,
         });
         agent.session_tick = u64::MAX;
         for message in first {
@@ -255,6 +263,28 @@ impl World<'_> {
         self.plan_session_tick(node);
     }
 
+    /// What is gone is told before the set is acknowledged that came after it was.
+    fn check_said(&mut self, node: NodeId, message: &SessionRequest) {
+        let Some(agent) = &mut self.nodes[node].agent else { return };
+        let Some(session) = &mut agent.session else { return };
+        let absent = match &message.item {
+            Some(Item::SetAck(ack)) => {
+                session.acknowledged = ack.held;
+                return;
+            }
+            Some(Item::Statuses(statuses)) => &statuses.absent,
+            _ => return,
+        };
+        let (gone, acknowledged) = (&agent.gone, session.acknowledged);
+        let late = absent.iter().find(|uid| {
+            let under = uid.parse().ok().and_then(|uid: ReplicaUid| gone.get(&uid).copied());
+            under.is_some_and(|under| acknowledged.is_some() && under != acknowledged)
+        });
+        if let Some(uid) = late {
+            self.broke(format!("{uid} is told to be gone under a set that came later"));
+        }
+    }
+
     fn session_step(&mut self, node: NodeId, input: session::Input) {
         use session::Effect;
         self.steps += 1;
@@ -268,7 +298,10 @@ impl World<'_> {
         agent.sequence = session.machine.sequence();
         for effect in effects {
             match effect {
-                Effect::Send(message) => self.send_up(link, message),
+                Effect::Send(message) => {
+                    self.check_said(node, &message);
+                    self.send_up(link, message);
+                }
                 Effect::Welcomed(welcome) => {
                     if let Some(agent) = &mut self.nodes[node].agent {
                         agent.dialling.welcomed(welcome.reconnect_window_ms);
@@ -480,8 +513,24 @@ impl World<'_> {
         if let Some(session) = self.session_of(node) {
             session.writing = false;
             let persisted = session::Input::Persisted(result.map(|_| ()));
-            // What is said next may build on it.
-            session.inbox.push_front(Ok(persisted));
+            // What was found out meanwhile comes first; what is said next may build on it.
+            let is_news = |input: &Result<session::Input, Ended>| match input {
+                Ok(
+                    session::Input::Report(_)
+                    | session::Input::Absent(_)
+                    | session::Input::Facts(_),
+                ) => true,
+                Ok(
+                    session::Input::Message(_)
+                    | session::Input::Persisted(_)
+                    | session::Input::Trusted(_)
+                    | session::Input::Tick,
+                )
+                | Err(_) => false,
+            };
+            let waiting = std::mem::take(&mut session.inbox).into_iter();
+            let (news, rest): (Vec<_>, Vec<_>) = waiting.partition(is_news);
+            session.inbox.extend(news.into_iter().chain([Ok(persisted)]).chain(rest));
             self.session_goes_on(node);
         }
     }
@@ -525,6 +574,8 @@ impl World<'_> {
                 Effect::Report(report) => news.extend(agent.board.report(*report)),
                 Effect::Absent(uid) => {
                     agent.told.remove(&uid);
+                    let under = agent.board.wanted.set().map(|set| set_id(set.number));
+                    agent.gone.insert(uid.clone(), under);
                     self.book.failures.remove(&(node, uid.clone()));
                     news.push(agent.board.absent(&uid));
                 }

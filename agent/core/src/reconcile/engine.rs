@@ -271,11 +271,20 @@ impl Reconcile {
         if !anew {
             return;
         }
+        self.forget_readiness(uid);
+    }
+
+    /// Whether it can serve is not known any more: what its check has found, or is about to find, is of no
+    /// account.
+    pub(super) fn forget_readiness(&mut self, uid: &ReplicaUid) {
         if let Some(memory) = self.memory.get_mut(uid) {
             (memory.ready, memory.ready_since) = (false, None);
         }
         if let Some(desk) = self.desks.get_mut(uid) {
-            desk.forget_check();
+            match &mut desk.probing {
+                Some(checked) if checked.busy => checked.stale = true,
+                Some(_) | None => desk.probing = None,
+            }
         }
     }
 

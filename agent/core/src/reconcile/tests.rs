@@ -416,7 +416,12 @@ fn what_is_being_stopped_is_not_ready_whatever_its_check_says_and_is_not_asked()
     let before = asked(&w);
     w.run_for(7_000);
     assert_eq!((asked(&w), w.status("a").ready), (before, false));
-    w.carry_out(stop, Luck::Good);
+    // The engine did not stop it, and nobody knows how it is.
+    w.carry_out(stop, Luck::Fails);
+    let failed = w.answers.pop().unwrap();
+    w.tell(failed);
+    w.look();
+    assert_eq!((w.status("a").phase(), w.status("a").ready), (ReplicaPhase::Running, false));
     w.run_for(10_000);
     assert_eq!((w.running(), w.status("b").ready), (vec!["b"], true));
 }
