@@ -117,6 +117,8 @@ fn a_restore_of_an_older_backup_stops_nothing_and_what_it_does_not_know_waits_fo
     let slots: Vec<_> =
         found.iter().filter(|o| o["deployment"] == "app").map(|o| o["slot"].as_u64()).collect();
     assert_eq!(slots.len(), 2, "{found:#?}");
+    let lost = found.iter().filter(|o| o["deployment"] == "later").count();
+    assert_eq!(lost, 1, "its host knows the name of what the ledger has lost: {found:#?}");
     assert!(slots.contains(&Some(2)) && slots.contains(&Some(3)), "{found:#?}");
     let info = fleet.cluster.berth_json(&["server", "info"]).unwrap();
     assert!(info["warnings"].to_string().contains("berth orphan list"), "{info}");

@@ -641,6 +641,10 @@ impl Reconcile {
             let container = self.seen.get(&uid).and_then(|list| list.first());
             let labels = container.map(|c| c.labels.clone());
             let failed = self.memory.get(&uid).is_some_and(|m| m.rolled_back);
+            let name = self
+                .body(&uid)
+                .map(|body| (body.deployment.to_string(), body.namespace.to_string()));
+            let (deployment, namespace) = name.unwrap_or_default();
             let Some(desk) = self.desks.get_mut(&uid) else { continue };
             // Whatever else is found out of it: this is what the server has to know.
             if failed && desk.life.status().reason != Reason::REPLACEMENT_FAILED.0 {
@@ -668,6 +672,8 @@ impl Reconcile {
                 status: Some(desk.life.status().clone()),
                 assigned,
                 slot: entry.slot,
+                deployment,
+                namespace,
             };
             let unready = |report: &ReplicaReport| {
                 let mut report = report.clone();

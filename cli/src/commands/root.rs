@@ -50,6 +50,7 @@ fn to_do(state: &RootsState) -> Vec<String> {
         let who = names(&state.users_not_renewed, state.users_not_renewed_count);
         lines.push(format!("users who have not run `berth context renew` since it began: {who}"));
     }
+    lines.push("join tokens that are there when it ends, end with it".to_owned());
     lines.push(match state.hosts_not_told_count {
         0 => "all hosts hold the new root; `berth root finish` retires the first".to_owned(),
         _ => "`berth root finish` comes when no host is left".to_owned(),
@@ -58,6 +59,14 @@ fn to_do(state: &RootsState) -> Vec<String> {
 }
 
 fn show(global: &Global, state: &RootsState) -> Result<()> {
+    table(global, state)?;
+    for line in to_do(state) {
+        eprintln!("{line}");
+    }
+    Ok(())
+}
+
+fn table(global: &Global, state: &RootsState) -> Result<()> {
     let end = |root: &Root| root.expire_time.as_ref().map(rfc3339).unwrap_or_default();
     let made = |root: &Root| root.create_time.as_ref().map(rfc3339).unwrap_or_default();
     let rows = state
@@ -75,11 +84,7 @@ fn show(global: &Global, state: &RootsState) -> Result<()> {
         "usersNotRenewed": state.users_not_renewed,
         "usersNotRenewedCount": state.users_not_renewed_count,
     });
-    print(global, &["ROOT", "STATE", "MADE", "EXPIRES", "PIN"], 4, rows, &value)?;
-    for line in to_do(state) {
-        eprintln!("{line}");
-    }
-    Ok(())
+    print(global, &["ROOT", "STATE", "MADE", "EXPIRES", "PIN"], 4, rows, &value)
 }
 
 async fn state(global: &Global, client: &Client) -> Result<RootsState> {
@@ -113,6 +118,9 @@ pub async fn root(global: &Global, verb: RootVerb) -> Result<()> {
         }
         RootVerb::Rotate => {
             let client = connect(global).await?;
+            if state(global, &client).await?.roots.len() > 1 {
+                eprintln!("a rotation has begun before, and goes on: no other root is made");
+            }
             let request = BeginRootRotationRequest {};
             let begun = ask(global, client.system().begin_root_rotation(request)).await?;
             show(global, &begun.state.unwrap_or_default())
@@ -143,7 +151,8 @@ pub async fn root(global: &Global, verb: RootVerb) -> Result<()> {
             let client = connect(global).await?;
             let request = FinishRootRotationRequest { pin: first.pin.clone(), force };
             let done = ask(global, client.system().finish_root_rotation(request)).await?;
-            show(global, &done.state.unwrap_or_default())
+            // Hosts hear just now that it is over: `root list` names those that have not said so in a while.
+            table(global, &done.state.unwrap_or_default())
         }
     }
 }
@@ -165,11 +174,12 @@ mod tests {
             to_do(&state(&["a", "b"], 7)),
             [
                 "hosts that do not hold the new root yet: a, b and 5 more",
+                "join tokens that are there when it ends, end with it",
                 "`berth root finish` comes when no host is left"
             ]
         );
         let told = to_do(&state(&[], 0));
-        assert!(told.len() == 1 && told[0].contains("`berth root finish` retires"), "{told:?}");
+        assert!(told.len() == 2 && told[1].contains("`berth root finish` retires"), "{told:?}");
         assert!(to_do(&RootsState { roots: two[..1].to_vec(), ..state(&[], 0) }).is_empty());
         let left = to_do(&RootsState { roots: two[..1].to_vec(), ..state(&["a"], 1) });
         assert_eq!(left, ["hosts that have not said that they hold it: a"]);

@@ -217,6 +217,8 @@ pub struct Replica {
     pub given_back: Option<ReleaseNumber>,
     /// Of an orphan: the body it was found to run, when its host said so.
     pub found_body: Option<Digest>,
+    /// Of an orphan: where its deployment was and what its name was, when its host said so.
+    pub found_as: Option<(Namespace, Name)>,
     /// Last written at.
     pub revision: Revision,
 }
@@ -242,6 +244,12 @@ impl Replica {
         let body = &record.body_digest;
         let found_body =
             if body.is_empty() { None } else { p.take("body_digest", body.parse::<Digest>()) };
+        let found_as = if record.found_deployment.is_empty() {
+            None
+        } else {
+            let namespace = p.take("found_namespace", record.found_namespace.parse());
+            namespace.zip(p.take("found_deployment", record.found_deployment.parse()))
+        };
         let (Some(uid), Some(deployment), Some(host), true) =
             (uid, deployment, host, p.0.is_empty())
         else {
@@ -265,6 +273,7 @@ impl Replica {
             reason: record.reason.clone(),
             given_back: Some(ReleaseNumber(record.given_back_release)).filter(|r| r.0 != 0),
             found_body,
+            found_as,
             revision: Revision(0),
         })
     }
@@ -273,6 +282,9 @@ impl Replica {
     #[must_use]
     pub fn to_record(&self) -> record::ReplicaRecord {
         let text = |uid: &Option<ReplicaUid>| uid.as_ref().map(ToString::to_string);
+        let found = |part: fn(&(Namespace, Name)) -> String| {
+            self.found_as.as_ref().map(part).unwrap_or_default()
+        };
         record::ReplicaRecord {
             uid: self.uid.to_string(),
             deployment_uid: self.deployment.to_string(),
@@ -293,6 +305,8 @@ impl Replica {
             reason: self.reason.clone(),
             body_digest: self.found_body.as_ref().map(ToString::to_string).unwrap_or_default(),
             given_back_release: self.given_back.map_or(0, |release| release.0),
+            found_deployment: found(|(_, name)| name.to_string()),
+            found_namespace: found(|(namespace, _)| namespace.to_string()),
         }
     }
 

@@ -80,9 +80,10 @@ pub fn found(view: &View, host: &HostUid, observed: &[ReplicaReport], now: Wall)
             attempt_floor: 0,
             exits: Vec::new(),
             failed: false,
-            reason: "found after a restore".to_owned(),
+            reason: "found on its host, and not in the ledger".to_owned(),
             given_back: None,
             found_body: report.body_digest.parse().ok(),
+            found_as: report.namespace.parse().ok().zip(report.deployment.parse().ok()),
             revision: Revision(0),
         })));
     }
@@ -205,6 +206,7 @@ pub fn adopt(view: &View, which: &[Arc<Replica>], asked: &Asked<'_>) -> Resoluti
             intent: ReplicaIntent::Run,
             reason: String::new(),
             found_body: None,
+            found_as: None,
             ..Replica::clone(replica)
         })));
         done.resolved += 1;

@@ -108,6 +108,30 @@ fn no_set_lacks_an_orphan_and_nothing_new_is_placed_beside_it() {
 }
 
 #[test]
+fn an_orphan_of_a_deployment_that_is_lost_is_listed_by_the_name_its_host_knows() {
+    let mut w = restored();
+    let body = body(&w);
+    let named = ReplicaReport {
+        deployment: "later".into(),
+        namespace: "team".into(),
+        ..report("lost", "other", 1, 0, &body)
+    };
+    let other = ReplicaReport { replica_uid: "unnamed".into(), ..report("", "", 1, 0, &body) };
+    let other = ReplicaReport { deployment_uid: "another".into(), ..other };
+    observe(&mut w, &[named, other]);
+    let shown: Vec<_> = orphans(&w)
+        .iter()
+        .map(|orphan| {
+            // As it is after a restart of the server, too.
+            let read = Replica::new(&orphan.to_record()).unwrap();
+            let shown = crate::status::replica(&w.view, &w.live, &read, w.now.mono);
+            (shown.namespace, shown.deployment)
+        })
+        .collect();
+    assert_eq!(shown, [("team".into(), "later".into()), (String::new(), String::new())]);
+}
+
+#[test]
 fn a_release_number_that_no_server_has_given_is_not_believed() {
     let mut w = restored();
     let body = body(&w);

@@ -184,11 +184,14 @@ pub fn replica(view: &View, live: &Live, replica: &Replica, now: Mono) -> api::R
         status.reason = reason;
         status.message = message;
     }
+    let known_as = deployment.map(|d| (&d.namespace, &d.name));
+    let found_as = replica.found_as.as_ref().map(|(namespace, name)| (namespace, name));
+    let named = known_as.or(found_as);
     api::Replica {
         uid: replica.uid.to_string(),
         deployment_uid: replica.deployment.to_string(),
-        deployment: deployment.map(|d| d.name.to_string()).unwrap_or_default(),
-        namespace: deployment.map(|d| d.namespace.to_string()).unwrap_or_default(),
+        deployment: named.map(|(_, name)| name.to_string()).unwrap_or_default(),
+        namespace: named.map(|(namespace, _)| namespace.to_string()).unwrap_or_default(),
         slot: replica.slot,
         release: replica.release.0,
         host_uid: replica.host.to_string(),
@@ -229,7 +232,7 @@ pub fn host(view: &View, live: &Live, host: &Host, now: Now) -> api::Host {
         refusal
     } else if view.is_held_back(&host.uid) && !view.is_unobserved(&host.uid) {
         format!(
-            "found after a restore: {}; berth orphan list",
+            "what it runs is not in the ledger: {}; berth orphan list",
             counted(view.orphans_on(&host.uid).count(), "replica")
         )
     } else if !host.facts.engine_available {

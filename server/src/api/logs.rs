@@ -773,6 +773,7 @@ mod tests {
             reason: String::new(),
             given_back: None,
             found_body: None,
+            found_as: None,
             revision: Revision(0),
         };
         let (mut view, mut live) = (View::default(), Live::default());

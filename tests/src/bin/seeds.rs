@@ -246,6 +246,8 @@ fn messages() {
         status: Some(status()),
         assigned: true,
         slot: 1,
+        deployment: text("iris"),
+        namespace: text("team"),
     };
     let hello = agent::Hello {
         host_uid: text("h"),

@@ -127,7 +127,7 @@ fn work(fleet: &Fleet, draws: &mut fastrand::Rng, mark: u64) -> Result<String> {
             vec!["apply".into(), "-f".into(), file, "--no-wait".into()]
         }
         3 | 4 => vec!["scale".into(), name.into(), draws.u64(0..6).to_string()],
-        5 => ["deployment", "rollout", "restart", name].map(str::to_owned).into(),
+        5 => ["deployment", "restart", name].map(str::to_owned).into(),
         6 => vec!["rm".into(), name.into(), "--yes".into()],
         7 => ["deployment", "rollout", "undo", name].map(str::to_owned).into(),
         8 | 9 => ["logs", name, "--tail", "5"].map(str::to_owned).into(),

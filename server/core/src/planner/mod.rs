@@ -309,6 +309,7 @@ impl<'a> Planning<'a> {
             reason: String::new(),
             given_back: None,
             found_body: None,
+            found_as: None,
             revision: Default::default(),
         };
         let kind =

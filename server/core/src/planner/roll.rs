@@ -21,7 +21,7 @@ const UNMOVED: &str = "on a draining host, and not moved while the rollout is pa
 const GIVEN_BACK: &str = "its release did not become ready in the place of what runs on its host: apply what \
                           works, or restart it";
 /// What is said of a slot whose replica was found after a restore.
-pub const UNDECIDED: &str = "found after a restore and not decided about (berth orphan list)";
+pub const UNDECIDED: &str = "found on its host and not decided about (berth orphan list)";
 
 /// A place the deployment fills.
 pub(super) struct Slot<'a> {
