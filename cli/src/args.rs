@@ -376,6 +376,8 @@ pub enum Deployment {
     Restart {
         /// Its name.
         name: String,
+        #[command(flatten)]
+        until: Until,
     },
     /// Remove it.
     Rm {
@@ -393,10 +395,13 @@ pub enum Deployment {
 /// Rollouts.
 #[derive(Debug, Subcommand)]
 pub enum Rollout {
-    /// Where it is; waits for nothing, and fails only when it cannot be told.
+    /// Where it is. Without --wait it fails only when that cannot be told; with it, it ends as `berth
+    /// apply` does: 0 complete, 5 failed, rolled back, or not complete in time.
     Status {
         /// The deployment.
         name: String,
+        #[command(flatten)]
+        until: Until,
     },
     /// Its releases.
     History {
@@ -411,7 +416,20 @@ pub enum Rollout {
         /// Which release. Default: the newest complete one before the present.
         #[arg(long, default_value_t = 0)]
         to: u64,
+        #[command(flatten)]
+        until: Until,
     },
+}
+
+/// Whether the end of a rollout is waited for.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Until {
+    /// Wait until it is complete.
+    #[arg(long)]
+    pub wait: bool,
+    /// Wait at most so long.
+    #[arg(long, default_value = "15m", value_parser = duration, requires = "wait")]
+    pub timeout: std::time::Duration,
 }
 
 /// Releases.

@@ -126,8 +126,25 @@ fn a_rollout_that_cannot_succeed_ends_with_5_and_says_why_and_what_to_do() {
         "rolled back to release 1",
         "onFailure: pause",
     ];
-    told(&apply(&fleet, "app", &spec("stand-in:1", "/sick", "")), 5, &words);
+    let sick = spec("stand-in:1", "/sick", "");
+    told(&apply(&fleet, "app", &sick), 5, &words);
     assert_eq!(fleet.settles_at("app", 1).unwrap(), before);
+    let ends = |verb: &[&str]| {
+        let args = [verb, &["--wait", "--timeout", "90s"]].concat();
+        fleet.cluster.berth(&args).unwrap()
+    };
+    told(&ends(&["deployment", "rollout", "status", "app"]), 5, &["rolled back to release 1"]);
+    told(&ends(&["scale", "app", "1"]), 0, &[]);
+
+    // Undone in the middle of it, it goes back to what serves, and does not start that anew.
+    let manifest = fleet.manifest("app", &sick).unwrap();
+    fleet.cluster.berth_ok(&["apply", "-f", &manifest, "--no-wait"]).unwrap();
+    let words = ["release 3 was undone; back to release 1"];
+    told(&ends(&["deployment", "rollout", "undo", "app"]), 0, &words);
+    assert_eq!(fleet.settles_at("app", 1).unwrap(), before);
+    told(&ends(&["deployment", "restart", "app"]), 0, &["restarting as release 4"]);
+    told(&ends(&["deployment", "rollout", "status", "app"]), 0, &[]);
+    assert_ne!(fleet.settles_at("app", 1).unwrap(), before);
     // The same words are there for whoever looks later.
     let later = fleet.cluster.berth_json(&["deployment", "show", "app"]).unwrap();
     let later = later["status"]["reason"].as_str().unwrap_or_default().to_owned();

@@ -2,10 +2,14 @@
 
 use super::follow::{on_return, ready_of, settle};
 use super::{ask, confirm_known, connect, pages, write};
-use crate::args::{Deployment as Verb, Global, Output, Release as ReleaseVerb, Rollout, Scale};
-use crate::error::{Error, Result};
+use crate::args::{
+    Deployment as Verb, Global, Output, Release as ReleaseVerb, Rollout, Scale, Until,
+};
+use crate::client::Client;
+use crate::error::{Error, Kind, Result};
 use crate::output::{age, moment, print, put, remote_lines, say, word};
 use berth_proto::api::*;
+use berth_proto::escape::for_terminal;
 use berth_proto::manifest;
 use berth_proto::words::counted;
 use serde_json::{Value, json};
@@ -147,33 +151,37 @@ pub async fn deployment(global: &Global, verb: Verb) -> Result<()> {
             }
         }
         Verb::Scale(args) => scale(global, args).await,
-        Verb::Restart { name } => {
+        Verb::Restart { name, until } => {
             let client = connect(global).await?;
             let namespace = client.namespace.clone();
             let request = RestartRequest { write: write(), namespace, name: name.clone() };
             let answer = ask(global, client.deployments().restart(request)).await?;
-            let release =
-                answer.deployment.clone().unwrap_or_default().status.unwrap_or_default().release;
-            say(
-                global,
-                &format!("{name}: restarting as release {release}"),
-                &to_json(&answer.deployment.unwrap_or_default()),
-            )
+            let deployment = answer.deployment.unwrap_or_default();
+            let release = deployment.status.as_ref().map_or(0, |status| status.release);
+            let words = format!("{name}: restarting as release {release}");
+            ends(global, &client, until, &words, deployment).await
         }
         Verb::Rm { name, allow_missing } => remove(global, &name, allow_missing).await,
-        Verb::Rollout(Rollout::Status { name }) => {
+        Verb::Rollout(Rollout::Status { name, until }) => {
             let client = connect(global).await?;
             let namespace = client.namespace.clone();
             let request = GetDeploymentRequest { namespace, name: name.clone() };
             let one = ask(global, client.deployments().get_deployment(request)).await?;
-            let one = one.deployment.unwrap_or_default();
+            let mut one = one.deployment.unwrap_or_default();
+            if until.wait {
+                one = Box::pin(settle(global, &client, &one, until.timeout)).await?;
+            }
             let s = one.status.clone().unwrap_or_default();
-            say(global, &format!("{name}: {}", standing(&s)), &to_json(&one))
+            say(global, &format!("{name}: {}", standing(&s)), &to_json(&one))?;
+            if until.wait && s.rollout() == RolloutState::RolledBack {
+                return Err(Error::new(Kind::RolloutFailed, s.reason));
+            }
+            Ok(())
         }
         Verb::Rollout(Rollout::History { name }) => {
             release(global, ReleaseVerb::List { deployment: name }).await
         }
-        Verb::Rollout(Rollout::Undo { name, to }) => {
+        Verb::Rollout(Rollout::Undo { name, to, until }) => {
             let client = connect(global).await?;
             let namespace = client.namespace.clone();
             let request =
@@ -182,8 +190,28 @@ pub async fn deployment(global: &Global, verb: Verb) -> Result<()> {
                 .await?
                 .deployment
                 .unwrap_or_default();
-            say(global, &format!("{name}: {}", undone(&answer)), &to_json(&answer))
+            let words = format!("{name}: {}", undone(&answer));
+            ends(global, &client, until, &words, answer).await
         }
+    }
+}
+
+/// Says what was begun; where its end is waited for, that first, and the deployment as it is then.
+async fn ends(
+    global: &Global,
+    client: &Client,
+    until: Until,
+    begun: &str,
+    deployment: Deployment,
+) -> Result<()> {
+    if !until.wait {
+        return say(global, begun, &to_json(&deployment));
+    }
+    eprintln!("{}", for_terminal(begun));
+    let deployment = Box::pin(settle(global, client, &deployment, until.timeout)).await?;
+    match global.output {
+        Output::Json | Output::Yaml => say(global, "", &to_json(&deployment)),
+        Output::Table | Output::Wide => Ok(()),
     }
 }
 

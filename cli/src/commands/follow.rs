@@ -117,8 +117,18 @@ fn judge(status: &DeploymentStatus, release: u64, excused: Option<u32>) -> Verdi
         let words = for_terminal(&status.reason);
         if words.is_empty() { "the rollout failed".to_owned() } else { words }
     };
+    // Where going back was what is waited for, it has come to its end.
+    let complete = match status.rollout() {
+        RolloutState::Complete => true,
+        RolloutState::RolledBack => status.release == release,
+        RolloutState::Unspecified
+        | RolloutState::Rolling
+        | RolloutState::Paused
+        | RolloutState::Failed
+        | RolloutState::Deleting => false,
+    };
     match status.rollout() {
-        RolloutState::RolledBack | RolloutState::Failed | RolloutState::Paused => {
+        RolloutState::RolledBack | RolloutState::Failed | RolloutState::Paused if !complete => {
             Verdict::Failed(reason())
         }
         RolloutState::Deleting => Verdict::Failed("it is being deleted".to_owned()),
@@ -127,12 +137,12 @@ fn judge(status: &DeploymentStatus, release: u64, excused: Option<u32>) -> Verdi
         {
             Verdict::Failed(format!("release {} took the place of {release}", status.release))
         }
-        RolloutState::Complete
-            if excused.is_some_and(|excused| {
-                status.updated_ready.saturating_add(excused) < status.wanted
-            }) =>
-        {
-            Verdict::Wait
+        _ if complete => {
+            let there = |excused| status.updated_ready.saturating_add(excused) >= status.wanted;
+            match excused {
+                Some(excused) if !there(excused) => Verdict::Wait,
+                Some(_) | None => Verdict::Done { deferred: status.deferred_hosts },
+            }
         }
         // It has failed, and going back waits for room or a host: nobody knows for how long.
         RolloutState::Rolling
@@ -140,8 +150,12 @@ fn judge(status: &DeploymentStatus, release: u64, excused: Option<u32>) -> Verdi
         {
             Verdict::Failed(reason())
         }
-        RolloutState::Complete => Verdict::Done { deferred: status.deferred_hosts },
-        RolloutState::Rolling | RolloutState::Unspecified => Verdict::Wait,
+        RolloutState::Rolling
+        | RolloutState::Unspecified
+        | RolloutState::Complete
+        | RolloutState::RolledBack
+        | RolloutState::Failed
+        | RolloutState::Paused => Verdict::Wait,
     }
 }
 
@@ -483,6 +497,8 @@ mod tests {
         for failed in [S::Failed, S::RolledBack, S::Paused, S::Deleting] {
             assert!(matches!(judge(&status(failed, 1, 0), 2), Verdict::Failed(_)), "{failed:?}");
         }
+        // Whoever waits for the release that was gone back to has it.
+        assert_eq!(judge(&status(S::RolledBack, 1, 0), 1), Verdict::Done { deferred: 0 });
         // Going back is waited for as long as it goes on.
         let back = status(S::Rolling, 1, 0);
         assert_eq!(judge(&back, 2), Verdict::Wait);

@@ -146,7 +146,7 @@ async fn carry_out(cli: Cli) -> Result<u8> {
         Command::Plan(files) => apply::plan(&global, &files).await?,
         Command::Scale(args) => deployment::scale(&global, args).await?,
         Command::Rm { deployment } => deployment::remove(&global, &deployment, false).await?,
-        Command::Deployment(command) => deployment::deployment(&global, command).await?,
+        Command::Deployment(command) => Box::pin(deployment::deployment(&global, command)).await?,
         Command::Release(command) => deployment::release(&global, command).await?,
         Command::Ps { deployment, host } => look::ps(&global, deployment, host).await?,
         Command::Top { of, deployment } => look::top(&global, of, deployment).await?,
@@ -411,6 +411,9 @@ mod tests {
             "deployment rollout status iris",
             "deployment rollout history iris",
             "deployment rollout undo iris --to 2",
+            "deployment rollout undo iris --wait",
+            "deployment rollout status iris --wait --timeout 1m",
+            "deployment restart iris --wait",
             "release list iris",
             "release show iris 2",
             "host list -l zone=eu",
@@ -488,6 +491,7 @@ mod tests {
             "nosuch",
             "orphan adopt",
             "scale iris 2 --timeout 1m",
+            "deployment restart iris --timeout 1m",
             "orphan release r1 --host a",
         ] {
             let words = std::iter::once("berth").chain(line.split(' '));
