@@ -376,8 +376,14 @@ impl Cluster {
     /// or an operator was faster, it is made anew from what is there then, so that none of them undoes
     /// another's write.
     pub async fn keep_made(&self, make: impl Fn(&View) -> Vec<Change>) -> bool {
-        let mut keeping = Keeping::default();
-        let mut next = Next::Make;
+        self.keep_as(Keeping::begin(), make).await
+    }
+
+    async fn keep_as(
+        &self,
+        (mut keeping, mut next): (Keeping, Next),
+        make: impl Fn(&View) -> Vec<Change>,
+    ) -> bool {
         loop {
             next = match next {
                 Next::Make => {
@@ -474,7 +480,8 @@ impl Desk for ClusterDesk {
             let registration = Some(&registration).filter(|_| current);
             registration.map_or_else(Vec::new, |r| intake::registration(view, host, r, now.wall))
         };
-        if !c.keep_made(make).await {
+        // Nor may what an older session has told, and the ledger still holds, come after it.
+        if !c.keep_as(Keeping::behind(), make).await {
             return Err(Ended::Unavailable);
         }
         c.refresh_sets([host]);

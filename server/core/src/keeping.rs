@@ -37,10 +37,25 @@ pub struct Keeping {
     made: usize,
     /// For what others have submitted.
     waits: bool,
+    /// For whatever was proposed before: a session's word that is older must not come after it.
+    fenced: bool,
     chunks: VecDeque<Proposal>,
 }
 
 impl Keeping {
+    /// The machine, and what comes first.
+    #[must_use]
+    pub fn begin() -> (Self, Next) {
+        (Self::default(), Next::Make)
+    }
+
+    /// The same for what must not be overtaken by anything that was proposed before: what a full disk keeps
+    /// waiting is in no view, and would be written after nothing was found to be left to write.
+    #[must_use]
+    pub fn behind() -> (Self, Next) {
+        (Self { fenced: true, ..Self::default() }, Next::Propose(Proposal::default()))
+    }
+
     /// What is to be kept, as made from this view; `lacks` asks the same of the newest durable one.
     pub fn made(
         &mut self,
@@ -65,6 +80,15 @@ impl Keeping {
 
     /// How the last proposal went.
     pub fn answered(&mut self, refusal: Option<&Refusal>) -> Next {
+        if std::mem::take(&mut self.fenced) {
+            return match refusal {
+                // A full disk has refused all that came before it, too.
+                None | Some(Refusal::Full | Refusal::Conflict { .. }) => Next::Make,
+                Some(
+                    Refusal::TooLarge { .. } | Refusal::Busy | Refusal::Failed | Refusal::Unsure,
+                ) => Next::Over(false),
+            };
+        }
         match refusal {
             // What it waited for may have been taken back before it was asked.
             None if self.waits && self.made < TRIES => Next::Make,
@@ -124,6 +148,21 @@ mod tests {
         keeping.made(&View::default(), &changes(1), Vec::new);
         assert_eq!(keeping.answered(Some(&Refusal::Full)), Next::Over(false));
         assert_eq!(Keeping::default().made(&View::default(), &[], Vec::new), Next::Over(true));
+    }
+
+    #[test]
+    fn what_must_not_be_overtaken_waits_for_all_that_was_proposed_before() {
+        let (mut keeping, next) = Keeping::behind();
+        assert_eq!(next, Next::Propose(Proposal::default()));
+        assert_eq!(keeping.answered(None), Next::Make);
+        keeping.made(&View::default(), &changes(1), Vec::new);
+        assert_eq!(keeping.answered(Some(&Refusal::Full)), Next::Over(false));
+        // Nothing before it will be written either.
+        let (mut keeping, _) = Keeping::behind();
+        assert_eq!(keeping.answered(Some(&Refusal::Full)), Next::Make);
+        assert_eq!(keeping.made(&View::default(), &[], Vec::new), Next::Over(true));
+        let (mut keeping, _) = Keeping::behind();
+        assert_eq!(keeping.answered(Some(&Refusal::Unsure)), Next::Over(false));
     }
 
     #[test]

@@ -70,9 +70,16 @@ impl World<'_> {
         let Some(process) = self.server.process.as_mut() else { return };
         process.jobs.issued += 1;
         let id = process.jobs.issued;
-        let job = Job { host, what, now, keeping: Keeping::default(), then };
-        process.jobs.jobs.insert(id, job);
-        self.job_goes_on(id, Next::Make);
+        let (keeping, next) = match &what {
+            What::Registration(_) => Keeping::behind(),
+            What::Statuses(..)
+            | What::Facts(_)
+            | What::Trusts(_)
+            | What::NeverThere(..)
+            | What::Quarantine(_) => Keeping::begin(),
+        };
+        process.jobs.jobs.insert(id, Job { host, what, now, keeping, then });
+        self.job_goes_on(id, next);
     }
 
     fn job_goes_on(&mut self, id: u64, next: Next) {

@@ -291,8 +291,8 @@ impl World<'_> {
             && made.running_since < began
             && made.shown.state == State::Running
             && !self.book.by_hand.contains(&uid)
-            && held.engine.away_until.max(held.engine.slow_until).max(held.engine.late_until)
-                < began
+            && held.engine.away_until.max(held.engine.hangs_until) < began
+            && held.engine.slow_until.max(held.engine.late_until) < began
             && (held.engine.fails, held.engine.loses) == (0, 0);
         let Some(check) = self.body(node, &uid).and_then(|body| body.spec.health.clone()) else {
             return;

@@ -355,6 +355,7 @@ impl<'a> Planning<'a> {
                             if *health == Health::Healthy {
                                 healthy = healthy.saturating_sub(1);
                             }
+                            begun += u32::from(!item.old_serves());
                             self.place(item.slot, old.host.clone(), release, Some(old), None);
                         }
                         // Too many change places just now. Room may come before its turn does.

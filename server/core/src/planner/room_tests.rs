@@ -108,6 +108,47 @@ fn what_a_late_host_has_given_back_once_is_not_tried_in_its_place_again() {
 }
 
 #[test]
+fn what_serves_does_not_give_its_place_back_while_another_slot_changes_places() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    // One fills a host.
+    spec.resources = Some(api::Resources { memory_bytes: 900 << 20, ..Default::default() });
+    spec.replicas = Some(1);
+    // Two that change places stand in the ledger for so long.
+    spec.rollout.as_mut().unwrap().ready_for = Some(berth_proto::convert::duration(5_000));
+    w.apply(spec.clone());
+    for _ in 0..40 {
+        w.pass(150);
+    }
+    assert_eq!(w.deployment().rollout(), RolloutState::Complete);
+    // More than there is room for.
+    spec.source = World::spec("two").source;
+    spec.replicas = Some(4);
+    w.apply(spec);
+    // The one in the place of the first serves, the other one does not.
+    let unready = |w: &mut World| {
+        let second = w.view.replicas_of(&w.uid()).find(|r| r.slot == 1).unwrap().uid.clone();
+        w.report(&second, Phase::Running, false);
+    };
+    for _ in 0..4 {
+        w.pass(150);
+        unready(&mut w);
+    }
+    let serves = w.view.replicas_of(&w.uid()).find(|r| r.replaces.is_some()).unwrap().clone();
+    assert!(serves.first_ready.is_some());
+    let asked = crate::decide::Asked { actor: "user/test", now: w.now.wall };
+    let back = crate::decide::undo(&w.view, w.deployment(), ReleaseNumber(0), &asked).unwrap();
+    w.change(back.proposal.changes);
+    let plan = w.plan();
+    let kinds: Vec<_> = plan.steps.iter().map(|s| (s.kind, s.slot)).collect();
+    assert_eq!(kinds, [(PlannedStepKind::Replace, 1)], "and {} stays for now", serves.uid);
+    for _ in 0..80 {
+        w.pass(150);
+    }
+    assert_eq!(w.releases_running(), [1, 1]);
+}
+
+#[test]
 fn why_nothing_is_placed_is_said_in_words() {
     let mut w = World::new(3);
     let host = w.view.host(&"h0".parse().unwrap()).unwrap();
