@@ -428,6 +428,10 @@ pub fn refused(refusal: Refusal, kind: Kind, name: &str) -> Error {
         },
         Refusal::TooLarge { size, limits } => Error::field("", too_large(size, limits)),
         Refusal::Busy => Error::unavailable("LEDGER_BUSY", "too many writes are waiting"),
+        Refusal::TakenBack => Error::unavailable(
+            "LEDGER_BUSY",
+            "the server's disk was full meanwhile, and what this was decided from is gone",
+        ),
         Refusal::Full => Error::Exhausted {
             reason: "DISK_FULL",
             message: "the server's disk is full; nothing was written, free some space".to_owned(),

@@ -20,7 +20,7 @@ use crate::objects::Replica;
 use crate::view::{ObjectKey, View};
 use berth_proto::api::ReplicaIntent;
 use berth_proto::ids::{Generation, HostUid, Revision};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 /// What one revision may hold; a proposal is one revision, so no request can be larger.
@@ -70,6 +70,9 @@ impl Size {
 
 /// Proposals in one group: bounds how long an acknowledgement can wait for others.
 pub const MAX_GROUP: usize = 512;
+/// Groups that full disks have taken back and that are remembered: whoever decided from an older one has
+/// had his answer long since.
+const GONE: usize = 64;
 /// Proposals that may wait; beyond that the caller is told to come back.
 pub const MAX_WAITING: usize = 8192;
 
@@ -82,15 +85,20 @@ pub enum Precondition {
     Exists(ObjectKey),
     /// Nothing needs this version of the model with this uid.
     Unused(String, String),
+    /// It was decided from the view of this revision, and no full disk has taken any of that back. For what
+    /// goes by more objects than can be named, as a placement does by all that takes room on its host.
+    Standing(Revision),
 }
 
 impl Precondition {
-    /// Whether it holds in a view.
+    /// Whether it holds in a view; of what a full disk took back no view knows.
     ///
     /// # Errors
     /// [`Refusal::Conflict`] when it does not.
     pub fn check(&self, view: &View) -> Result<(), Refusal> {
         let (object, expected) = match self {
+            // Known to the machine alone.
+            Self::Standing(_) => return Ok(()),
             Self::At(object, expected) => (object.clone(), *expected),
             Self::Exists(object) => (object.clone(), Revision(0)),
             Self::Unused(model, version) => {
@@ -99,6 +107,7 @@ impl Precondition {
         };
         let found = view.revision_of(&object);
         let holds = match self {
+            Self::Standing(_) => true,
             Self::At(..) => found == expected,
             Self::Exists(_) => found != Revision(0),
             Self::Unused(model, version) => view.user_of_version(model, version).is_none(),
@@ -137,6 +146,9 @@ pub enum Refusal {
         /// What is.
         found: Revision,
     },
+    /// What it was decided from has been taken back by a full disk.
+    #[error("what it was decided from was taken back: the disk was full")]
+    TakenBack,
     /// More than one commit can hold.
     #[error(
         "the change has {} operations and {} bytes; at most {} and {} fit",
@@ -224,8 +236,11 @@ pub struct Batching {
     waiting_changes: Vec<(Revision, Change)>,
     token: u64,
     failed: bool,
-    /// Up to here revisions were given to what a full disk has taken back.
+    /// Up to here revisions were given to what a full disk has taken back. The views of these are gone, and
+    /// the first one that is none of them comes after.
     taken_back: Option<Revision>,
+    /// What was taken back of late: after the first revision, up to the second one. The newest last.
+    gone: VecDeque<(Revision, Revision)>,
     /// Wait until those are durable as empty ones.
     held: Vec<(u64, Proposal)>,
 }
@@ -245,6 +260,7 @@ impl Batching {
             token: 0,
             failed: false,
             taken_back: None,
+            gone: VecDeque::new(),
             held: Vec::new(),
         }
     }
@@ -320,7 +336,17 @@ impl Batching {
         if bug!(PreconditionsUnasked) {
             return Ok(());
         }
-        preconditions.iter().try_for_each(|one| one.check(&self.ahead))
+        preconditions.iter().try_for_each(|one| match one {
+            Precondition::Standing(seen)
+                if self.gone.iter().any(|(after, until)| after < seen && seen <= until) =>
+            {
+                Err(Refusal::TakenBack)
+            }
+            Precondition::Standing(_)
+            | Precondition::At(..)
+            | Precondition::Exists(_)
+            | Precondition::Unused(..) => one.check(&self.ahead),
+        })
     }
 
     fn launch(&mut self) -> Vec<Effect> {
@@ -404,7 +430,14 @@ impl Batching {
             return Vec::new();
         };
         if !bug!(FullDiskForgotten) {
-            self.taken_back = self.taken_back.max(Some(self.ahead.revision));
+            if self.ahead.revision > self.durable.revision {
+                self.gone.push_back((self.durable.revision, self.ahead.revision));
+                if self.gone.len() > GONE {
+                    self.gone.pop_front();
+                }
+                // A view of the last one's number would be another than the one that is gone.
+                self.taken_back = self.taken_back.max(Some(self.ahead.revision.next()));
+            }
             self.ahead = self.durable.clone();
         }
         let ids = group.ids.into_iter().chain(std::mem::take(&mut self.waiting_ids));

@@ -176,6 +176,35 @@ fn a_revision_is_given_once_however_often_the_disk_is_full() {
 }
 
 #[test]
+fn what_was_decided_from_what_a_full_disk_took_back_is_refused_and_what_is_newer_is_not() {
+    let mut b = Batching::new(View::default(), Limits::ANY);
+    let decided = |seen: Revision, name: &str| Proposal {
+        preconditions: vec![Precondition::Standing(seen)],
+        changes: vec![replica(name, "h")],
+    };
+    let before = b.ahead().revision;
+    let token = persist_token(&b.propose(1, change(vec![replica("a", "h")]))).unwrap();
+    let seen = b.ahead().revision;
+    b.full(token);
+    // Both wait until the number that is gone is passed over.
+    let token = persist_token(&b.propose(2, decided(seen, "b"))).unwrap();
+    assert!(b.propose(3, decided(before, "c")).is_empty());
+    let out = b.persisted(token);
+    let refused = |id| {
+        out.iter()
+            .any(|e| matches!(e, Effect::Reject { id: of, why: Refusal::TakenBack } if *of == id))
+    };
+    assert!(refused(2) && !refused(3), "{out:?}");
+    // No view that is there now has the number of one that is gone.
+    assert!(b.durable().revision > seen && b.ahead().revision > seen);
+    let names: Vec<_> = b.ahead().replicas().map(|r| r.uid.to_string()).collect();
+    assert_eq!(names, ["c"]);
+    let now = b.ahead().revision;
+    let out = b.propose(4, decided(now, "d"));
+    assert!(!out.iter().any(|e| matches!(e, Effect::Reject { .. })), "{out:?}");
+}
+
+#[test]
 fn after_a_failed_store_nobody_is_acknowledged() {
     let mut b = Batching::new(View::default(), Limits::ANY);
     b.propose(1, change(vec![replica("a", "h")]));

@@ -83,7 +83,9 @@ impl Keeping {
         if std::mem::take(&mut self.fenced) {
             return match refusal {
                 // A full disk has refused all that came before it, too.
-                None | Some(Refusal::Full | Refusal::Conflict { .. }) => Next::Make,
+                None | Some(Refusal::Full | Refusal::Conflict { .. } | Refusal::TakenBack) => {
+                    Next::Make
+                }
                 Some(
                     Refusal::TooLarge { .. } | Refusal::Busy | Refusal::Failed | Refusal::Unsure,
                 ) => Next::Over(false),
@@ -94,9 +96,10 @@ impl Keeping {
             None if self.waits && self.made < TRIES => Next::Make,
             None if self.waits => Next::Over(false),
             None => self.next(),
-            Some(Refusal::Conflict { .. }) if self.made < TRIES => Next::Make,
+            Some(Refusal::Conflict { .. } | Refusal::TakenBack) if self.made < TRIES => Next::Make,
             Some(
                 Refusal::Conflict { .. }
+                | Refusal::TakenBack
                 | Refusal::TooLarge { .. }
                 | Refusal::Busy
                 | Refusal::Failed

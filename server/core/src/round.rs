@@ -166,7 +166,7 @@ impl Round {
             again.insert(uid.clone());
             match refusal {
                 // Somebody was faster.
-                Refusal::Conflict { .. } => queue.wake(Key::Whole(uid)),
+                Refusal::Conflict { .. } | Refusal::TakenBack => queue.wake(Key::Whole(uid)),
                 Refusal::TooLarge { .. }
                 | Refusal::Busy
                 | Refusal::Full

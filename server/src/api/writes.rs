@@ -219,7 +219,8 @@ impl Call<'_> {
     /// Whether to decide anew after a refusal.
     pub fn again(&self, refusal: &Refusal, tries: usize) -> bool {
         let mine = |object: &ObjectKey| matches!(object, ObjectKey::Request(_));
-        let conflict = matches!(refusal, Refusal::Conflict { object, .. } if !mine(object));
+        let conflict = matches!(refusal, Refusal::Conflict { object, .. } if !mine(object))
+            || *refusal == Refusal::TakenBack;
         conflict && self.options.expected_revision.is_none() && tries < TRIES
     }
 

@@ -561,6 +561,11 @@ impl World<'_> {
                 _ => {}
             }
         }
+        for effect in &effects {
+            if let Effect::Remove { replica, id, .. } = effect {
+                self.ended_unwanted(node, replica, id);
+            }
+        }
         let held = &mut self.nodes[node];
         let Some(agent) = &mut held.agent else { return };
         let (mut news, mut stopped) = (Vec::new(), Vec::new());

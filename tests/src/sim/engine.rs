@@ -114,7 +114,7 @@ impl Engine {
     }
 }
 
-fn number(id: &str) -> u32 {
+pub(super) fn number(id: &str) -> u32 {
     id.trim_start_matches('c').parse().unwrap_or(u32::MAX)
 }
 

@@ -1,6 +1,7 @@
 //! What an agent remembers and tells, held to what its engine shows.
 
 use super::engine::Made;
+use super::engine::number;
 use super::events::{Life, NodeId};
 use super::faults::AWAY_TOLD_MS;
 use super::script::Program;
@@ -373,6 +374,21 @@ impl World<'_> {
         }
         for made in self.nodes[node].engine.containers.values_mut() {
             made.ended_in_exchange |= made.shown.replica == *uid && made.shown.attempt == attempt;
+        }
+    }
+
+    /// A container is about to be removed of which nobody wants anything: how its program ended is not taken
+    /// in any more, and counts for nothing should it be wanted again by then.
+    pub(super) fn ended_unwanted(&mut self, node: NodeId, uid: &ReplicaUid, id: &str) {
+        let held = &self.nodes[node];
+        let wanted = held.agent.as_ref().and_then(|agent| agent.board.wanted.set());
+        if wanted.is_none_or(|set| set.entries.contains_key(uid)) {
+            return;
+        }
+        let taken = held.disk.memory.get(uid).map_or(0, |memory| memory.exit_taken);
+        let made = held.engine.containers.get(&number(id));
+        if let Some(attempt) = made.map(|made| made.shown.attempt).filter(|n| *n > taken) {
+            self.put_aside(node, uid, attempt);
         }
     }
 

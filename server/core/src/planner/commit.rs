@@ -28,7 +28,8 @@ impl Plan {
         let mut all: Vec<Proposal> = Vec::new();
         for change in self.changes {
             if all.last().is_none_or(|last| last.changes.len() >= bound!(STEPS_PER_COMMIT, 2)) {
-                all.push(Proposal { preconditions: vec![still.clone()], changes: Vec::new() });
+                let preconditions = vec![still.clone(), Precondition::Standing(view.revision)];
+                all.push(Proposal { preconditions, changes: Vec::new() });
             }
             let Some(last) = all.last_mut() else { continue };
             if let Some(uid) = change.replica() {
