@@ -205,6 +205,47 @@ fn what_was_decided_from_what_a_full_disk_took_back_is_refused_and_what_is_newer
 }
 
 #[test]
+fn numbers_that_were_taken_back_are_passed_over_in_groups_and_who_waits_is_answered_in_order() {
+    let mut b = Batching::new(View::default(), Limits::ANY);
+    let token = persist_token(&b.propose(0, change(vec![replica("a", "h")]))).unwrap();
+    // More than two groups of numbers are given, and taken back.
+    let given = 2 * MAX_GROUP as u64 + 10;
+    for id in 1..given {
+        b.propose(id, change(vec![replica(&format!("r{id}"), "h")]));
+    }
+    assert_eq!(b.full(token).len() as u64, given, "each is told");
+    let mut out = b.propose(9_001, change(vec![replica("x", "h")]));
+    out.extend(b.propose(9_002, change(vec![replica("y", "h")])));
+    let (mut groups, mut done) = (0, Vec::new());
+    while let Some(token) = persist_token(&out) {
+        groups += 1;
+        out = b.persisted(token);
+        done.extend(acknowledged(&out));
+    }
+    assert_eq!(done, [9_001, 9_002]);
+    // Three of nothing, one with the first, and one with what came while it was written.
+    assert_eq!(groups, 5);
+    assert_eq!(b.durable().revision, Revision(given + 3));
+}
+
+#[test]
+fn those_who_wait_behind_a_full_disk_are_bounded_and_told_when_the_store_fails() {
+    let mut b = Batching::new(View::default(), Limits::ANY);
+    let token = persist_token(&b.propose(0, change(vec![replica("a", "h")]))).unwrap();
+    b.full(token);
+    let refused = |out: &[Effect], reason: &Refusal| {
+        out.iter().filter(|e| matches!(e, Effect::Reject { why, .. } if why == reason)).count()
+    };
+    for id in 1..=MAX_WAITING as u64 {
+        let out = b.propose(id, change(vec![replica("b", "h")]));
+        assert_eq!(refused(&out, &Refusal::Busy), 0);
+    }
+    let more = b.propose(u64::MAX, change(vec![replica("b", "h")]));
+    assert_eq!(refused(&more, &Refusal::Busy), 1);
+    assert_eq!(refused(&b.failed(), &Refusal::Failed), MAX_WAITING);
+}
+
+#[test]
 fn after_a_failed_store_nobody_is_acknowledged() {
     let mut b = Batching::new(View::default(), Limits::ANY);
     b.propose(1, change(vec![replica("a", "h")]));

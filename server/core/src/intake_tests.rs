@@ -205,6 +205,17 @@ fn what_was_gone_under_an_earlier_set_may_have_been_made_again_by_the_one_before
 }
 
 #[test]
+fn an_orphan_that_is_gone_is_forgotten_whatever_set_its_host_holds() {
+    let mut w = running();
+    let replica = mark(&mut w, ReplicaIntent::Orphan);
+    let gone = [replica.uid.to_string()];
+    // Its host gets no set before people have decided: none can have had it made again.
+    let early = Absent { held: None, ..told(&w, &gone) };
+    let ended = deleted(&statuses(&w.view, &h0(), &[], early, w.now.wall));
+    assert_eq!(ended, std::slice::from_ref(&replica.uid));
+}
+
+#[test]
 fn a_hello_without_the_engine_says_nothing_about_what_is_not_there() {
     let mut w = running();
     mark(&mut w, ReplicaIntent::Stop);
