@@ -130,7 +130,12 @@ pub async fn run(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client) {
             // A moment, and by our own wish.
             Ended::Again | Ended::AtOnce => None,
         };
-        if let Some(why) = why {
+        // Of a host that is being wiped nothing is to be left.
+        let wiped = {
+            let identity = shared.identity.lock();
+            identity.removed && identity.wipe
+        };
+        if let Some(why) = why.filter(|_| !wiped) {
             told.tell(shared.store.folder(), Link::now(&endpoint, Some(&why)));
         }
         let draw = u64::from(uuid::Uuid::new_v4().as_bytes()[0]) * 4;

@@ -203,8 +203,20 @@ fn a_host_without_a_server_and_without_a_registry_boots_into_serving() {
     let ps = host.ask_agent(&["ps"]).unwrap();
     let text = String::from_utf8_lossy(&ps.stdout);
     assert!(ps.status.success() && text.contains(&replica) && text.contains("running"), "{text}");
+    // Whoever asks on the host is told how it stands with the server, and since when.
+    let session = |fleet: &Fleet, words: &str| {
+        eventually("the host says how it stands with the server", PATIENCE, || {
+            let status = fleet.hosts[0].ask_agent(&["status"])?;
+            let text = String::from_utf8_lossy(&status.stdout);
+            ensure!(text.contains(words), "{text}");
+            Ok(())
+        })
+        .unwrap();
+    };
+    session(&fleet, "session:  none for ");
     // The server comes back and finds it; nothing is moved.
     fleet.cluster.start_server().unwrap();
+    session(&fleet, "session:  with ");
     let after = fleet.settles_at("app", 3).unwrap();
     kept(&back, &after, |_| true).unwrap();
 }

@@ -27,7 +27,7 @@ fn is_empty(host: &mut Host) {
     assert_eq!(host.docker(&["images", "-q"]).unwrap(), "");
     let networks = host.docker(&["network", "ls", "--format", "{{.Name}}"]).unwrap();
     assert!(!networks.contains("berth"), "{networks}");
-    for name in ["identity", "set", "models", "pull"] {
+    for name in ["identity", "set", "models", "pull", "link.json"] {
         assert!(!host.dir.join("agent").join(name).exists(), "{name} is left");
     }
     let status = host.ask_agent(&["status"]).unwrap();
