@@ -53,6 +53,16 @@ pub struct Told {
 }
 
 impl Told {
+    /// An agent begins: what stood ended with the one before; since when none stands is known, if it wrote
+    /// that down.
+    #[must_use]
+    pub fn begin(folder: &Path) -> Self {
+        let last = Link::read(folder).filter(|last| !last.stands);
+        let mut told = Self { last };
+        told.tell(folder, Link::now("no server", Some("not tried since the agent's start")));
+        told
+    }
+
     /// Writes how it is, unless that is what was written last. Since when no session stands is kept over
     /// tries that fail in different ways.
     pub fn tell(&mut self, folder: &Path, mut link: Link) {
@@ -123,6 +133,20 @@ mod tests {
         assert_eq!(Link::read(folder.path()).unwrap().since_unix_ms, 4);
         forget(folder.path());
         assert_eq!(Link::read(folder.path()), None);
+    }
+
+    #[test]
+    fn an_agent_that_begins_has_no_session_whatever_the_one_before_wrote() {
+        let folder = tempfile::tempdir().unwrap();
+        Told::default().tell(folder.path(), Link::now("a:1", None));
+        let _ = Told::begin(folder.path());
+        let down = Link::read(folder.path()).unwrap();
+        assert!(!down.stands);
+        // Since when is kept over another start.
+        let long = Link { since_unix_ms: down.since_unix_ms - 90_000, ..down };
+        Told::default().tell(folder.path(), long.clone());
+        let _ = Told::begin(folder.path());
+        assert_eq!(Link::read(folder.path()).unwrap().since_unix_ms, long.since_unix_ms);
     }
 
     #[test]

@@ -67,7 +67,7 @@ pub fn tls_config(
 /// Keeps a session for ever.
 pub async fn run(shared: Arc<Shared>, engine: Arc<dyn Engine>, client: Client) {
     let mut dialling = Dialling::default();
-    let mut told = link::Told::default();
+    let mut told = link::Told::begin(shared.store.folder());
     let mut sequence = 0;
     let nonce = uuid::Uuid::new_v4().simple().to_string();
     // A session begins with all that is on the host: better a moment later than twice.
@@ -272,7 +272,7 @@ async fn attempt(
             () = &mut renewed => return Ended::Again,
             () = tokio::time::sleep(Duration::from_millis(due)) => Input::Tick,
         };
-        let mut inputs = vec![input];
+        let (mut inputs, mut lagged) = (vec![input], false);
         while let Some(input) = inputs.pop() {
             for effect in machine.step(shared.now(), input) {
                 match effect {
@@ -300,8 +300,9 @@ async fn attempt(
                         }
                         inputs.push(Input::Persisted(result));
                         // What was found out under the set before comes before this one counts.
-                        let Some(before) = heard_so_far(&mut news) else { return Ended::Again };
-                        inputs.extend(before.into_iter().rev());
+                        let before = heard_so_far(&mut news);
+                        lagged = before.is_none();
+                        inputs.extend(before.into_iter().flatten().rev());
                     }
                     Effect::Act(set) => {
                         shared.act_on(Wanted::Set(Arc::new(*set)));
@@ -338,6 +339,10 @@ async fn attempt(
             }
         }
         *sequence = machine.sequence();
+        if lagged {
+            // Too much at once, and the set counts all the same.
+            return Ended::Again;
+        }
     }
 }
 

@@ -294,7 +294,7 @@ pub struct HostPolicy {
     pub allow_devices: BTreeSet<String>,
     /// Running commands in containers is refused.
     pub forbid_exec: bool,
-    /// Addresses ports may be published on; empty: any.
+    /// Addresses ports may be published on; empty: any, unless none may be at all.
     pub publish_addresses: BTreeSet<std::net::IpAddr>,
     /// No port may be published, on no address.
     pub forbid_publish: bool,

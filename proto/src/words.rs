@@ -11,6 +11,10 @@ pub const STOPPING: &str = "STOPPING";
 /// The reason of a `Pending` for slots whose replica was found after a restore and is not decided about.
 pub const ORPHAN_UNDECIDED: &str = "ORPHAN_UNDECIDED";
 
+/// The reason of a `Pending` for slots in which an older release goes on, because the wanted one did not
+/// become ready in its place.
+pub const GIVEN_BACK: &str = "GIVEN_BACK";
+
 /// Whether a `Pending` with this reason tells of slots that no replica stands for.
 #[must_use]
 pub fn is_of_empty_slots(reason: &str) -> bool {

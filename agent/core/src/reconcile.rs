@@ -414,9 +414,12 @@ impl Reconcile {
                         found.map_or((0, works::GRACE_MS), |c| (c.attempt, c.grace_ms));
                     let grace_ms = if bug!(NoGrace) { 0 } else { grace_ms };
                     let step = self.begin(&replica, works::Kind::Stop, &id, attempt);
-                    self.desk(&replica).life.set_ready(false);
-                    if !bug!(StoppingAsked) {
-                        self.forget_readiness(&replica);
+                    // An older one that somebody has started beside it is none of its readiness.
+                    if self.newest_running(&replica).is_none_or(|newest| newest == id) {
+                        self.desk(&replica).life.set_ready(false);
+                        if !bug!(StoppingAsked) {
+                            self.forget_readiness(&replica);
+                        }
                     }
                     out.push(Effect::Stop { step, replica, id, grace_ms });
                 }

@@ -97,7 +97,8 @@ impl Reporter {
     }
 
     /// All that is gone, at once and whatever the pace: told before a set is acknowledged. Beyond
-    /// [`MAX_UNKEPT`], by what sets come while the server keeps nothing: one, or two.
+    /// [`MAX_UNKEPT`] by as many sets as come while the server keeps nothing, mostly one or two; where it
+    /// takes none any more it ends the session, and the next hello tells all.
     pub fn absences(&mut self) -> Vec<Statuses> {
         let mut messages = Vec::new();
         while !self.absent.is_empty() {

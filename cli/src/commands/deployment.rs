@@ -44,7 +44,7 @@ pub async fn scale(global: &Global, args: Scale) -> Result<()> {
     let answer = ask(global, client.deployments().scale(request)).await?;
     let mut deployment = answer.deployment.unwrap_or_default();
     if wait {
-        deployment = settle(global, &client, &deployment, timeout).await?;
+        deployment = settle(global, &client, &deployment, true, timeout).await?;
     }
     let words = format!("{name}: {} wanted", counted(replicas, "replica"));
     say(global, &words, &to_json(&deployment))
@@ -169,12 +169,12 @@ pub async fn deployment(global: &Global, verb: Verb) -> Result<()> {
             let one = ask(global, client.deployments().get_deployment(request)).await?;
             let mut one = one.deployment.unwrap_or_default();
             if until.wait {
-                one = Box::pin(settle(global, &client, &one, until.timeout)).await?;
+                one = Box::pin(settle(global, &client, &one, true, until.timeout)).await?;
             }
             let s = one.status.clone().unwrap_or_default();
             say(global, &format!("{name}: {}", standing(&s)), &to_json(&one))?;
             if until.wait && s.rollout() == RolloutState::RolledBack {
-                return Err(Error::new(Kind::RolloutFailed, s.reason));
+                return Err(Error::new(Kind::RolloutFailed, for_terminal(&s.reason)));
             }
             Ok(())
         }
@@ -208,7 +208,7 @@ async fn ends(
         return say(global, begun, &to_json(&deployment));
     }
     eprintln!("{}", for_terminal(begun));
-    let deployment = Box::pin(settle(global, client, &deployment, until.timeout)).await?;
+    let deployment = Box::pin(settle(global, client, &deployment, false, until.timeout)).await?;
     match global.output {
         Output::Json | Output::Yaml => say(global, "", &to_json(&deployment)),
         Output::Table | Output::Wide => Ok(()),

@@ -28,11 +28,13 @@ fn until(end: Instant, begun: Instant, heard: bool) -> Instant {
     if heard { end } else { end.max(begun + FIRST) }
 }
 
-/// Waits until a deployment whose number was changed has as many replicas ready.
+/// Waits for the end of the rollout that a deployment is in. `settled`: no release was made, so that it has
+/// to have as many replicas ready as are wanted, too.
 pub async fn settle(
     global: &Global,
     client: &Client,
     deployment: &Deployment,
+    settled: bool,
     timeout: Duration,
 ) -> Result<Deployment> {
     let meta = &deployment.meta.clone().unwrap_or_default();
@@ -41,7 +43,7 @@ pub async fn settle(
         shared: &Shared::new(client.deployments()),
         meta,
         release: deployment.status.as_ref().map_or(0, |s| s.release),
-        settled: true,
+        settled,
         wait_all: false,
         end: Instant::now() + timeout,
         index: 0,
@@ -119,8 +121,7 @@ fn judge(status: &DeploymentStatus, release: u64, excused: Option<u32>) -> Verdi
     };
     // Where going back was what is waited for, it has come to its end.
     let complete = match status.rollout() {
-        RolloutState::Complete => true,
-        RolloutState::RolledBack => status.release == release,
+        RolloutState::Complete | RolloutState::RolledBack => status.release == release,
         RolloutState::Unspecified
         | RolloutState::Rolling
         | RolloutState::Paused
@@ -144,6 +145,11 @@ fn judge(status: &DeploymentStatus, release: u64, excused: Option<u32>) -> Verdi
                 Some(_) | None => Verdict::Done { deferred: status.deferred_hosts },
             }
         }
+        // Somebody has given it up.
+        RolloutState::Complete if status.release < release => Verdict::Failed(format!(
+            "release {release} was undone; release {} is back",
+            status.release
+        )),
         // It has failed, and going back waits for room or a host: nobody knows for how long.
         RolloutState::Rolling
             if (1..release).contains(&status.release) && status.pending_count > 0 =>
@@ -165,7 +171,8 @@ fn judge(status: &DeploymentStatus, release: u64, excused: Option<u32>) -> Verdi
 fn late(status: &DeploymentStatus, release: u64, excused: Option<u32>) -> Error {
     let why = status.pending.iter().find(|p| !p.message.is_empty());
     // Its rollout is over, and what it had brought is not there any more.
-    let lost = status.rollout() == RolloutState::Complete;
+    let lost = status.rollout() == RolloutState::Complete
+        || (status.rollout() == RolloutState::RolledBack && status.release == release);
     match judge(status, release, excused) {
         Verdict::Done { deferred } if deferred > 0 => Error::new(
             Kind::Deferred,
@@ -497,6 +504,7 @@ mod tests {
         for failed in [S::Failed, S::RolledBack, S::Paused, S::Deleting] {
             assert!(matches!(judge(&status(failed, 1, 0), 2), Verdict::Failed(_)), "{failed:?}");
         }
+        assert!(matches!(judge(&status(S::Complete, 1, 0), 2), Verdict::Failed(_)));
         // Whoever waits for the release that was gone back to has it.
         assert_eq!(judge(&status(S::RolledBack, 1, 0), 1), Verdict::Done { deferred: 0 });
         // Going back is waited for as long as it goes on.

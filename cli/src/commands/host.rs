@@ -45,7 +45,7 @@ fn policy_json(p: &HostPolicy) -> Value {
         "mountFolders": p.mount_folders, "allowPrivileged": p.allow_privileged,
         "allowHostNetwork": p.allow_host_network, "allowCapabilities": p.allow_capabilities,
         "allowDevices": p.allow_devices, "forbidExec": p.forbid_exec,
-        "publishAddresses": p.publish_addresses,
+        "publishAddresses": p.publish_addresses, "forbidPublish": p.forbid_publish,
         "allowContainerTraffic": p.allow_container_traffic,
     })
 }

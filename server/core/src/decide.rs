@@ -235,13 +235,17 @@ pub fn apply(
     let next = Deployment::new(record.clone())?;
     let number = newest(view, &existing.uid);
     let newest = view.release(&existing.uid, number);
-    let resolved_changed = newest.is_none_or(|r| {
+    // A rollout that was undone has led back to what is written: that is what counts then.
+    let own = view
+        .release(&existing.uid, existing.release())
+        .filter(|own| own.number != number && !release::needs_release(&own.spec, &existing.spec));
+    let resolved_changed = own.or(newest).is_none_or(|r| {
         r.source != wanted.resolved
             && !(bug!(NewModelKept) && r.source.image == wanted.resolved.image)
     });
     // Its newest release has failed, and it is on its way back or back: this is another try.
-    let stuck = matches!(existing.rollout(), RolloutState::RolledBack | RolloutState::Paused)
-        || existing.release() != number;
+    let went_back = existing.rollout() == RolloutState::RolledBack || existing.release() != number;
+    let stuck = existing.rollout() == RolloutState::Paused || (went_back && own.is_none());
     let kind_changed =
         (existing.spec.scale == Scale::EveryHost) != (next.spec.scale == Scale::EveryHost);
     if resolved_changed
@@ -426,7 +430,8 @@ fn give_up(
 fn back_to(deployment: &Deployment, release: &Release) -> DeploymentRecord {
     let mut record = deployment.record.clone();
     let mut spec = release.record.spec.clone().unwrap_or_default();
-    spec.replicas = record.spec.as_ref().and_then(|s| s.replicas);
+    // One that runs on every host has no number.
+    spec.replicas = record.spec.as_ref().and_then(|s| s.replicas).filter(|_| !spec.every_host);
     record.spec = Some(spec);
     record.resolved = release::source_words(release);
     record

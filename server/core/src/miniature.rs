@@ -194,6 +194,8 @@ impl World {
                         failed.failed = true;
                         failed.reason = "not ready in time".into();
                         self.change(vec![Change::PutReplica(Arc::new(failed))]);
+                        // What it displaced is started again in a moment.
+                        self.report(old, Phase::Running, false);
                         continue;
                     }
                 }

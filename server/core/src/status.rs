@@ -10,7 +10,7 @@ use berth_proto::convert::{
 };
 use berth_proto::ids::{Mono, Now, Wall};
 use berth_proto::values::Phase;
-use berth_proto::words::{NO_HOST_FITS, ORPHAN_UNDECIDED, STOPPING, counted};
+use berth_proto::words::{GIVEN_BACK, NO_HOST_FITS, ORPHAN_UNDECIDED, STOPPING, counted};
 use std::collections::BTreeMap;
 
 /// After so long away a host is shown as lost; deployments have their own policies.
@@ -119,7 +119,11 @@ pub fn deployment(
 /// The stable word for what a plan says of empty slots.
 #[must_use]
 pub fn pending_reason(message: &str) -> &'static str {
-    if message == planner::UNDECIDED { ORPHAN_UNDECIDED } else { NO_HOST_FITS }
+    match message {
+        planner::UNDECIDED => ORPHAN_UNDECIDED,
+        planner::GIVEN_BACK => GIVEN_BACK,
+        _ => NO_HOST_FITS,
+    }
 }
 
 /// Why a replica that shall run is not ready: the stable word, and words for people.

@@ -3,7 +3,7 @@
 use super::bring::{Brings, Registry};
 use super::check::{Started, word};
 use super::clock::Clock;
-use super::engine::Engine;
+use super::engine::{Engine, number};
 use super::events::{Event, Life, LinkId, NodeId, Write, early};
 use super::net::Net;
 use super::script::{Machine, Moment};
@@ -70,7 +70,7 @@ pub(super) struct Agent {
     /// How far each replica was told to be, and whether it was ready.
     pub(super) told: BTreeMap<ReplicaUid, ((u32, i32), bool)>,
     /// Whose container it has asked to be stopped, and has no answer yet.
-    pub(super) stopping: BTreeMap<StepId, ReplicaUid>,
+    pub(super) stopping: BTreeMap<StepId, (ReplicaUid, u32)>,
     /// Under which set a replica was gone last.
     gone: BTreeMap<ReplicaUid, Option<SetId>>,
 }
@@ -550,8 +550,10 @@ impl World<'_> {
         }
         let effects = agent.machine.step(at, input);
         for effect in &effects {
-            if let Effect::Stop { step, replica, .. } = effect {
-                agent.stopping.insert(*step, replica.clone());
+            if let Effect::Stop { step, replica, id, .. } = effect
+                && let Some(made) = held.engine.containers.get(&number(id))
+            {
+                agent.stopping.insert(*step, (replica.clone(), made.shown.attempt));
             }
         }
         for effect in &effects {

@@ -66,7 +66,17 @@ fn is_not_so(before: &View, after: &View, action: &Action, changes: &[Change]) -
             let Some(held) = named(after, deployment) else {
                 return Some("it is not there".into());
             };
+            // Its newest, unless that was undone and this is what was gone back to.
             let newest = newest(after, &held)?;
+            let old = named(before, deployment);
+            let kept_back = old.as_ref().is_some_and(|old| {
+                let given_up = old.release() == held.release() && old.rollout() == held.rollout();
+                given_up && newest.state() != ReleaseState::Rolling
+            });
+            let newest = match after.release(&held.uid, held.release()) {
+                Some(own) if kept_back => own,
+                Some(_) | None => newest,
+            };
             let containers = filled_in(&wanted.spec).as_ref().map(of_containers);
             let made = newest.record.spec.as_ref().map(of_containers);
             for (so, what) in [

@@ -205,7 +205,7 @@ impl World<'_> {
         let far = (status.attempt, status.phase);
         let checked = self.body(node, &uid).is_some_and(|body| body.spec.health.is_some());
         let Some(agent) = &mut self.nodes[node].agent else { return };
-        let stopping = agent.stopping.values().any(|replica| *replica == uid);
+        let stopping = agent.stopping.values().any(|of| *of == (uid.clone(), far.0));
         let before = agent.told.insert(uid.clone(), (far, status.ready));
         if stopping && status.ready {
             return self.broke(format!("{uid} is told to be ready while it is being stopped"));

@@ -425,3 +425,26 @@ fn what_is_being_stopped_is_not_ready_whatever_its_check_says_and_is_not_asked()
     w.run_for(10_000);
     assert_eq!((w.running(), w.status("b").ready), (vec!["b"], true));
 }
+
+#[test]
+fn one_that_serves_stays_ready_while_an_older_one_of_it_is_stopped() {
+    let mut w = World::new();
+    w.want(&[Want { checked: true, ..want("a") }]);
+    w.run_for(2_000);
+    w.end("a", 1);
+    w.run_for(20_000);
+    let newest = w.of("a").unwrap().clone();
+    assert!(newest.attempt == 2 && w.status("a").ready);
+    // Somebody starts a copy of the one before.
+    let older = Container { id: "older".into(), attempt: 1, ..newest };
+    w.containers.insert(older.id.clone(), older);
+    w.look();
+    let is_stop = |e: &Effect| matches!(e, Effect::Stop { id, .. } if id == "older");
+    let stop = w.asked.iter().position(is_stop).map(|at| w.asked.remove(at)).unwrap();
+    assert!(w.status("a").ready);
+    w.run_for(10_000);
+    assert!(w.status("a").ready, "and goes on being asked");
+    w.carry_out(stop, Luck::Good);
+    w.run_for(5_000);
+    assert_eq!((w.running(), w.status("a").ready), (vec!["a"], true));
+}

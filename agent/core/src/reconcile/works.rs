@@ -109,11 +109,18 @@ impl Works {
 }
 
 impl Reconcile {
-    /// Its container is being stopped.
+    /// The container that it serves from.
+    pub(super) fn newest_running(&self, uid: &ReplicaUid) -> Option<&str> {
+        let list = self.seen.get(uid)?;
+        list.iter().find(|c| c.state == State::Running).map(|c| c.id.as_str())
+    }
+
+    /// The container that it serves from is being stopped.
     pub(super) fn is_stopping(&self, uid: &ReplicaUid) -> bool {
         let step = self.desks.get(uid).and_then(|desk| desk.step);
-        step.and_then(|step| self.works.works.get(&step))
-            .is_some_and(|work| work.kind == Kind::Stop)
+        step.and_then(|step| self.works.works.get(&step)).is_some_and(|work| {
+            work.kind == Kind::Stop && self.newest_running(uid).is_none_or(|id| id == work.id)
+        })
     }
 
     /// Whether a step may begin now.

@@ -160,9 +160,11 @@ impl<'a> Planning<'a> {
     fn complete(&mut self, release: &Arc<Release>) {
         self.plan.clock = None;
         let (number, now) = (release.number.0, self.now.wall.0);
-        // A rollback that is complete keeps saying what happened: there is a newer release, which failed.
-        let newest = self.view.releases_of(&self.deployment.uid).last().map(|r| r.number);
-        let rolled_back = newest > Some(release.number);
+        // A rollback that is complete keeps saying what happened: there is a newer release, which failed. One
+        // that people gave up before it could is no news.
+        let newest = self.view.releases_of(&self.deployment.uid).last();
+        let rolled_back = newest
+            .is_some_and(|r| r.number > release.number && r.state() != ReleaseState::Superseded);
         self.put(|record| {
             record.rollout = if rolled_back {
                 RolloutState::RolledBack as i32

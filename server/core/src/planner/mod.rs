@@ -29,7 +29,7 @@ mod roll;
 
 pub use commit::STEPS_PER_COMMIT;
 pub use foresee::{Budget, foresee};
-pub use roll::UNDECIDED;
+pub use roll::{GIVEN_BACK, UNDECIDED};
 
 use crate::capacity::HostUse;
 use crate::change::Change;

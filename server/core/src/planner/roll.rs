@@ -18,7 +18,7 @@ use std::sync::Arc;
 const UNMOVED: &str = "on a draining host, and not moved while the rollout is paused: undo it, or apply \
                        what works";
 /// What is said of a slot whose host has brought back what runs there.
-const GIVEN_BACK: &str = "its release did not become ready in the place of what runs on its host: apply what \
+pub const GIVEN_BACK: &str = "its release did not become ready in the place of what runs on its host: apply what \
                           works, or restart it";
 /// What is said of a slot whose replica was found after a restore.
 pub const UNDECIDED: &str = "found on its host and not decided about (berth orphan list)";
@@ -427,6 +427,7 @@ impl<'a> Planning<'a> {
             .filter(|(r, _)| !r.failed)
             .filter_map(|(r, health)| Some((r.replaces.as_ref()?, *health)))
             .collect();
+        let given = self.give_back(work);
         let mut unmoved = 0;
         for item in work {
             let new_is_healthy = item.new.iter().any(|(_, h)| *h == Health::Healthy);
@@ -445,8 +446,13 @@ impl<'a> Planning<'a> {
                 // It took the place of one that is wanted again: that one can only run once it is gone. What
                 // stands still does not give up what serves for it.
                 let displaces = item.new.iter().any(|(r, _)| old.replaces.as_ref() == Some(&r.uid));
+                // Its host has just started it again, or is about to: it is all the slot has, and what would
+                // be started in its stead has failed there.
+                let brought_back = old.given_back == Some(current) || given.contains(&old.uid);
                 let may = if old.failed {
                     true
+                } else if given.contains(&old.uid) {
+                    false
                 } else if displaces && *health == Health::Healthy && spare == 0 {
                     let may = !halted && recovering < rollout.max_unavailable.max(1);
                     recovering += u32::from(may);
@@ -464,10 +470,12 @@ impl<'a> Planning<'a> {
                     spare > 0
                         && (new_is_healthy
                             || serving > 1
-                            || (rollout.max_unavailable > 0 && (new_exists || surge_room == 0)))
+                            || (rollout.max_unavailable > 0
+                                && !brought_back
+                                && (new_exists || surge_room == 0)))
                 } else {
                     // Unhealthy ones serve nobody and go first.
-                    new_is_healthy || new_exists || surge_room == 0
+                    new_is_healthy || (!brought_back && (new_exists || surge_room == 0))
                 };
                 if may && self.room() {
                     if *health == Health::Healthy && replaced_by.is_none() && !old.failed {
@@ -475,9 +483,6 @@ impl<'a> Planning<'a> {
                         recovering += u32::from(spare > 0 && serving == 1);
                         spare = spare.saturating_sub(1);
                         serving = serving.saturating_sub(1);
-                    }
-                    if old.failed {
-                        self.give_back(old);
                     }
                     self.stop(old);
                 }
@@ -488,17 +493,25 @@ impl<'a> Planning<'a> {
         }
     }
 
-    /// What it was to take the place of, and was brought back, does not give way to its release again: it
-    /// would serve half of the time, for as long as nobody looks.
-    fn give_back(&mut self, failed: &Replica) {
-        let Some(back) = failed.replaces.as_ref().and_then(|uid| self.view.replica(uid)) else {
-            return;
-        };
-        if back.runs() && back.given_back != Some(failed.release) {
-            let given_back = Some(failed.release);
-            let back = Replica { given_back, ..Replica::clone(back) };
-            self.plan.changes.push(Change::PutReplica(Arc::new(back)));
+    /// What one that failed was to take the place of, and was brought back, does not give way to that release
+    /// again: it would serve half of the time, for as long as nobody looks. Answers with all of these.
+    fn give_back(&mut self, work: &[SlotWork<'_>]) -> BTreeSet<ReplicaUid> {
+        let mut given = BTreeSet::new();
+        let view = self.view;
+        for (failed, health) in work.iter().flat_map(|item| &item.old) {
+            let back = failed.replaces.as_ref().and_then(|uid| view.replica(uid));
+            let Some(back) =
+                back.filter(|back| failed.failed && *health != Health::Deferred && back.runs())
+            else {
+                continue;
+            };
+            given.insert(back.uid.clone());
+            if back.given_back != Some(failed.release) && self.room() {
+                let back = Replica { given_back: Some(failed.release), ..Replica::clone(back) };
+                self.plan.changes.push(Change::PutReplica(Arc::new(back)));
+            }
         }
+        given
     }
 
     /// It has itself not yet taken the place it was given: one change at a time, since the one that gave

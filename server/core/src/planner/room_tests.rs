@@ -91,6 +91,8 @@ fn what_a_late_host_has_given_back_once_is_not_tried_in_its_place_again() {
     w.presence(1, Presence::Present);
     for _ in 0..20 {
         w.pass(150);
+        // Also while what was brought back is not ready yet, and the failed one is still ending.
+        w.plan();
     }
     let replaced =
         |w: &World| w.view.replicas_of(&w.uid()).filter(|r| r.replaces.is_some()).count();

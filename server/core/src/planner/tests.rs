@@ -126,7 +126,10 @@ fn a_restart_after_a_rollback_repeats_what_runs_and_not_what_has_failed() {
 #[test]
 fn a_rollout_that_is_undone_goes_back_to_what_still_runs_and_starts_nothing_anew() {
     // While it goes on, and once it stands still.
-    for (passes, state) in [(1, RolloutState::Rolling), (200, RolloutState::Paused)] {
+    for (passes, state, ends) in [
+        (1, RolloutState::Rolling, RolloutState::Complete),
+        (200, RolloutState::Paused, RolloutState::RolledBack),
+    ] {
         let mut w = World::new(3);
         let mut spec = World::spec("one");
         spec.rollout.as_mut().unwrap().on_failure = api::RolloutFailureAction::Pause as i32;
@@ -143,20 +146,26 @@ fn a_rollout_that_is_undone_goes_back_to_what_still_runs_and_starts_nothing_anew
         let asked = Asked { actor: "user/test", now: w.now.wall };
         let back = decide::undo(&w.view, w.deployment(), ReleaseNumber(0), &asked).unwrap();
         assert_eq!(back.deployment.release().0, 1);
+        let reason = &back.deployment.record.reason;
+        assert_eq!(reason, "release 2 was undone; back to release 1");
         w.change(back.proposal.changes);
         w.settle();
         assert_eq!(w.running.keys().cloned().collect::<BTreeSet<_>>(), before);
-        assert_eq!(w.deployment().rollout(), RolloutState::RolledBack);
+        assert_eq!(w.deployment().rollout(), ends);
         let given_up = w.view.releases_of(&w.uid()).last().unwrap().state();
         let expected = match state {
             RolloutState::Paused => api::ReleaseState::Failed,
             _ => api::ReleaseState::Superseded,
         };
         assert_eq!(given_up, expected);
-        let reason = &w.deployment().record.reason;
-        assert_eq!(reason, "release 2 was undone; back to release 1");
         // Nothing served before that.
         assert!(decide::undo(&w.view, w.deployment(), ReleaseNumber(0), &asked).is_err());
+        // What is written is what runs: applied again it changes nothing, and something else does.
+        let mut spec = World::spec("one");
+        spec.rollout.as_mut().unwrap().on_failure = api::RolloutFailureAction::Pause as i32;
+        assert_eq!(w.apply(spec.clone()), api::ApplyAction::Unchanged);
+        spec.source = World::spec("two").source;
+        assert_eq!(w.apply(spec), api::ApplyAction::Changed);
     }
 }
 
