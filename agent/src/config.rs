@@ -89,6 +89,9 @@ pub enum ConfigError {
     /// It holds something else.
     #[error("{} is not right", .0.display())]
     Parse(PathBuf, #[source] Box<toml::de::Error>),
+    /// A folder by which no mount could ever be found.
+    #[error("policy.mount-folders: \"{0}\" does not begin with /")]
+    Relative(String),
     /// A quantity.
     #[error("a quantity is not right")]
     Quantity(#[from] berth_proto::quantity::InvalidQuantity),
@@ -112,7 +115,13 @@ impl Config {
             toml::from_str(&text).map_err(|e| ConfigError::Parse(path.to_owned(), Box::new(e)))?;
         config.reserved()?;
         config.limits()?;
+        config.mounts()?;
         Ok(config)
+    }
+
+    fn mounts(&self) -> Result<(), ConfigError> {
+        let relative = self.policy.mount_folders.iter().find(|folder| !folder.starts_with('/'));
+        relative.map_or(Ok(()), |folder| Err(ConfigError::Relative(folder.clone())))
     }
 
     /// How bytes are brought and kept.
@@ -175,6 +184,18 @@ mod tests {
         let text = "[policy]\nallow-priviledged = true";
         let error = toml::from_str::<Config>(text).unwrap_err().to_string();
         assert!(error.contains("allow-priviledged") && error.contains("allow-privileged"));
+    }
+
+    #[test]
+    fn a_folder_for_mounts_that_is_no_whole_path_is_refused() {
+        let load = |folder: &str| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), format!("[policy]\nmount-folders = [\"{folder}\"]"))
+                .unwrap();
+            Config::load(Some(file.path())).map(|_| ()).map_err(|error| error.to_string())
+        };
+        assert_eq!(load("/srv"), Ok(()));
+        assert!(load("srv").unwrap_err().contains("\"srv\" does not begin with /"));
     }
 
     #[test]

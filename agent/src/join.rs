@@ -62,7 +62,7 @@ pub async fn join(
     facts: HostFacts,
 ) -> Result<AgentIdentityFile, JoinError> {
     match store.identity() {
-        Err(StoreError::NotJoined) => {}
+        Err(StoreError::NotJoined(_)) => {}
         Ok(held) => return Err(JoinError::Joined(held.name)),
         Err(error) => return Err(error.into()),
     }

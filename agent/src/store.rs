@@ -40,9 +40,10 @@ pub enum StoreError {
     InUse(PathBuf),
     /// Nobody has joined here.
     #[error(
-        "this host has not joined a cluster: `berth-agent join --server HOST:PORT --token ...`"
+        "this host has not joined a cluster, or not with {} (--data-dir names another folder): \
+         `berth-agent join --server HOST:PORT --token ...`", .0.display()
     )]
-    NotJoined,
+    NotJoined(PathBuf),
 }
 
 fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> StoreError + use<> {
@@ -136,7 +137,8 @@ impl Store {
     /// # Errors
     /// When nobody has joined, or the file is damaged.
     pub fn identity(&self) -> Result<AgentIdentityFile, StoreError> {
-        read_whole(&self.folder.join("identity"))?.ok_or(StoreError::NotJoined)
+        read_whole(&self.folder.join("identity"))?
+            .ok_or_else(|| StoreError::NotJoined(self.folder.clone()))
     }
 
     /// Makes an identity durable.
@@ -360,14 +362,14 @@ mod tests {
         store.forget_cluster().unwrap();
         assert!(store.joining().unwrap().is_none(), "it holds a key");
         assert_eq!(store.set().unwrap(), AgentSetFile::default());
-        assert!(matches!(store.identity(), Err(StoreError::NotJoined)));
+        assert!(matches!(store.identity(), Err(StoreError::NotJoined(_))));
     }
 
     #[test]
     fn a_damaged_file_is_named_and_not_taken_for_an_empty_one() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        assert!(matches!(store.identity(), Err(StoreError::NotJoined)));
+        assert!(matches!(store.identity(), Err(StoreError::NotJoined(_))));
         let file = AgentSetFile { agent_start: 3, ..Default::default() };
         store.put_set(&file).unwrap();
         assert_eq!(store.set().unwrap(), file);

@@ -545,7 +545,8 @@ pub enum Token {
 pub enum Orphan {
     /// List them.
     List,
-    /// Take them into their deployments; those that cannot be taken in stay orphans.
+    /// Take them into their deployments, whose number grows where their slots are beyond it; those that
+    /// cannot be taken in stay orphans.
     Adopt(Orphans),
     /// Let them go: they are stopped.
     Release(Orphans),

@@ -43,11 +43,29 @@ pub async fn scale(global: &Global, args: Scale) -> Result<()> {
     };
     let answer = ask(global, client.deployments().scale(request)).await?;
     let mut deployment = answer.deployment.unwrap_or_default();
+    stands_still(&name, &deployment);
     if wait {
         deployment = settle(global, &client, &deployment, true, timeout).await?;
     }
     let words = format!("{name}: {} wanted", counted(replicas, "replica"));
     say(global, &words, &to_json(&deployment))
+}
+
+/// What is started by a rollout that stands still is of the release that failed.
+fn stands_still(name: &str, deployment: &Deployment) {
+    if let Some(words) = paused(name, &deployment.status.clone().unwrap_or_default()) {
+        eprintln!("{words}");
+    }
+}
+
+fn paused(name: &str, status: &DeploymentStatus) -> Option<String> {
+    (status.rollout() == RolloutState::Paused).then(|| {
+        for_terminal(&format!(
+            "{name}: its rollout stands still, and what is started is of release {}, which failed; \
+             `berth deployment rollout undo {name}` goes back",
+            status.release
+        ))
+    })
 }
 
 pub async fn remove(global: &Global, name: &str, allow_missing: bool) -> Result<()> {
@@ -294,6 +312,18 @@ pub async fn release(global: &Global, verb: ReleaseVerb) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_scales_what_stands_still_is_told_which_release_that_starts() {
+        let status = |rollout: RolloutState| DeploymentStatus {
+            rollout: rollout as i32,
+            release: 6,
+            ..DeploymentStatus::default()
+        };
+        let words = paused("iris", &status(RolloutState::Paused)).unwrap();
+        assert!(words.contains("release 6, which failed") && words.contains("undo iris"));
+        assert_eq!(paused("iris", &status(RolloutState::Rolling)), None);
+    }
 
     #[test]
     fn an_undo_says_where_it_leads() {

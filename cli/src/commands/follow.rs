@@ -182,9 +182,14 @@ fn late(status: &DeploymentStatus, release: u64, excused: Option<u32>) -> Error 
         Verdict::Done { .. } | Verdict::Wait | Verdict::Failed(_) => Error::new(
             Kind::RolloutFailed,
             for_terminal(&format!(
-                "not {} in time ({} ready{}); {}",
+                "not {} in time ({} ready{}{}); {}",
                 if lost { "there" } else { "complete" },
                 ready_of(status),
+                if !lost && status.updated_ready >= status.wanted && status.wanted > 0 {
+                    ", which has to last for spec.rollout.readyFor"
+                } else {
+                    ""
+                },
                 why.map(|p| format!("; {}", p.message)).unwrap_or_default(),
                 if lost { "it is still tried" } else { "the rollout goes on" }
             )),

@@ -79,6 +79,9 @@ fn state(r: &Replica) -> String {
         "stopping".to_owned()
     } else if s.ready {
         "ready".to_owned()
+    } else if s.phase() == ReplicaPhase::Unspecified {
+        // Nothing was told of it yet.
+        "assigned".to_owned()
     } else {
         word(s.phase().as_str_name(), "REPLICA_PHASE_")
     }

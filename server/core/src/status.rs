@@ -126,6 +126,10 @@ pub fn pending_reason(message: &str) -> &'static str {
     }
 }
 
+/// Why nothing is told of a replica whose host gets no set.
+const HELD_BACK: &str = "its host is told nothing before what it runs is known and decided about: berth orphan \
+                         list";
+
 /// Why a replica that shall run is not ready: the stable word, and words for people.
 pub(crate) fn why_not_ready(
     replica: &Replica,
@@ -182,6 +186,9 @@ pub fn replica(view: &View, live: &Live, replica: &Replica, now: Mono) -> api::R
     if replica.failed {
         status.reason = "FAILED".to_owned();
         status.message.clone_from(&replica.reason);
+    } else if known.is_none() && replica.runs() && view.is_held_back(&replica.host) {
+        status.reason = "HOST_HELD_BACK".to_owned();
+        status.message = HELD_BACK.to_owned();
     } else if status.reason.is_empty() && !status.ready && replica.runs() {
         let (reason, message) =
             why_not_ready(replica, known.map(|k| &k.status), live.presence(&replica.host));
