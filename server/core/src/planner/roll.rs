@@ -72,8 +72,8 @@ impl<'a> SlotWork<'a> {
         self.new.is_empty() && self.old.is_empty()
     }
 
-    fn old_serves(&self) -> bool {
-        self.old.iter().any(|(_, health)| *health == Health::Healthy)
+    fn is_reached(&self) -> bool {
+        self.all().any(|(_, health)| *health != Health::Deferred)
     }
 
     fn all_deferred(&self) -> bool {
@@ -100,7 +100,7 @@ struct Started {
     healthy: u32,
     /// What may still be started.
     surge_room: u32,
-    /// Slots in which nothing serves and that got one.
+    /// Slots in which nothing is in reach and that got one.
     begun: u32,
 }
 
@@ -327,7 +327,7 @@ impl<'a> Planning<'a> {
             match chosen {
                 Ok(host) => {
                     self.place(item.slot, host, release, None, stand_in_for);
-                    begun += u32::from(!item.old_serves());
+                    begun += u32::from(!item.is_reached());
                     if stand_in_for.is_none() {
                         surge_room = surge_room.saturating_sub(1);
                     }
@@ -355,7 +355,7 @@ impl<'a> Planning<'a> {
                             if *health == Health::Healthy {
                                 healthy = healthy.saturating_sub(1);
                             }
-                            begun += u32::from(!item.old_serves());
+                            begun += u32::from(!item.is_reached());
                             self.place(item.slot, old.host.clone(), release, Some(old), None);
                         }
                         // Too many change places just now. Room may come before its turn does.
@@ -405,20 +405,20 @@ impl<'a> Planning<'a> {
             .saturating_sub(tally.deferred_slots)
             .saturating_sub(rollout.max_unavailable);
         let mut spare = healthy.saturating_sub(if bug!(FloorIgnored) { 0 } else { floor });
-        // Slots in which nothing serves and something soon may: they come back to one that was displaced,
-        // have just been given one, or get one once what is being stopped is gone. As many at once as may
-        // change places.
+        // Slots in which nothing serves and something soon may: what they have is not ready, they have just
+        // been given something, or get it once what is being stopped is gone. As many at once as may change
+        // places; what finds no room keeps nobody waiting.
         let (ending, ending_on): (BTreeSet<u32>, BTreeSet<&HostUid>) =
             stopping.iter().map(|r| (r.slot, &r.host)).unzip();
         let mut recovering = begun
             + count(work.iter().filter(|item| {
-                let on_its_way = item.new.iter().any(|(_, h)| matches!(h, Health::NotYet(_)));
+                let serves = item.all().any(|(_, h)| *h == Health::Healthy);
                 let ends = match &item.host {
                     Some(host) => ending_on.contains(host),
                     None => ending.contains(&item.slot),
                 };
                 let until_gone = item.is_empty() && ends;
-                !item.old_serves() && (on_its_way || until_gone)
+                !serves && (item.is_reached() || until_gone)
             }));
         // Mostly of the same slot; one that a slot has too many gives way to one of another.
         let successors: BTreeMap<&ReplicaUid, Health> = work

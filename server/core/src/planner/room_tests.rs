@@ -151,6 +151,40 @@ fn what_serves_does_not_give_its_place_back_while_another_slot_changes_places() 
 }
 
 #[test]
+fn what_serves_gives_its_place_back_only_when_the_other_slots_serve() {
+    let mut w = World::new(2);
+    let mut spec = World::spec("one");
+    // One fills a host, and the first release suits h0 alone.
+    spec.resources = Some(api::Resources { memory_bytes: 900 << 20, ..Default::default() });
+    spec.placement = Some(api::Placement { require: vec!["zone=a".into()], spread: String::new() });
+    spec.replicas = Some(1);
+    spec.rollout.as_mut().unwrap().ready_for = Some(berth_proto::convert::duration(5_000));
+    w.apply(spec.clone());
+    for _ in 0..40 {
+        w.pass(150);
+    }
+    spec.source = World::spec("two").source;
+    spec.placement = None;
+    spec.replicas = Some(4);
+    w.apply(spec);
+    let second = |w: &mut World, ready| {
+        let uid = w.view.replicas_of(&w.uid()).find(|r| r.slot == 1).unwrap().uid.clone();
+        w.report(&uid, Phase::Running, ready);
+    };
+    for _ in 0..4 {
+        w.pass(150);
+        second(&mut w, false);
+    }
+    let asked = crate::decide::Asked { actor: "user/test", now: w.now.wall };
+    let back = crate::decide::undo(&w.view, w.deployment(), ReleaseNumber(0), &asked).unwrap();
+    w.change(back.proposal.changes);
+    assert_eq!(w.plan().steps, [], "or nothing would serve for a while");
+    second(&mut w, true);
+    let kinds: Vec<_> = w.plan().steps.iter().map(|s| (s.kind, s.slot)).collect();
+    assert_eq!(kinds, [(PlannedStepKind::Stop, 0)]);
+}
+
+#[test]
 fn why_nothing_is_placed_is_said_in_words() {
     let mut w = World::new(3);
     let host = w.view.host(&"h0".parse().unwrap()).unwrap();
