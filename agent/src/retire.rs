@@ -15,13 +15,15 @@ use std::time::Duration;
 /// Looks again so often whether something is left: a pace, seen by nobody.
 const LOOK: Duration = Duration::from_millis(500);
 /// What the agent has in its folder; in the order in which it goes.
-const HELD: [&str; 8] = [
+const HELD: [&str; 10] = [
     MODELS,
     "pull",
     "set.partial",
     "set",
     "joining.partial",
     "joining",
+    "link.partial",
+    "link.json",
     "identity.partial",
     "identity",
 ];

@@ -129,6 +129,10 @@ fn a_rollout_that_cannot_succeed_ends_with_5_and_says_why_and_what_to_do() {
     let sick = spec("stand-in:1", "/sick", "");
     told(&apply(&fleet, "app", &sick), 5, &words);
     assert_eq!(fleet.settles_at("app", 1).unwrap(), before);
+    // The same words are there for whoever looks later.
+    let later = fleet.cluster.berth_json(&["deployment", "show", "app"]).unwrap();
+    let later = later["status"]["reason"].as_str().unwrap_or_default().to_owned();
+    assert!(later.contains("release 2 failed") && later.contains("503"), "{later}");
     let ends = |verb: &[&str]| {
         let args = [verb, &["--wait", "--timeout", "90s"]].concat();
         fleet.cluster.berth(&args).unwrap()
@@ -145,10 +149,6 @@ fn a_rollout_that_cannot_succeed_ends_with_5_and_says_why_and_what_to_do() {
     told(&ends(&["deployment", "restart", "app"]), 0, &["restarting as release 4"]);
     told(&ends(&["deployment", "rollout", "status", "app"]), 0, &[]);
     assert_ne!(fleet.settles_at("app", 1).unwrap(), before);
-    // The same words are there for whoever looks later.
-    let later = fleet.cluster.berth_json(&["deployment", "show", "app"]).unwrap();
-    let later = later["status"]["reason"].as_str().unwrap_or_default().to_owned();
-    assert!(later.contains("release 2 failed") && later.contains("503"), "{later}");
 }
 
 /// The only host's reason, as `berth host list` shows it.

@@ -98,9 +98,12 @@ impl World<'_> {
                 let words = format!("{uid} is not started again before {:?}", next.not_before);
                 return self.broke(words);
             }
+            // One that gives way to another is not told from one that ended by itself in that moment.
+            let gives_way =
+                memory.values().any(|m| m.replacement_begun && m.replaces.as_ref() == Some(uid));
             if next.exit_taken > last.exit_taken
                 && next.failures == last.failures
-                && next.stopping == next.exit_taken
+                && (next.stopping == next.exit_taken || gives_way)
             {
                 self.put_aside(node, uid, next.exit_taken);
             }
