@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, ensure};
 use berth_tests::events;
+use berth_tests::forward::Forwarder;
 use berth_tests::hosts::{Fleet, can_make_hosts};
 use berth_tests::{PATIENCE, eventually};
 use std::time::{Duration, Instant};
@@ -167,4 +168,49 @@ fn two_hundred_containers_on_one_host_are_adopted_by_an_agent_that_was_killed() 
         Ok(())
     })
     .unwrap();
+}
+
+#[test]
+fn a_host_at_the_end_of_a_long_link_gets_what_is_wanted_and_its_logs_and_commands_come() {
+    const ONE_WAY: Duration = Duration::from_millis(400);
+    if !can_make_hosts("a_host_at_the_end_of_a_long_link") {
+        return;
+    }
+    let mut fleet = Fleet::start(1).unwrap();
+    fleet.push_stand_in("stand-in:1", 0).unwrap();
+    let status = fleet.hosts[0].ask_agent(&["status", "-o", "json"]).unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    let server = status["servers"][0].as_str().unwrap();
+    let (ip, _) = server.rsplit_once(':').unwrap();
+    let link = Forwarder::start(ip, server, ONE_WAY).unwrap();
+    fleet.hosts[0].agent().terminate(PATIENCE).unwrap();
+    let set = fleet.hosts[0].ask_agent(&["set-server", &link.address]).unwrap();
+    assert!(set.status.success(), "{set:?}");
+    fleet.hosts[0].start_agent().unwrap();
+    eventually("its session is over the long link", PATIENCE, || {
+        let status = fleet.hosts[0].ask_agent(&["status"])?;
+        let text = String::from_utf8_lossy(&status.stdout).into_owned();
+        ensure!(text.contains(&format!("session:  with {}", link.address)), "{text}");
+        Ok(())
+    })
+    .unwrap();
+
+    let took = |what: &str, args: &[&str]| {
+        let begun = Instant::now();
+        let text = fleet.cluster.berth_ok(args).unwrap();
+        println!("{what} after {:?}, {ONE_WAY:?} one way", begun.elapsed());
+        text
+    };
+    let manifest = fleet.manifest("app", &spec(2)).unwrap();
+    took("complete", &["apply", "-f", &manifest, "--timeout", "90s"]);
+    let before = fleet.settles_at("app", 2).unwrap();
+    assert!(!took("logs", &["logs", "app/0", "--tail", "5"]).is_empty());
+    let exec = fleet.cluster.berth(&["exec", "app/0", "--", "/berth-stand-in"]).unwrap();
+    let said = String::from_utf8_lossy(&exec.stderr).into_owned();
+    assert!(said.contains("cannot listen"), "a second one finds the port taken: {said}");
+    assert_eq!(exec.status.code(), Some(1));
+    took("scaled", &["scale", "app", "3", "--wait", "--timeout", "90s"]);
+    // Nothing was lost on the way: the session that stood is the one that stands.
+    let after = fleet.settles_at("app", 3).unwrap();
+    assert!(before.iter().all(|one| after.contains(one)), "{after:?}");
 }

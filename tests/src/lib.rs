@@ -6,6 +6,7 @@
 
 pub mod bench;
 pub mod events;
+pub mod forward;
 pub mod hosts;
 pub mod samples;
 pub mod sim;
