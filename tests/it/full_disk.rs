@@ -4,6 +4,7 @@
 use crate::load::{Book, Shared, book_says, join, nothing_is_lost, writers};
 use anyhow::ensure;
 use berth_test_disk::Disk;
+use berth_tests::hosts::{Fleet, can_make_hosts};
 use berth_tests::{Cluster, PATIENCE, eventually};
 
 const WRITERS: usize = 4;
@@ -122,4 +123,39 @@ fn a_ballast_that_finds_no_room_at_the_start_is_told_of_and_made_once_there_is()
     .unwrap();
     cluster.berth_ok(&["host", "token", "rm", token["id"].as_str().unwrap(), "--yes"]).unwrap();
     cluster.server().kill();
+}
+
+#[test]
+fn an_agent_whose_disk_is_full_says_so_keeps_what_runs_and_goes_on_when_there_is_room() {
+    if !can_make_hosts("an_agent_whose_disk_is_full") {
+        return;
+    }
+    let mut fleet = Fleet::start(0).unwrap();
+    let host = fleet.cluster.dir.path().join("h0");
+    std::fs::create_dir_all(&host).unwrap();
+    let disk = Disk::mount("an_agent_whose_disk_is_full", &host.join("agent"), 64);
+    let Some(disk) = disk else { return };
+    fleet.add_host_with("[transfer]\nkeep-free = \"1MiB\"\n", &[]).unwrap();
+    fleet.all_present().unwrap();
+    fleet.push_stand_in("stand-in:1", 0).unwrap();
+    let spec = "  image: stand-in:1\n  replicas: 2\n  rollout: {readyFor: 0s}\n  stopGrace: 0s\n";
+    let manifest = fleet.manifest("app", spec).unwrap();
+    fleet.cluster.berth_ok(&["apply", "-f", &manifest, "--timeout", "90s"]).unwrap();
+    let before = fleet.settles_at("app", 2).unwrap();
+
+    disk.fill().unwrap();
+    fleet.cluster.berth_ok(&["scale", "app", "3"]).unwrap();
+    eventually("the host says why it does not follow", PATIENCE, || {
+        let hosts = fleet.cluster.berth_json(&["host", "list"])?;
+        let why = hosts[0]["reason"].as_str().unwrap_or_default();
+        ensure!(why.contains("NOT_DURABLE"), "{hosts}");
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(fleet.hosts[0].running().unwrap(), before);
+    assert!(fleet.hosts[0].agent().is_running());
+
+    disk.free().unwrap();
+    let after = fleet.settles_at("app", 3).unwrap();
+    assert!(before.iter().all(|one| after.contains(one)), "{after:?}");
 }
