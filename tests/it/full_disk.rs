@@ -148,7 +148,7 @@ fn an_agent_whose_disk_is_full_says_so_keeps_what_runs_and_goes_on_when_there_is
     eventually("the host says why it does not follow", PATIENCE, || {
         let hosts = fleet.cluster.berth_json(&["host", "list"])?;
         let why = hosts[0]["reason"].as_str().unwrap_or_default();
-        ensure!(why.contains("NOT_DURABLE"), "{hosts}");
+        ensure!(why.contains("disk did not take it: is it full?"), "{hosts}");
         Ok(())
     })
     .unwrap();

@@ -197,11 +197,19 @@ impl Desk {
         if !self.is_current(host, session) {
             return;
         }
+        let why = match verdict {
+            SetVerdict::NotDurable => "its agent's disk did not take it: is it full?",
+            SetVerdict::Unspecified
+            | SetVerdict::Taken
+            | SetVerdict::Same
+            | SetVerdict::Older
+            | SetVerdict::Changed
+            | SetVerdict::Broken => verdict.as_str_name(),
+        };
         let words = format!(
-            "it refused set {}.{} ({}); it holds {}",
+            "it refused set {}.{} ({why}); it holds {}",
             offered.epoch,
             offered.generation,
-            verdict.as_str_name(),
             held.map_or_else(|| "none".to_owned(), |h| format!("{}.{}", h.epoch, h.generation)),
         );
         live.edit_host(host, |h| h.refusal = words);
