@@ -284,16 +284,11 @@ fn worst(errors: Vec<Error>) -> Option<Error> {
     Some(worst)
 }
 
-/// A deployment's name, with its namespace where that is not the usual one.
-fn named(meta: &ObjectMeta) -> String {
-    in_namespace(&meta.namespace, &meta.name)
-}
-
 fn planned_text(planned: &PlannedDeployment) -> String {
     let shown = planned.deployment.clone().unwrap_or_default();
     let meta = shown.meta.unwrap_or_default();
     let resolved = shown.status.map(|s| s.resolved).unwrap_or_default();
-    let name = named(&meta);
+    let name = in_namespace(&meta.namespace, &meta.name);
     let mut text = match planned.action() {
         ApplyAction::Created => format!("{name}: would be created"),
         ApplyAction::Changed => format!("{name}: would be changed, by a new release"),
